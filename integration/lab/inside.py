@@ -1,0 +1,156 @@
+"""The first process of a lab: furnishes its namespaces, starts its services, runs the command, reaps orphans.
+
+Started by `host.run_in_lab` as PID 1 of fresh network, mount and PID namespaces; when it exits, the kernel ends everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import libvirt
+
+from integration.lab import cgroups
+from integration.lab.commands import LabError, run
+from integration.lab.lab import VARIABLE, Lab
+
+URI = "qemu:///system"
+XFS_SIZE = "24G"
+LEASE_RANGE = "10.77.0.100,10.77.0.199,255.255.255.0,1h"
+
+# Each setting differs from Debian's default for the reason given.
+QEMU_CONF = """
+# AppArmor profiles are loaded into the host's kernel and would outlive the lab.
+security_driver = "none"
+"""
+LIBVIRTD_CONF = """
+# There is no polkit in here; the socket lies in a namespace of its own.
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+"""
+
+
+def main() -> int:
+    """`python -m integration.lab.inside LAB.JSON COMMAND...`; the exit status is the command's."""
+    os.environ[VARIABLE] = sys.argv[1]
+    lab = Lab.current()
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # the terminal sends these to the command as well, which decides
+    entered = cgroups.enter(lab.scratch.name)
+    run(["mount", "-t", "sysfs", "sysfs", "/sys"])  # the host's would show the host's links
+    cgroups.mount_again(entered)
+    # Shared within the lab, as on any host with systemd, so that unmounting also reaches the mount namespaces of QEMU.
+    run(["mount", "--make-rshared", "/"])
+    _furnish(lab)
+    _make_reflink_store(lab)
+    _start_network(lab)
+    _start_libvirt(lab)
+    return _run_command(sys.argv[2:])
+
+
+def _furnish(lab: Lab) -> None:
+    for folder in ("/run", "/var/lib/libvirt", "/var/cache/libvirt"):
+        run(["mount", "-t", "tmpfs", "-o", "mode=755", "lab", folder])
+    for folder in ("/run/lock", "/run/libvirt", "/run/netns", "/var/lib/libvirt/images"):
+        Path(folder).mkdir()
+    for folder in ("boot", "guests", "log/libvirt/qemu", "xfs"):
+        (lab.scratch / folder).mkdir(parents=True)
+    run(["mount", "--bind", lab.log / "libvirt", "/var/log/libvirt"])
+    shutil.copy(lab.image.kernel, lab.kernel)
+    shutil.copy(lab.image.initrd, lab.initrd)
+
+    settings = lab.scratch / "etc-libvirt"
+    shutil.copytree("/etc/libvirt", settings, ignore=shutil.ignore_patterns("networks", "autostart", "*.xml", "secrets"))
+    for folder in ("qemu/networks/autostart", "qemu/autostart", "hooks"):
+        (settings / folder).mkdir(parents=True, exist_ok=True)
+    for name, extra in (("qemu.conf", QEMU_CONF), ("libvirtd.conf", LIBVIRTD_CONF)):
+        with (settings / name).open("a") as handle:
+            handle.write(extra)
+    run(["mount", "--bind", settings, "/etc/libvirt"])
+
+
+def _make_reflink_store(lab: Lab) -> None:
+    backing = lab.scratch / "xfs.raw"
+    run(["truncate", "--size", XFS_SIZE, backing])
+    run(["mkfs.xfs", "-q", "-m", "reflink=1", backing])
+    run(["mount", "-o", "loop", backing, lab.reflink])
+
+
+def _start_network(lab: Lab) -> None:
+    run(["ip", "link", "set", "lo", "up"])
+    run(["ip", "link", "add", lab.bridge, "type", "bridge", "stp_state", "0", "forward_delay", "0"])
+    run(["ip", "address", "add", lab.gateway, "dev", lab.bridge])
+    run(["ip", "link", "set", lab.bridge, "up"])
+    settings = [
+        "--conf-file=/dev/null",
+        "--port=0",  # no DNS
+        f"--interface={lab.bridge}",
+        "--bind-interfaces",
+        "--dhcp-authoritative",
+        f"--dhcp-range={LEASE_RANGE}",
+        f"--dhcp-leasefile={lab.leases}",
+        f"--log-facility={lab.log / 'dnsmasq.log'}",
+        "--log-dhcp",
+        "--user=root",  # to write the files above
+        "--pid-file=/run/dnsmasq.pid",
+    ]
+    run(["dnsmasq", *settings])
+
+
+def _start_libvirt(lab: Lab) -> None:
+    start_libvirtd()
+    deadline = time.monotonic() + 30 * lab.time_factor
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would print every failed attempt
+    while True:
+        try:
+            libvirt.open(URI).close()
+            return
+        except libvirt.libvirtError as error:
+            if time.monotonic() > deadline:
+                raise LabError(f"the lab's libvirtd does not answer: {error}; see {lab.log / 'libvirt'}") from error
+            time.sleep(0.1)
+
+
+def start_libvirtd() -> None:
+    """Start virtlogd and libvirtd as daemons where they do not run. Also for tests that stop libvirtd."""
+    for name in ("virtlogd", "libvirtd"):
+        if not running(name):
+            run([name, "--daemon", "--pid-file", f"/run/{name}.pid"])
+
+
+def running(name: str) -> bool:
+    """Whether the daemon that left `/run/NAME.pid` is alive."""
+    try:
+        pid = int(Path(f"/run/{name}.pid").read_text())
+        return Path(f"/proc/{pid}/comm").read_text().strip() == name
+    except (OSError, ValueError):
+        return False
+
+
+def _run_command(command: list[str]) -> int:
+    try:
+        child = subprocess.Popen(command, preexec_fn=_default_signals)  # noqa: PLW1509 - no threads here
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    while True:
+        # PID 1 inherits every daemon, and libvirt waits for a QEMU to be gone, not merely dead.
+        pid, status = os.waitpid(-1, 0)
+        if pid == child.pid:
+            code = os.waitstatus_to_exitcode(status)
+            child.returncode = code
+            return code if code >= 0 else 128 - code
+
+
+def _default_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""vmsnap: clean database backups by cloning running VMs."""
+
+__version__ = "0.1.0"

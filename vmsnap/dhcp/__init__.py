@@ -1,0 +1,1 @@
+"""DHCP messages and the responder's state machine, without input or output."""

@@ -1,0 +1,1 @@
+"""Read-only views of disk images, and what their file systems say."""

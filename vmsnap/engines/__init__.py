@@ -1,0 +1,1 @@
+"""Database knowledge without input or output: which command, and what its output means."""

@@ -1,0 +1,1 @@
+"""libvirt/KVM: the only code that knows libvirt."""

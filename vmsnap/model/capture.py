@@ -1,0 +1,80 @@
+"""What a capture needs and what it measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from vmsnap.model.guest import Guest
+from vmsnap.model.ids import RunId
+
+
+class CaptureMode(StrEnum):
+    """How RAM, devices and disks are taken. See the operator's guide for which guest needs which."""
+
+    LIVE = "live"
+
+
+class OnNoConvergence(StrEnum):
+    """What to do with a guest that writes memory faster than it can be copied: stop it for the rest, or give up."""
+
+    ABORT = "abort"
+    SUSPEND = "suspend"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """A policy's wishes for the capture. Times are bounds that are kept or the capture is undone."""
+
+    mode: CaptureMode = CaptureMode.LIVE
+    max_pause: timedelta = timedelta(milliseconds=500)
+    on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
+    timeout: timedelta = timedelta(minutes=10)
+    overlay_dir: str | None = None
+    min_overlay_free_bytes: int = 1 << 30
+    cpu_shares: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturePlan:
+    """One capture to do: whose, for which run, and how."""
+
+    run: RunId
+    guest: Guest
+    settings: CaptureSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """RAM, device state and disk state of a guest at one instant, as measured.
+
+    ``pause_ms`` is the time between QEMU's STOP and RESUME events. ``captured`` is the wall clock of the STOP.
+    """
+
+    mode: CaptureMode
+    captured: datetime
+    resumed: datetime
+    pause_ms: float
+    ram_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clone:
+    """A copy of a guest, known to the hypervisor under its own name and UUID."""
+
+    run: RunId
+    guest: str
+    name: str
+    uuid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskImage:
+    """A disk image on the host: what a clone wrote, over what the guest had at the capture."""
+
+    target: str
+    path: str
+    image_format: str
+    size_bytes: int

@@ -1,0 +1,102 @@
+"""The fence of one clone, and the proof that it holds.
+
+Invariant: a clone executes no instruction before its fence is proven. ``IsolationProof`` is the only key that resumes a
+clone, and only the fence makes one (a test holds the places that may construct it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from vmsnap.model.guest import Guest
+from vmsnap.model.ids import RunId
+
+
+class Rung(StrEnum):
+    """Ways to give a clone an address, in the order they are tried. ``NONE``: the guest agent needs no address."""
+
+    NONE = "none"
+    FORCERENEW = "forcerenew"
+    LINK_FLAP = "link-flap"
+    AGENT = "agent"
+    HOT_PLUG = "hot-plug"
+    OLD_ADDRESS = "old-address"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FencePort:
+    """The links of one NIC of a clone. Linux allows 15 bytes a link name: ``vs`` + ten digits + letter + index."""
+
+    index: int
+    mac: str
+    bridge: str
+    tap: str
+    veth_host: str
+    veth_inside: str
+    mtu: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FencePlan:
+    """Everything a fence is made of, named from the run's id so that a dead run's fence can be found and removed."""
+
+    run: RunId
+    guest: str
+    namespace: str
+    table: str
+    ports: tuple[FencePort, ...]
+
+    @staticmethod
+    def for_guest(run: RunId, *, guest: Guest) -> FencePlan:
+        """Return the plan of the fence for a clone of ``guest``: one bridge and one veth pair a NIC, one namespace."""
+        ports = tuple(
+            FencePort(
+                index=nic.index,
+                mac=nic.mac,
+                bridge=f"vs{run}b{nic.index}",
+                tap=f"vs{run}t{nic.index}",
+                veth_host=f"vs{run}h{nic.index}",
+                veth_inside=f"vs{run}n{nic.index}",
+                mtu=nic.mtu,
+            )
+            for nic in guest.nics
+        )
+        return FencePlan(run=run, guest=guest.name, namespace=f"vmsnap-{run}", table=f"vmsnap_{run}", ports=ports)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofPoint:
+    """One thing that was looked at, and what was seen."""
+
+    name: str
+    observed: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolationProof:
+    """Evidence that the fence of ``run`` holds, made by the fence alone. Needed to resume a clone."""
+
+    run: RunId
+    made: datetime
+    points: tuple[ProofPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungAttempt:
+    """One rung that was tried: how long, and why it did not work, where it did not."""
+
+    rung: Rung
+    seconds: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addressed:
+    """Where a clone can be reached inside its fence. ``address`` is None on rung ``none``."""
+
+    rung: Rung
+    address: str | None
+    seconds: float
+    attempts: tuple[RungAttempt, ...] = ()

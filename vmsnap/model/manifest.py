@@ -1,0 +1,199 @@
+"""The manifest of a snapshot: written last, never changed. ``docs/formats.md`` describes the JSON.
+
+Pins and verification results change; they live beside it as ``Marks``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from vmsnap.model.capture import CaptureMode
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.isolation import Rung
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CaptureRecord(_Record):
+    """How the guest was captured. ``captured`` is the instant the disks are of."""
+
+    mode: CaptureMode
+    captured: AwareDatetime
+    pause_ms: float
+    ram_bytes: int
+
+
+class ProofRecord(_Record):
+    """One observation of the isolation proof."""
+
+    name: str
+    observed: str
+
+
+class AttemptRecord(_Record):
+    """One rung of the address ladder that was tried."""
+
+    rung: Rung
+    seconds: float
+    failure: str | None = None
+
+
+class IsolationRecord(_Record):
+    """How the clone was kept apart, and how it was reached."""
+
+    rung: Rung
+    address: str | None
+    seconds: float
+    proof: tuple[ProofRecord, ...]
+    attempts: tuple[AttemptRecord, ...] = ()
+
+
+class DrainRecord(_Record):
+    """Work in flight in one database instance when its lame duck began, and what became of it."""
+
+    engine: str
+    instance: str
+    in_flight_at_start: int
+    finished: int
+    rolled_back: int
+    seconds: float
+
+
+class InstanceRecord(_Record):
+    """What was read from one instance's files after the clone was off (``disk``) or before (``in-guest``)."""
+
+    engine: str
+    instance: str
+    data_directory: str
+    method: str
+    observed: dict[str, str]
+
+
+class FileSystemRecord(_Record):
+    """The state of one file system, read from the disk after the clone was off."""
+
+    disk: str
+    kind: str
+    uuid: str
+    observed: str
+
+
+class CleanRecord(_Record):
+    """The evidence that everything in this snapshot ended in order."""
+
+    made: AwareDatetime
+    guest_shut_down_by: str
+    instances: tuple[InstanceRecord, ...] = Field(min_length=1)
+    file_systems: tuple[FileSystemRecord, ...] = Field(min_length=1)
+
+
+class DiskRecord(_Record):
+    """One stored disk. ``image`` and ``digests`` are file names in the snapshot's folder.
+
+    ``digests_sha256`` is the SHA-256 of the digests file, so that the manifest vouches for every block.
+    ``new_bytes`` were written for this snapshot; the rest is shared with the previous one.
+    """
+
+    target: str
+    image: str
+    digests: str
+    digests_sha256: str
+    size_bytes: int = Field(gt=0)
+    data_bytes: int = Field(ge=0)
+    new_bytes: int = Field(ge=0)
+    block_bytes: Literal[65536] = 65536
+
+
+class MachineRecord(_Record):
+    """What a hypervisor needs to make a VM from the disks again. ``definition`` is its own text (libvirt: domain XML).
+
+    ``nvram`` is the file name of the firmware's variable store, where the guest has one.
+    """
+
+    hypervisor: str
+    definition: str
+    uuid: str
+    memory_bytes: int
+    vcpus: int
+    nvram: str | None = None
+
+
+class StoreRecord(_Record):
+    """What storing cost. ``logical_bytes`` is the size of all disks, ``new_bytes`` what was written."""
+
+    logical_bytes: int
+    new_bytes: int
+    seconds: float
+
+
+class StepRecord(_Record):
+    """How long one step of the run took."""
+
+    name: str
+    seconds: float
+
+
+class Manifest(_Record):
+    """Everything known about one snapshot."""
+
+    format_version: Literal[1] = 1
+    id: SnapshotId
+    run: RunId
+    guest: str
+    created: AwareDatetime
+    parent: SnapshotId | None
+    machine: MachineRecord
+    capture: CaptureRecord
+    isolation: IsolationRecord
+    drain: tuple[DrainRecord, ...]
+    clean: CleanRecord
+    disks: tuple[DiskRecord, ...] = Field(min_length=1)
+    store: StoreRecord
+    steps: tuple[StepRecord, ...]
+    vmsnap_version: str
+
+    @property
+    def captured(self) -> datetime:
+        """Return the instant the snapshot is of: the moment the guest stood still."""
+        return self.capture.captured
+
+
+class Pin(_Record):
+    """A hold against retention. ``until`` None: until it is taken off."""
+
+    owner: str
+    reason: str
+    since: AwareDatetime
+    until: AwareDatetime | None = None
+
+
+class Verification(_Record):
+    """The last time a snapshot's blocks were read and compared with their digests."""
+
+    at: AwareDatetime
+    blocks: int
+    bad_blocks: int
+
+
+class Marks(_Record):
+    """What may change about a snapshot after it was published."""
+
+    pin: Pin | None = None
+    verification: Verification | None = None
+
+
+class Snapshot(_Record):
+    """A published snapshot: its manifest, and its marks."""
+
+    manifest: Manifest
+    marks: Marks = Marks()
+
+    @property
+    def id(self) -> SnapshotId:
+        """Return the snapshot's id."""
+        return self.manifest.id

@@ -1,0 +1,164 @@
+"""One guest's policy: when, how and how long. Every key has a default but the guest.
+
+Durations are texts such as ``"90s"``, ``"10m"``, ``"2h"``, ``"14d"`` or ``"1h 30m"``.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from ipaddress import IPv4Address, IPv4Interface
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from vmsnap.model.capture import CaptureMode, OnNoConvergence
+from vmsnap.model.isolation import Rung
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"\s*(?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d|w)\s*)+\Z")
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)")
+
+
+def parse_duration(value: object) -> timedelta:
+    """Return the duration that a text such as ``"90s"`` or ``"1h 30m"`` names. Raises ValueError for any other text."""
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str) or not _DURATION.match(value):
+        msg = 'a duration is a text of numbers with units ms, s, m, h, d or w, such as "90s", "10m" or "1h 30m"'
+        raise ValueError(msg)
+    return timedelta(seconds=sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(value)))
+
+
+def format_duration(value: timedelta) -> str:
+    """Return a duration as a text that ``parse_duration`` reads back to the millisecond."""
+    rest = round(value / timedelta(milliseconds=1))
+    parts = []
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts) or "0s"
+
+
+Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
+PositiveDuration = Annotated[Duration, Field(gt=timedelta(0))]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CapturePolicy(_Section):
+    """How to take the guest. ``max_pause`` bounds how long it may stand still."""
+
+    mode: CaptureMode = CaptureMode.LIVE
+    max_pause: PositiveDuration = timedelta(milliseconds=500)
+    on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
+    timeout: PositiveDuration = timedelta(minutes=10)
+    overlay_dir: str | None = None
+    min_overlay_free_mib: int = Field(default=1024, ge=1)
+
+
+class ClonePolicy(_Section):
+    """How the clone runs. ``cpu_shares`` is its weight against other VMs, which have 1024 each by default."""
+
+    cpu_shares: int = Field(default=64, ge=2, le=262144)
+    boot_deadline: PositiveDuration = timedelta(minutes=3)
+    shutdown_deadline: PositiveDuration = timedelta(minutes=5)
+
+
+class IsolationPolicy(_Section):
+    """How the clone gets an address. ``address = "auto"`` asks for one only where the guest's agent cannot be used."""
+
+    address: Literal["auto", "always"] = "auto"
+    ladder: tuple[Rung, ...] = (Rung.LINK_FLAP, Rung.OLD_ADDRESS)
+    rung_deadline: PositiveDuration = timedelta(seconds=60)
+    old_address: IPv4Interface | None = None
+    old_gateway: IPv4Address | None = None
+
+    @model_validator(mode="after")
+    def _ladder_is_possible(self) -> IsolationPolicy:
+        built = {Rung.LINK_FLAP, Rung.OLD_ADDRESS}
+        unknown = [rung.value for rung in self.ladder if rung not in built]
+        if unknown:
+            msg = f"ladder: this version has the rungs {', '.join(sorted(built))}, not {', '.join(unknown)}"
+            raise ValueError(msg)
+        return self
+
+
+class SshPolicy(_Section):
+    """SSH into the clone. ``key_file`` is a private key readable by its owner only (mode 0600).
+
+    ``host_key`` pins the guest's host key, as in known_hosts without the name: ``"ssh-ed25519 AAAA..."``.
+    Without it the key is taken from the running guest itself before the capture.
+    """
+
+    user: str = "root"
+    key_file: str
+    port: int = Field(default=22, ge=1, le=65535)
+    host_key: str | None = None
+
+
+class ControlPolicy(_Section):
+    """How to run commands in the clone. ``auto``: the guest agent, else SSH where ``[control.ssh]`` is given."""
+
+    via: Literal["auto", "agent", "ssh"] = "auto"
+    command_timeout: PositiveDuration = timedelta(seconds=60)
+    ssh: SshPolicy | None = None
+
+    @model_validator(mode="after")
+    def _ssh_needs_a_section(self) -> ControlPolicy:
+        if self.via == "ssh" and self.ssh is None:
+            msg = 'via = "ssh" needs a section [control.ssh] with key_file'
+            raise ValueError(msg)
+        return self
+
+
+class ClusterPolicy(_Section):
+    """One PostgreSQL cluster, for guests where it cannot be found from its running process."""
+
+    data_directory: str
+    programs: str
+    user: str = "postgres"
+    port: int = Field(default=5432, ge=1, le=65535)
+    socket_directory: str | None = None
+
+
+class DatabasePolicy(_Section):
+    """Which database, and how long its work in flight may take to finish in the clone."""
+
+    engine: Literal["postgresql"] = "postgresql"
+    drain_deadline: Duration = timedelta(seconds=60)
+    stop_deadline: PositiveDuration = timedelta(minutes=5)
+    clusters: tuple[ClusterPolicy, ...] = ()
+    before_drain: tuple[tuple[str, ...], ...] = ()
+
+
+class RetentionPolicy(_Section):
+    """How many snapshots stay. Pinned ones, the newest and those an environment uses always stay."""
+
+    keep_last: int = Field(default=7, ge=1)
+
+
+class EnvironmentPolicy(_Section):
+    """Test VMs from this guest's snapshots. ``network`` None: each in a fence of its own."""
+
+    network: str | None = None
+    ttl: PositiveDuration | None = timedelta(days=1)
+    memory_mib: int | None = Field(default=None, ge=64)
+    vcpus: int | None = Field(default=None, ge=1)
+
+
+class Policy(_Section):
+    """Everything one policy file says."""
+
+    guest: str = Field(min_length=1, max_length=255)
+    enabled: bool = True
+    capture: CapturePolicy = CapturePolicy()
+    clone: ClonePolicy = ClonePolicy()
+    isolation: IsolationPolicy = IsolationPolicy()
+    control: ControlPolicy = ControlPolicy()
+    database: DatabasePolicy = DatabasePolicy()
+    retention: RetentionPolicy = RetentionPolicy()
+    environment: EnvironmentPolicy = EnvironmentPolicy()

@@ -1,0 +1,114 @@
+"""What workflows tell their callers. The CLI's ``--json`` prints these; ``interface`` names are stable."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from pydantic import BaseModel, ConfigDict
+
+from vmsnap.model.environment import Environment
+from vmsnap.model.guest import GuestState
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.journal import ResourceKind
+from vmsnap.model.manifest import (
+    CaptureRecord,
+    CleanRecord,
+    DrainRecord,
+    IsolationRecord,
+    Snapshot,
+    StepRecord,
+    StoreRecord,
+)
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BackupReport(_Report):
+    """One finished backup. The printed JSON adds up ``drain`` over instances; see ``vmsnap.cli.output``."""
+
+    snapshot: SnapshotId
+    guest: str
+    started: datetime
+    finished: datetime
+    capture: CaptureRecord
+    isolation: IsolationRecord
+    drain: tuple[DrainRecord, ...]
+    clean: CleanRecord
+    store: StoreRecord
+    steps: tuple[StepRecord, ...]
+    pruned: tuple[SnapshotId, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class ProvisionOptions(_Report):
+    """An operator's wishes for an environment. None takes the policy's or a made-up value."""
+
+    name: str | None = None
+    ttl: timedelta | None = None
+    network: str | None = None
+    wait: bool = False
+
+
+class ProvisionReport(_Report):
+    """One provisioned environment. Times count from the beginning of the command."""
+
+    environment: str
+    snapshot: SnapshotId
+    guest: str
+    state: GuestState
+    defined_ms: float
+    running_ms: float
+    overlay_bytes: int
+    address: str | None
+    expires: datetime | None
+    answered_ms: float | None = None
+
+
+class EnvironmentStatus(_Report):
+    """One environment and how it is now. ``overlay_bytes`` is what it wrote."""
+
+    environment: Environment
+    state: GuestState | None
+    overlay_bytes: int
+
+
+class PruneDecision(_Report):
+    """What retention says of one snapshot, and why. ``removed_bytes`` None: it was not removed."""
+
+    snapshot: Snapshot
+    keep: bool
+    reasons: tuple[str, ...]
+    removed_bytes: int | None = None
+
+
+class Undone(_Report):
+    """One thing that reconcile removed, or could not remove."""
+
+    run: RunId
+    kind: ResourceKind
+    name: str
+    guest: str
+    failure: str | None = None
+
+
+class ReconcileReport(_Report):
+    """What reconcile did. ``runs`` were dead; ``undone`` lists their things in the order they were removed."""
+
+    runs: tuple[RunId, ...]
+    undone: tuple[Undone, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether nothing is left."""
+        return all(item.failure is None for item in self.undone)
+
+
+class VerifyReport(_Report):
+    """What re-reading a snapshot found."""
+
+    snapshot: SnapshotId
+    blocks: int
+    defects: tuple[str, ...]
+    seconds: float

@@ -1,0 +1,1 @@
+"""The fence around a clone, and giving a clone an address."""

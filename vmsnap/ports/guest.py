@@ -1,0 +1,68 @@
+"""Running commands in a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from socket import socket
+from typing import Protocol
+
+from vmsnap.model.command import Command, CommandResult
+from vmsnap.model.guest import SshLogin
+
+Connector = Callable[[str, int, timedelta], socket]
+"""Opens a TCP connection (host, port, timeout), inside a fence's namespace or on the host.
+
+Raises GuestUnreachableError.
+"""
+
+
+class AgentChannel(Protocol):
+    """The line to one guest's QEMU guest agent, as a hypervisor offers it."""
+
+    def send(self, request: str, *, timeout: timedelta) -> str:
+        """Send one JSON request of the agent's protocol (QMP style) and return its JSON answer.
+
+        Raises GuestUnreachableError where no agent answers in time, GuestCommandError where the agent refuses.
+        """
+
+
+class GuestControl(Protocol):
+    """A way to run commands in one guest."""
+
+    @property
+    def method(self) -> str:
+        """Return ``agent`` or ``ssh``, for manifests and messages."""
+
+    def ping(self, *, timeout: timedelta) -> None:
+        """Return where the guest answers. Raises GuestUnreachableError otherwise. May be repeated."""
+
+    def run(self, command: Command, *, timeout: timedelta) -> CommandResult:
+        """Run a command to its end and return what it did; a failing exit status is a result, not an error.
+
+        ``command.timeout`` wins over ``timeout``. Raises DeadlineError where it did not end in time (it may still
+        run), GuestUnreachableError where the line broke (it may have run), GuestCommandError for an answer that makes
+        no sense. Output beyond 16 MiB a stream is cut and ``truncated`` set. Never repeated by itself.
+        """
+
+    def close(self) -> None:
+        """Let go of the line. May be repeated."""
+
+
+class GuestAccess(Protocol):
+    """Makes controls."""
+
+    def agent(self, channel: AgentChannel) -> GuestControl:
+        """Return a control over the guest agent."""
+
+    def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
+        """Return a control over SSH to ``address``, every connection opened by ``connector``.
+
+        Raises ConfigError for a key file that is missing, readable by others or no key; nothing is sent yet.
+        """
+
+    def host_key(self, login: SshLogin, *, address: str, connector: Connector) -> str:
+        """Return the SSH host key at ``address`` as in known_hosts without the name. Logs nobody in.
+
+        Raises GuestUnreachableError.
+        """

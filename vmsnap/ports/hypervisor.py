@@ -1,0 +1,122 @@
+"""What a backup needs from a hypervisor."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Protocol
+
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.environment import EnvironmentPlan
+from vmsnap.model.guest import Finding, Guest, GuestState
+from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.journal import Resource
+from vmsnap.model.manifest import MachineRecord
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.guest import AgentChannel
+from vmsnap.ports.owner import Owner
+
+
+class Hypervisor(Owner, Protocol):
+    """One hypervisor. Methods that change something come with a resource, journalled by the caller before the call.
+
+    Errors: GuestNotFoundError, PreconditionError, SafetyError, DeadlineError, DriverError.
+    """
+
+    def guests(self) -> tuple[str, ...]:
+        """Return the names of all guests, clones and environments of vmsnap not among them."""
+
+    def inspect(self, guest: str) -> Guest:
+        """Describe a guest. Raises GuestNotFoundError."""
+
+    def machine(self, guest: Guest) -> MachineRecord:
+        """Return what is needed to make a VM from this guest's disks later. ``nvram`` is a path on the host here."""
+
+    def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
+        """Look whether this guest can be captured now. Changes nothing. A refusal forbids the capture."""
+
+    def memory_resource(self, plan: CapturePlan) -> Resource:
+        """Name the place of the memory image."""
+
+    def prepare_memory(self, plan: CapturePlan) -> None:
+        """Make the place of the memory image. Raises NoSpaceError."""
+
+    def overlays_resource(self, plan: CapturePlan) -> Resource:
+        """Name the source's overlays. Releasing it puts the source back on its own disks (commit and pivot).
+
+        It must be released after the clone: the clone reads the disks that the commit writes.
+        """
+
+    def prepare_overlays(self, plan: CapturePlan) -> None:
+        """Make the overlays that the source will write to, without using them yet. Raises NoSpaceError."""
+
+    def clone_overlays_resource(self, plan: CapturePlan) -> Resource:
+        """Name the overlays that the clone will write to."""
+
+    def prepare_clone_overlays(self, plan: CapturePlan) -> None:
+        """Make the overlays that the clone will write to, over the disks as they are at the capture."""
+
+    def capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
+        """Take RAM, device state and all disks at one instant. The source runs on when this returns or raises.
+
+        Raises NotConvergingError (nothing taken), DeadlineError, CancelledError, SafetyError where the source was not
+        running afterwards and had to be resumed.
+        """
+
+    def clone_resource(self, plan: CapturePlan) -> Resource:
+        """Name the clone."""
+
+    def restore_clone(self, plan: CapturePlan, *, fence: FencePlan) -> Clone:
+        """Make the clone, paused, on the fence's bridges and its own overlays. It has executed nothing.
+
+        Raises SafetyError where the restored clone could write a production disk or reach a production port.
+        """
+
+    def resume_clone(self, clone: Clone, *, proof: IsolationProof) -> None:
+        """Let the clone run. Raises BugError for a proof of another run."""
+
+    def clone_state(self, clone: Clone) -> GuestState:
+        """Return the clone's state. Raises GuestNotFoundError where it is gone."""
+
+    def agent(self, domain: str) -> AgentChannel:
+        """Return the line to the agent of a guest, a clone or an environment by its name on the hypervisor."""
+
+    def set_link(self, domain: str, *, mac: str, up: bool) -> None:
+        """Pull or plug the cable of a clone's NIC. Refuses any domain that is not a clone or environment."""
+
+    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+        """Ask the clone's guest to power off and wait until it did. Returns who did it, for the evidence.
+
+        Raises NotCleanError where the clone ended in any other way, DeadlineError where it is still there.
+        """
+
+    def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:
+        """Return the images of the clone's disks, in the order of the guest's disks. The clone must be off."""
+
+    def source_is_home(self, guest: Guest) -> bool:
+        """Tell whether the guest runs on its own disks: live and persistent definition as ``guest`` says."""
+
+    def environment_disks_resource(self, plan: EnvironmentPlan) -> Resource:
+        """Name the overlays of an environment."""
+
+    def prepare_environment_disks(
+        self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...], nvram: str | None
+    ) -> None:
+        """Make an overlay over each stored image; nothing is copied, except ``nvram``, a path of a few hundred KiB."""
+
+    def environment_resource(self, plan: EnvironmentPlan) -> Resource:
+        """Name the environment."""
+
+    def define_environment(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
+        """Define the VM, not started: new name, UUID and MACs, on its overlays, on the fence or the plan's network.
+
+        Raises PreconditionError where the name is taken or the network is not there.
+        """
+
+    def start_environment(self, plan: EnvironmentPlan, *, proof: IsolationProof | None) -> None:
+        """Let the environment boot. ``proof`` is needed where it has a fence; it is paused until then."""
+
+    def attach_environment(self, plan: EnvironmentPlan) -> None:
+        """Create the environment's process, paused before its first instruction, so that a fence can be proven."""
+
+    def environment_state(self, name: str) -> GuestState:
+        """Return the state of an environment. Raises EnvironmentNotFoundError."""

@@ -1,0 +1,79 @@
+"""What outlives a process: the journal of runs, locks, and the book of environments."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import Protocol
+
+from vmsnap.model.environment import Environment
+from vmsnap.model.ids import RunId
+from vmsnap.model.journal import Resource, RunKind, RunRecord
+
+
+class RunJournal(Protocol):
+    """The journal of one run, open for writing by one process. Every method is on disk when it returns."""
+
+    @property
+    def run(self) -> RunId:
+        """Return the run's id."""
+
+    def intend(self, resource: Resource) -> None:
+        """Record that the resource is about to be made."""
+
+    def released(self, resource: Resource) -> None:
+        """Record that the resource is gone."""
+
+    def state(self, state: str) -> None:
+        """Record the run's state."""
+
+    def keep(self, environment: str) -> None:
+        """Record that the run's resources stay on purpose, for an environment."""
+
+    def unkeep(self) -> None:
+        """Record that they no longer do: from now on reconcile removes them."""
+
+    def finish(self) -> None:
+        """Record that the run is over and left nothing."""
+
+    def close(self) -> None:
+        """Let go of the journal. A run that is neither kept nor finished then counts as dead."""
+
+
+class Journals(Protocol):
+    """All journals."""
+
+    def begin(self, run: RunId, *, kind: RunKind, guest: str, at: datetime) -> RunJournal:
+        """Start a journal. It is locked until closed or until the process dies."""
+
+    def reopen(self, run: RunId) -> RunJournal:
+        """Take over the journal of a run that is not alive. Raises BusyError where it is."""
+
+    def records(self) -> tuple[RunRecord, ...]:
+        """Return what is known of every run that left a journal, oldest first. A torn last line is ignored."""
+
+
+class Locks(Protocol):
+    """Locks that end with their process."""
+
+    def guest(self, guest: str, *, purpose: str) -> AbstractContextManager[None]:
+        """Hold a guest. Raises BusyError that names who holds it and what for."""
+
+    def reconcile(self) -> AbstractContextManager[None]:
+        """Hold reconciling, one process at a time. Raises BusyError."""
+
+
+class EnvironmentBook(Protocol):
+    """The environments that exist."""
+
+    def add(self, environment: Environment) -> None:
+        """Record an environment. Raises PreconditionError where the name is taken."""
+
+    def remove(self, name: str) -> None:
+        """Forget an environment. Content where it is not there."""
+
+    def get(self, name: str) -> Environment:
+        """Return an environment. Raises EnvironmentNotFoundError, which lists those that exist."""
+
+    def all(self) -> tuple[Environment, ...]:
+        """Return all environments, by name."""

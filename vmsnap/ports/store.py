@@ -1,0 +1,100 @@
+"""Where snapshots live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+from vmsnap.model.capture import DiskImage
+from vmsnap.model.drain import CleanShutdown
+from vmsnap.model.guest import Finding
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.journal import Resource
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.disks import DiskView
+from vmsnap.ports.owner import Owner
+
+ByteProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, from any thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staging:
+    """A snapshot in the making. It does not exist for anybody else."""
+
+    run: RunId
+    guest: str
+    previous: SnapshotId | None
+
+
+class SnapshotStore(Owner, Protocol):
+    """Keeps snapshots. A folder without a manifest does not exist.
+
+    Holds (by environments) are resources of kind HOLD; releasing one lets the snapshot go.
+    Errors: NoSpaceError, SnapshotNotFoundError, HeldError, SafetyError, DriverError.
+    """
+
+    def findings(self, *, needed_bytes: int) -> tuple[Finding, ...]:
+        """Look whether the store can be used and has room. Changes nothing that stays."""
+
+    def staging_resource(self, run: RunId, *, guest: str) -> Resource:
+        """Name the staging folder."""
+
+    def stage(self, run: RunId, *, guest: str) -> Staging:
+        """Begin a snapshot, over the guest's newest one where there is one."""
+
+    def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
+        """Store one disk: blocks that differ from the previous snapshot's are written, zeroes become holes."""
+
+    def add_file(self, staging: Staging, *, name: str, source: Path) -> None:
+        """Store a small file (firmware variables) beside the disks."""
+
+    def publish(self, staging: Staging, *, manifest: Manifest, clean: CleanShutdown) -> Snapshot:
+        """Make the snapshot exist: everything on disk, manifest last, then one rename.
+
+        Raises SafetyError where the evidence is not of this run. After a crash the snapshot exists whole or not at all.
+        """
+
+    def guests(self) -> tuple[str, ...]:
+        """Return the guests that have snapshots."""
+
+    def snapshots(self, guest: str | None = None) -> tuple[Snapshot, ...]:
+        """Return snapshots, oldest first by guest."""
+
+    def find(self, reference: str) -> Snapshot:
+        """Return the snapshot an id, an unambiguous prefix, ``GUEST@latest`` or ``GUEST@TIME`` names.
+
+        Raises SnapshotNotFoundError, which lists what would match.
+        """
+
+    def images(self, snapshot: Snapshot) -> tuple[DiskImage, ...]:
+        """Return the stored disks as read-only raw images."""
+
+    def file(self, snapshot: Snapshot, *, name: str) -> Path:
+        """Return the path of a file that ``add_file`` stored."""
+
+    def mark(self, snapshot: Snapshot, *, marks: Marks) -> Snapshot:
+        """Replace a snapshot's marks, atomically."""
+
+    def hold_resource(self, run: RunId, *, snapshot: Snapshot) -> Resource:
+        """Name the hold of a run on a snapshot."""
+
+    def hold(self, resource: Resource) -> None:
+        """Hold a snapshot against removal. Raises SnapshotNotFoundError where it is gone."""
+
+    def holders(self, snapshot: Snapshot) -> tuple[RunId, ...]:
+        """Return the runs that hold a snapshot."""
+
+    def remove(self, snapshot: Snapshot) -> int:
+        """Remove a snapshot: manifest first. Returns bytes that were its own. Raises HeldError."""
+
+    def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
+        """Read every block and compare it. Returns the count of blocks read and a line a defect."""
+
+    def lock(self, guest: str, *, timeout: timedelta) -> AbstractContextManager[None]:
+        """Keep others from publishing or removing snapshots of a guest meanwhile. Raises BusyError."""

@@ -1,0 +1,1 @@
+"""Run journal, locks and the book of environments."""

@@ -1,0 +1,1 @@
+"""Fakes and contract test suites for authors of drivers. Production code never imports it."""

@@ -1,0 +1,1 @@
+"""The steps of backup, provision, prune, verify and reconcile, over ports."""
