@@ -19,6 +19,7 @@ from integration.lab import cgroups
 from integration.lab.commands import LabError, run
 from integration.lab.lab import VARIABLE, Lab
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 URI = "qemu:///system"
 XFS_SIZE = "24G"
 LEASE_RANGE = "10.77.0.100,10.77.0.199,255.255.255.0,1h"
@@ -38,6 +39,8 @@ auth_unix_rw = "none"
 def main() -> int:
     """`python -m integration.lab.inside LAB.JSON COMMAND...`; the exit status is the command's."""
     os.environ[VARIABLE] = sys.argv[1]
+    # So that a script kept anywhere can import the lab.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     lab = Lab.current()
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the terminal sends these to the command as well, which decides
@@ -63,6 +66,12 @@ def _furnish(lab: Lab) -> None:
     run(["mount", "--bind", lab.log / "libvirt", "/var/log/libvirt"])
     shutil.copy(lab.image.kernel, lab.kernel)
     shutil.copy(lab.image.initrd, lab.initrd)
+
+    if lab.accelerator != "kvm" and Path("/dev/kvm").exists():
+        # libvirt throws its knowledge of QEMU away (8 s of probing at every call) while /dev/kvm looks usable but is not.
+        no_kvm = lab.scratch / "no-kvm"
+        no_kvm.touch(mode=0)
+        run(["mount", "--bind", no_kvm, "/dev/kvm"])
 
     settings = lab.scratch / "etc-libvirt"
     shutil.copytree("/etc/libvirt", settings, ignore=shutil.ignore_patterns("networks", "autostart", "*.xml", "secrets"))

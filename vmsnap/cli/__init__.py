@@ -1,1 +1,1 @@
-"""One module a command."""
+"""The command line: one module a command, all of them over ``Application``."""

@@ -1,1 +1,1 @@
-"""TOML files to model values."""
+"""Configuration files: read, checked, and turned into model values."""

@@ -1,1 +1,1 @@
-"""DHCP messages and the responder's state machine, without input or output."""
+"""DHCP messages, ARP and the responder's state machine. Sans-IO: bytes and messages in, messages out."""

@@ -51,19 +51,29 @@ class FencePlan:
     @staticmethod
     def for_guest(run: RunId, *, guest: Guest) -> FencePlan:
         """Return the plan of the fence for a clone of ``guest``: one bridge and one veth pair a NIC, one namespace."""
+        nics = tuple((nic.mac, nic.mtu) for nic in guest.nics)
+        return FencePlan._of(run, guest=guest.name, nics=nics)
+
+    @staticmethod
+    def for_macs(run: RunId, *, guest: str, macs: tuple[str, ...]) -> FencePlan:
+        """Return the plan of the fence for an environment whose NICs have these MACs."""
+        return FencePlan._of(run, guest=guest, nics=tuple((mac, None) for mac in macs))
+
+    @staticmethod
+    def _of(run: RunId, *, guest: str, nics: tuple[tuple[str, int | None], ...]) -> FencePlan:
         ports = tuple(
             FencePort(
-                index=nic.index,
-                mac=nic.mac,
-                bridge=f"vs{run}b{nic.index}",
-                tap=f"vs{run}t{nic.index}",
-                veth_host=f"vs{run}h{nic.index}",
-                veth_inside=f"vs{run}n{nic.index}",
-                mtu=nic.mtu,
+                index=index,
+                mac=mac,
+                bridge=f"vs{run}b{index}",
+                tap=f"vs{run}t{index}",
+                veth_host=f"vs{run}h{index}",
+                veth_inside=f"vs{run}n{index}",
+                mtu=mtu,
             )
-            for nic in guest.nics
+            for index, (mac, mtu) in enumerate(nics)
         )
-        return FencePlan(run=run, guest=guest.name, namespace=f"vmsnap-{run}", table=f"vmsnap_{run}", ports=ports)
+        return FencePlan(run=run, guest=guest, namespace=f"vmsnap-{run}", table=f"vmsnap_{run}", ports=ports)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ class DiskRecord(_Record):
 class MachineRecord(_Record):
     """What a hypervisor needs to make a VM from the disks again. ``definition`` is its own text (libvirt: domain XML).
 
-    ``nvram`` is the file name of the firmware's variable store, where the guest has one.
+    ``nvram`` is the file name of the firmware's variable store, where the guest has one. ``macs`` are its NICs, in order.
     """
 
     hypervisor: str
@@ -121,6 +121,7 @@ class MachineRecord(_Record):
     memory_bytes: int
     vcpus: int
     nvram: str | None = None
+    macs: tuple[str, ...] = ()
 
 
 class StoreRecord(_Record):

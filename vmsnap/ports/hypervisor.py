@@ -8,6 +8,7 @@ from typing import Protocol
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState
+from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, IsolationProof
 from vmsnap.model.journal import Resource
 from vmsnap.model.manifest import MachineRecord
@@ -92,6 +93,12 @@ class Hypervisor(Owner, Protocol):
     def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:
         """Return the images of the clone's disks, in the order of the guest's disks. The clone must be off."""
 
+    def clone_nvram(self, plan: CapturePlan) -> str | None:
+        """Return the path of the clone's firmware variables, or None where the guest has none."""
+
+    def overlay_free_bytes(self, plan: CapturePlan) -> int:
+        """Return the room left on the fullest file system that a run's overlays grow on."""
+
     def source_is_home(self, guest: Guest) -> bool:
         """Tell whether the guest runs on its own disks: live and persistent definition as ``guest`` says."""
 
@@ -115,8 +122,14 @@ class Hypervisor(Owner, Protocol):
     def start_environment(self, plan: EnvironmentPlan, *, proof: IsolationProof | None) -> None:
         """Let the environment boot. ``proof`` is needed where it has a fence; it is paused until then."""
 
-    def attach_environment(self, plan: EnvironmentPlan) -> None:
-        """Create the environment's process, paused before its first instruction, so that a fence can be proven."""
+    def attach_environment(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
+        """Create the environment's process, paused before its first instruction, so that a fence can be proven.
+
+        Raises SafetyError where, fenced, it could write a disk or reach a port that is not its own.
+        """
+
+    def environment_written_bytes(self, run: RunId) -> int:
+        """Return what an environment wrote so far, as it occupies the host's disks."""
 
     def environment_state(self, name: str) -> GuestState:
         """Return the state of an environment. Raises EnvironmentNotFoundError."""

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from vmsnap.ports.state import Journals, Locks
+from vmsnap.state.environments import FileEnvironmentBook
+from vmsnap.state.journal import FileJournals
+from vmsnap.state.locks import FileLocks
+from vmsnap.testing.memory_state import MemoryState
+from vmsnap.testing.state_contract import AT, ChangeableBook, StateContract, StateWorld
+
+
+class FixedClock:
+    def now(self) -> datetime:
+        return AT
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def sleep(self, duration: timedelta) -> None:
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class FileWorld:
+    journals: Journals
+    locks: Locks
+    environments: ChangeableBook
+
+    @staticmethod
+    def at(folder: Path) -> FileWorld:
+        return FileWorld(
+            journals=FileJournals(folder),
+            locks=FileLocks(folder, clock=FixedClock()),
+            environments=FileEnvironmentBook(folder),
+        )
+
+    def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                work(self)
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), "the work itself failed"
+
+
+@dataclass(frozen=True)
+class MemoryWorld:
+    state: MemoryState
+
+    @property
+    def journals(self) -> Journals:
+        return self.state.journals
+
+    @property
+    def locks(self) -> Locks:
+        return self.state.locks
+
+    @property
+    def environments(self) -> ChangeableBook:
+        return self.state.environments
+
+    def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
+        work(self)
+        self.state.die()
+        self.state.restart()
+
+
+class TestFileState(StateContract):
+    @pytest.fixture
+    def world(self, tmp_path: Path) -> StateWorld:
+        return FileWorld.at(tmp_path / "state")
+
+
+class TestMemoryState(StateContract):
+    @pytest.fixture
+    def world(self) -> StateWorld:
+        return MemoryWorld(MemoryState())

@@ -1,0 +1,65 @@
+"""What the commands need. ``vmsnap.bootstrap`` has a class of this shape; tests have another."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Protocol
+
+from vmsnap.model.guest import Finding
+from vmsnap.model.manifest import Pin, Snapshot
+from vmsnap.model.report import (
+    BackupReport,
+    EnvironmentStatus,
+    ProvisionOptions,
+    ProvisionReport,
+    PruneDecision,
+    ReconcileReport,
+    VerifyReport,
+)
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.progress import Progress
+
+
+class Application(Protocol):
+    """Everything vmsnap can do. Methods raise subclasses of VmsnapError and nothing else, bugs apart.
+
+    ``reference`` is a snapshot's id, an unambiguous prefix of one, ``GUEST@latest`` or ``GUEST@TIME`` (newest not after).
+    """
+
+    def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
+        """Back up a guest once."""
+
+    def provision(
+        self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel
+    ) -> ProvisionReport:
+        """Make a test VM of a snapshot."""
+
+    def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
+        """Apply retention to one guest or all; a dry run removes nothing."""
+
+    def reconcile(self) -> ReconcileReport:
+        """Undo what dead runs left."""
+
+    def doctor(self, guest: str | None) -> tuple[Finding, ...]:
+        """Look whether this host, and a guest on it, can be backed up. Changes nothing."""
+
+    def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
+        """Re-read a snapshot and record what was found."""
+
+    def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
+        """Hold a snapshot against retention, or (None) let it go."""
+
+    def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
+        """Return snapshots, oldest first by guest."""
+
+    def snapshot(self, reference: str) -> Snapshot:
+        """Return one snapshot. Raises SnapshotNotFoundError."""
+
+    def environments(self) -> tuple[EnvironmentStatus, ...]:
+        """Return all environments, by name."""
+
+    def destroy_environment(self, name: str) -> None:
+        """Remove an environment and let its snapshot go. Raises EnvironmentNotFoundError."""
+
+    def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
+        """Set when an environment expires; None: never. Raises EnvironmentNotFoundError."""

@@ -1,0 +1,194 @@
+"""Commands over the QEMU guest agent.
+
+The protocol is that of QEMU's ``qga/qapi-schema.json``: ``guest-exec`` starts a program, ``guest-exec-status`` tells
+whether it ended and hands over its output once. A process id that ``guest-exec`` gave is the only name of a program:
+what ran before a capture is never asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+from datetime import timedelta
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vmsnap.errors import GuestCommandError, GuestUnreachableError
+from vmsnap.guests.limits import ANSWER_CHARACTERS, OUTPUT_BYTES, deadline_error
+from vmsnap.model.command import Command, CommandResult
+from vmsnap.ports.clock import Cancel, Clock
+from vmsnap.ports.guest import AgentChannel
+
+_FIRST_WAIT = timedelta(milliseconds=20)
+_LONGEST_WAIT = timedelta(milliseconds=250)
+_REQUEST_TIMEOUT = timedelta(seconds=15)
+_SILENCE = timedelta(seconds=30)
+_CANNOT_RUN = 126
+_NOT_FOUND = 127
+_SIGNALLED = 128
+_ALLOW = "allow guest-exec in the guest's /etc/qemu/qemu-ga.conf (allow-rpcs, block-rpcs), or give [control.ssh]"
+_log = logging.getLogger(__name__)
+
+
+class _Answer(BaseModel):
+    """An answer of the agent. Unknown keys are newer agents' business; known ones must be what they should be."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _Refusal(_Answer):
+    error_class: str = Field(default="", alias="class")
+    desc: str
+
+
+class _Envelope(_Answer):
+    content: dict[str, object] | None = Field(default=None, alias="return")
+    error: _Refusal | None = None
+
+
+class _Started(_Answer):
+    pid: int
+
+
+class _Status(_Answer):
+    exited: bool
+    exitcode: int | None = None
+    signal: int | None = None
+    out_data: str = Field(default="", alias="out-data")
+    err_data: str = Field(default="", alias="err-data")
+    out_truncated: bool = Field(default=False, alias="out-truncated")
+    err_truncated: bool = Field(default=False, alias="err-truncated")
+
+
+_A = TypeVar("_A", bound=_Answer)
+
+
+class AgentControl:
+    """Runs commands through a guest's agent (see ``vmsnap.ports.guest.GuestControl``).
+
+    The agent runs as root; for another account the command runs under ``runuser``, which takes an argument list.
+    """
+
+    def __init__(self, channel: AgentChannel, *, clock: Clock, cancel: Cancel | None = None) -> None:
+        self._channel = channel
+        self._clock = clock
+        self._cancel = cancel
+
+    @property
+    def method(self) -> str:
+        """Return ``agent``."""
+        return "agent"
+
+    def ping(self, *, timeout: timedelta) -> None:
+        """Return where the agent answers. Raises GuestUnreachableError otherwise. May be repeated."""
+        try:
+            _parse(_Answer, self._ask("guest-ping", arguments={}, timeout=timeout))
+        except GuestCommandError as error:
+            raise GuestUnreachableError("the guest agent answers nonsense", details=error.brief) from error
+
+    def run(self, command: Command, *, timeout: timedelta) -> CommandResult:
+        """Run a command to its end. See ``GuestControl.run``.
+
+        Exit status 127 stands for a program that is not there and 126 for one that cannot be run, as in a shell.
+        """
+        limit = command.timeout or timeout
+        end = self._clock.monotonic() + limit.total_seconds()
+        argv = command.argv if command.user in {None, "root"} else ("runuser", "-u", command.user, "--", *command.argv)
+        arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
+        if command.stdin:
+            arguments["input-data"] = base64.b64encode(command.stdin).decode("ascii")
+        _log.debug("running %s in the guest", argv)
+        try:
+            started = _parse(
+                _Started, self._ask("guest-exec", arguments=arguments, timeout=min(limit, _REQUEST_TIMEOUT))
+            )
+        except GuestCommandError as error:
+            # GLib's words for a program that the agent could not start; QEMU passes them on.
+            words = f"{error.brief}\n{error.details}"
+            if "Failed to execute child process" not in words:
+                raise
+            status = _NOT_FOUND if "No such file or directory" in words else _CANNOT_RUN
+            return CommandResult(exit_status=status, stderr=words.encode())
+        return self._wait(started.pid, command=command, limit=limit, end=end)
+
+    def close(self) -> None:
+        """Do nothing: the channel belongs to the hypervisor."""
+
+    def _wait(self, pid: int, *, command: Command, limit: timedelta, end: float) -> CommandResult:
+        pause = _FIRST_WAIT
+        heard = self._clock.monotonic()
+        while True:
+            if self._cancel is not None:
+                self._cancel.check()
+            try:
+                answer = self._ask("guest-exec-status", arguments={"pid": pid}, timeout=_REQUEST_TIMEOUT)
+            except GuestUnreachableError:
+                # Asking again is harmless, and an agent may be slow for a while in a guest that has just been resumed.
+                if self._clock.monotonic() - heard > _SILENCE.total_seconds():
+                    raise
+            except GuestCommandError as error:
+                if "pid" not in f"{error.brief}\n{error.details}".lower():
+                    raise
+                raise GuestUnreachableError(
+                    f"the guest agent no longer knows {command.argv[0]}, which it had started: it was restarted",
+                    details=error.details or error.brief,
+                ) from error
+            else:
+                status = _parse(_Status, answer)
+                if status.exited:
+                    return _result(status)
+                heard = self._clock.monotonic()
+            if self._clock.monotonic() >= end:
+                raise deadline_error(command, limit=limit)
+            self._clock.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_WAIT)
+
+    def _ask(self, request: str, *, arguments: dict[str, object], timeout: timedelta) -> str:
+        text = self._channel.send(json.dumps({"execute": request, "arguments": arguments}), timeout=timeout)
+        if len(text) > ANSWER_CHARACTERS:
+            raise GuestCommandError(
+                f"the guest agent's answer to {request} has {len(text)} characters; at most {ANSWER_CHARACTERS} are read"
+            )
+        return text
+
+
+def _parse(kind: type[_A], text: str) -> _A:
+    try:
+        answer = _Envelope.model_validate_json(text)
+        if answer.error is not None:
+            raise GuestCommandError(
+                f"the guest agent refused: {answer.error.desc}", details=answer.error.error_class, remedy=_ALLOW
+            )
+        return kind.model_validate(answer.content)
+    except ValidationError as error:
+        raise GuestCommandError(
+            "the guest agent's answer makes no sense",
+            details=f"{error.error_count()} faults, the first: {error.errors(include_input=False)[0]['msg']}",
+            remedy="update or restart qemu-guest-agent in the guest, or give [control.ssh] in the policy",
+        ) from error
+
+
+def _result(status: _Status) -> CommandResult:
+    if status.exitcode is not None:
+        exit_status = status.exitcode
+    elif status.signal is not None:
+        exit_status = _SIGNALLED + status.signal
+    else:
+        raise GuestCommandError("the guest agent says that a program ended, but not how")
+    stdout, stderr = _decode(status.out_data), _decode(status.err_data)
+    return CommandResult(
+        exit_status=exit_status,
+        stdout=stdout[:OUTPUT_BYTES],
+        stderr=stderr[:OUTPUT_BYTES],
+        truncated=status.out_truncated or status.err_truncated or max(len(stdout), len(stderr)) > OUTPUT_BYTES,
+    )
+
+
+def _decode(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise GuestCommandError("the guest agent sent output that is not base64") from error

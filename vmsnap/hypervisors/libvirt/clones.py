@@ -1,0 +1,188 @@
+"""Clones: restored paused from the memory image, resumed on proof of their fence, shut down by their own guest."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from vmsnap.errors import BugError, DeadlineError, GuestNotFoundError, NotCleanError
+from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_image
+from vmsnap.hypervisors.libvirt.connection import Connection, gone, translated
+from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
+from vmsnap.hypervisors.libvirt.inspect import nic_mac
+from vmsnap.hypervisors.libvirt.xml import Tag, devices, parse, read_tag, unparse
+from vmsnap.model.capture import CapturePlan, Clone
+from vmsnap.model.guest import GuestState
+from vmsnap.model.ids import RunId
+from vmsnap.model.isolation import FencePlan, IsolationProof
+
+_LOG = logging.getLogger(__name__)
+_UUIDS = uuid.UUID("6c1e2f0a-7f0b-5a55-9a53-2b8f6f1f9e11")
+_NOTHING_TO_DO = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: GuestState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: GuestState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTOFF: GuestState.SHUT_OFF,
+}
+
+
+def state_of(domain: Any) -> GuestState:
+    """Return a domain's state. Raises GuestNotFoundError where it is gone meanwhile."""
+    with translated("read a guest's state"):
+        return _STATES.get(domain.state()[0], GuestState.OTHER)
+
+
+def clone_of(run: RunId, *, guest: str) -> Clone:
+    """Return the clone of a run: its name and UUID follow from the run's id."""
+    return Clone(run=run, guest=guest, name=f"vmsnap-clone-{run}", uuid=str(uuid.uuid5(_UUIDS, f"clone-{run}")))
+
+
+def clone_xml(text: str, *, plan: CapturePlan, fence: FencePlan, nvram: str | None) -> str:
+    """Return the clone's XML, made of the XML in the memory image. Raises BugError where fence and guest do not match."""
+    domain = parse(text)
+    clone = clone_of(plan.run, guest=plan.guest.name)
+    rewrite.set_identity(
+        domain,
+        rewrite.Identity(name=clone.name, uuid=clone.uuid, tag=Tag(run=plan.run, kind="clone", guest=plan.guest.name)),
+    )
+    detail = overlays.describe(plan, role="clone")
+    rewrite.set_disks(domain, {disk.target: disk.overlay for disk in detail.disks})
+    macs = tuple(nic_mac(interface) for interface in devices(domain).findall("interface"))
+    if macs != tuple(port.mac for port in fence.ports):
+        raise BugError(f"the fence has ports for {[port.mac for port in fence.ports]}, the guest has {list(macs)}")
+    rewrite.set_nics(domain, tuple(rewrite.NicAttachment(bridge=port.bridge, tap=port.tap) for port in fence.ports))
+    rewrite.privatise_host_ends(domain)
+    rewrite.set_nvram(domain, nvram)
+    rewrite.set_life(domain, reboot="destroy", crash="destroy", cpu_shares=plan.settings.cpu_shares)
+    return unparse(domain)
+
+
+class Clones:
+    """All clones of one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def restore(self, plan: CapturePlan, *, fence: FencePlan, image: Path, nvram: str | None) -> Clone:
+        """Make the clone from the memory image, paused, and check what it could touch. See ports.hypervisor."""
+        clone = clone_of(plan.run, guest=plan.guest.name)
+        with image.open("r+b") as file:
+            text = save_image.read_header(file).xml
+            save_image.replace_xml(file, xml=clone_xml(text, plan=plan, fence=fence, nvram=nvram))
+        with translated("restore the clone"):
+            self._connection.get().restoreFlags(str(image), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        memory.discard_image(image.parent)
+        domain = self._connection.domain(clone.name)
+        if state_of(domain) is not GuestState.PAUSED:
+            raise BugError("libvirt restored the clone running although it was told not to")
+        with translated("describe the clone"):
+            live = parse(domain.XMLDesc(0))
+        detail = overlays.describe(plan, role="clone")
+        audit.require_private(
+            live,
+            overlays={disk.target: disk.overlay for disk in detail.disks},
+            bridges={port.mac: port.bridge for port in fence.ports},
+            nvram=nvram,
+            name="the clone",
+        )
+        return clone
+
+    def resume(self, clone: Clone, *, proof: IsolationProof) -> None:
+        """Let the clone run. Raises BugError for a proof of another run."""
+        if proof.run != clone.run:
+            raise BugError(f"the proof is of run {proof.run}, the clone of run {clone.run}")
+        domain = self._connection.domain(clone.name)
+        with translated("resume the clone"):
+            domain.resume()
+
+    def shut_down(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+        """Ask the guest to power off and wait. See ports.hypervisor.
+
+        Only a SHUTDOWN that came from the guest counts: a QEMU that was killed, or crashed, ends as 'stopped' too.
+        """
+        domain = self._connection.find_domain(clone.name)
+        if domain is None:
+            raise NotCleanError("the clone ended before it was asked to shut down", remedy="see /var/log/libvirt/qemu")
+        mode = libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT if agent_answers else libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN
+        until = time.monotonic() + deadline.total_seconds()
+        with LifecycleRecorder(self._connection.get(), domain) as recorder:
+            self._ask(domain, mode)
+            while not recorder.wait_for(libvirt.VIR_DOMAIN_EVENT_STOPPED, timeout_seconds=1):
+                if time.monotonic() > until:
+                    raise DeadlineError(
+                        f"the clone did not power off within {deadline}",
+                        remedy="raise clone.shutdown_deadline; 'journalctl -b -1' of a test VM shows what hung",
+                    )
+                if self._connection.find_domain(clone.name) is None:
+                    recorder.wait_for(libvirt.VIR_DOMAIN_EVENT_STOPPED, timeout_seconds=2)
+                    break
+            stopped = recorder.details(libvirt.VIR_DOMAIN_EVENT_STOPPED)
+            shutdown = recorder.details(libvirt.VIR_DOMAIN_EVENT_SHUTDOWN)
+        if libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN not in stopped or not shutdown:
+            raise NotCleanError(
+                "the clone ended, but not by a shutdown of its guest",
+                details=f"libvirt's STOPPED details: {stopped}, SHUTDOWN details: {shutdown}",
+                remedy="see /var/log/libvirt/qemu for the clone's log, and the host's for the OOM killer",
+            )
+        if libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST in shutdown:
+            raise NotCleanError("the clone was ended from the host", details=f"SHUTDOWN details: {shutdown}")
+        return "guest agent" if agent_answers else "ACPI"
+
+    def _ask(self, domain: Any, mode: int) -> None:
+        try:
+            domain.shutdownFlags(mode)
+        except libvirt.libvirtError as error:
+            # The agent goes away while it obeys, so an unanswered request is no failure; the wait will tell.
+            if error.get_error_code() not in (
+                libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+                libvirt.VIR_ERR_AGENT_COMMAND_TIMEOUT,
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                libvirt.VIR_ERR_NO_DOMAIN,
+            ):
+                with translated("ask the clone to shut down"):
+                    raise
+            _LOG.debug("shutdown request: %s", error)
+
+    def destroy(self, name: str, *, run: RunId) -> None:
+        """End and forget a domain that bears this run's tag. Content where it is gone; refuses any other domain."""
+        domain = self._connection.find_domain(name)
+        if domain is None:
+            return
+        try:
+            self.require_tagged(domain, run=run)
+            with translated(f"destroy {name!r}"):
+                gone(domain.destroy, codes=_NOTHING_TO_DO)
+                flags = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                gone(lambda: domain.undefineFlags(flags), codes=_NOTHING_TO_DO)
+        except GuestNotFoundError:
+            return
+
+    def require_tagged(self, domain: Any, *, run: RunId | None) -> Tag:
+        """Return a domain's tag. Raises BugError where it has none, or another run's: it is not vmsnap's to touch."""
+        with translated("describe a domain"):
+            tag = read_tag(parse(domain.XMLDesc(0)))
+        if tag is None or (run is not None and tag.run != run):
+            raise BugError(f"{domain.name()!r} does not bear the tag of run {run} and is left alone")
+        return tag
+
+    def tagged(self) -> tuple[tuple[str, Tag], ...]:
+        """Return the names and tags of all domains that vmsnap made."""
+        found = []
+        with translated("list its guests"):
+            domains = self._connection.get().listAllDomains(0)
+        for domain in domains:
+            try:
+                tag = read_tag(parse(domain.XMLDesc(0)))
+            except libvirt.libvirtError:
+                # It ended between the listing and the question.
+                continue
+            if tag is not None:
+                found.append((domain.name(), tag))
+        return tuple(found)

@@ -1,0 +1,412 @@
+"""The libvirt driver: ports.hypervisor over the modules of this room."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import IPv4Interface
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from vmsnap.errors import BugError, NoSpaceError, PreconditionError, VmsnapError
+from vmsnap.hypervisors.libvirt import commit, memory, overlays, preflight
+from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
+from vmsnap.hypervisors.libvirt.capture import LiveCapture
+from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
+from vmsnap.hypervisors.libvirt.connection import Connection, translated
+from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environments
+from vmsnap.hypervisors.libvirt.inspect import agent_is_connected, disk_target, guest_from_xml, nic_mac, writable_disks
+from vmsnap.hypervisors.libvirt.leftovers import overlay_resources
+from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
+from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.environment import EnvironmentPlan
+from vmsnap.model.guest import Finding, Guest, GuestState, Severity
+from vmsnap.model.ids import RunId, is_run_id
+from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.journal import Resource, ResourceKind
+from vmsnap.model.manifest import MachineRecord
+from vmsnap.ports.clock import Cancel, Clock
+from vmsnap.ports.guest import AgentChannel
+
+_ADDRESS_SOURCES = (
+    libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
+    libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
+)
+_CLONE_NVRAM = "nvram.clone.fd"
+_AGENT_TIMEOUT = timedelta(seconds=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibvirtFolders:
+    """Where the driver keeps things: ``runtime`` is volatile (``/run/vmsnap``), ``environments`` is not."""
+
+    runtime: Path
+    environments: Path
+
+
+class LibvirtHypervisor:
+    """Implements ports.hypervisor.Hypervisor for one libvirt URI."""
+
+    kinds = frozenset(
+        {
+            ResourceKind.MEMORY,
+            ResourceKind.SOURCE_OVERLAYS,
+            ResourceKind.CLONE_OVERLAYS,
+            ResourceKind.CLONE,
+            ResourceKind.ENVIRONMENT_DISKS,
+            ResourceKind.ENVIRONMENT,
+        }
+    )
+
+    def __init__(self, uri: str, *, folders: LibvirtFolders, clock: Clock) -> None:
+        self._connection = Connection(uri)
+        self._folders = folders
+        self._clock = clock
+        self._clones = Clones(self._connection)
+        self._environment_folders = EnvironmentFolders(folders.environments)
+        self._environments = Environments(self._connection, folders=self._environment_folders)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    # Looking
+
+    def guests(self) -> tuple[str, ...]:
+        """Return the names of all guests."""
+        mine = {name for name, _ in self._clones.tagged()}
+        return tuple(sorted(set(self._connection.names()) - mine))
+
+    def inspect(self, guest: str) -> Guest:
+        """Describe a guest."""
+        domain = self._connection.domain(guest)
+        with translated(f"describe {guest!r}"):
+            root = parse(domain.XMLDesc(0))
+            if read_tag(root) is not None:
+                raise PreconditionError(
+                    f"{guest!r} is a clone or an environment that vmsnap made, not a guest to back up"
+                )
+            sizes = {disk_target(disk): domain.blockInfo(disk_target(disk))[0] for disk in writable_disks(root)}
+        state = state_of(domain)
+        addresses = self._addresses(domain, root) if state is GuestState.RUNNING else {}
+        return guest_from_xml(root, state=state, sizes=sizes, addresses=addresses)
+
+    def _addresses(self, domain: Any, root: Any) -> dict[str, tuple[IPv4Interface, ...]]:
+        """Return addresses by MAC: from the agent where one is connected, else from leases, else from ARP."""
+        if agent_is_connected(root):
+            try:
+                answer = json.loads(
+                    self.agent(domain.name()).send('{"execute":"guest-network-get-interfaces"}', timeout=_AGENT_TIMEOUT)
+                )
+                if found := _agent_addresses(answer):
+                    return found
+            except (VmsnapError, ValueError, KeyError, TypeError):
+                # The agent is only one of three witnesses, and a guest may be busy.
+                pass
+        for source in _ADDRESS_SOURCES:
+            try:
+                interfaces = domain.interfaceAddresses(source)
+            except libvirt.libvirtError:
+                continue
+            if found := _libvirt_addresses(interfaces):
+                return found
+        return {}
+
+    def machine(self, guest: Guest) -> MachineRecord:
+        """Return the persistent definition, without secrets such as VNC passwords."""
+        domain = self._connection.domain(guest.name)
+        with translated(f"describe {guest.name!r}"):
+            text = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        return MachineRecord(
+            hypervisor="libvirt",
+            definition=text,
+            uuid=guest.uuid,
+            memory_bytes=guest.memory_bytes,
+            vcpus=guest.vcpus,
+            nvram=guest.nvram,
+            macs=tuple(nic_mac(interface) for interface in devices(parse(text)).findall("interface")),
+        )
+
+    def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
+        """Look whether the guest can be captured now."""
+        domain = self._connection.domain(guest.name)
+        with translated(f"describe {guest.name!r}"):
+            root = parse(domain.XMLDesc(0))
+            busy = domain.isActive() and domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
+        found = []
+        if guest.state is not GuestState.RUNNING:
+            found.append(
+                Finding(
+                    check="state",
+                    severity=Severity.REFUSAL,
+                    message=f"the guest is {guest.state}; only a running guest can be cloned",
+                    remedy=f"virsh start {guest.name}; a guest that is off is clean as it is: copy its disks",
+                )
+            )
+        if busy:
+            found.append(
+                Finding(
+                    check="jobs",
+                    severity=Severity.REFUSAL,
+                    message="another job (migration, save, backup) runs on the guest",
+                    remedy="wait for it; see 'virsh domjobinfo'",
+                )
+            )
+        found.extend(preflight.check_devices(root))
+        found.extend(preflight.check_memory_backing(root))
+        found.extend(preflight.check_disks(root, settings=settings))
+        found.extend(preflight.check_agent(root))
+        found.extend(preflight.check_memory(root, meminfo=Path("/proc/meminfo").read_text(encoding="ascii")))
+        return tuple(found)
+
+    # Capturing
+
+    def _runtime(self, run: RunId) -> Path:
+        return self._folders.runtime / run
+
+    def memory_resource(self, plan: CapturePlan) -> Resource:
+        """Name the tmpfs of the memory image."""
+        return self._memory_resource(plan.run, guest=plan.guest.name)
+
+    def _memory_resource(self, run: RunId, *, guest: str) -> Resource:
+        folder = self._runtime(run) / "memory"
+        return Resource(kind=ResourceKind.MEMORY, run=run, guest=guest, name=str(folder))
+
+    def prepare_memory(self, plan: CapturePlan) -> None:
+        """Mount the tmpfs."""
+        self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._runtime(plan.run).mkdir(mode=0o711, exist_ok=True)
+        memory.create(self._runtime(plan.run) / "memory", ram_bytes=plan.guest.memory_bytes)
+
+    def overlays_resource(self, plan: CapturePlan) -> Resource:
+        """Name the source's overlays."""
+        return self._overlays_resource(plan, role="source", kind=ResourceKind.SOURCE_OVERLAYS)
+
+    def _overlays_resource(self, plan: CapturePlan, *, role: str, kind: ResourceKind) -> Resource:
+        detail = overlays.describe(plan, role=role)
+        return Resource(
+            kind=kind,
+            run=plan.run,
+            guest=plan.guest.name,
+            name=f"{role} overlays of {plan.guest.name}",
+            detail=detail.model_dump_json(),
+        )
+
+    def prepare_overlays(self, plan: CapturePlan) -> None:
+        """Make the overlays the source will write to."""
+        detail = overlays.describe(plan, role="source")
+        if overlays.free_bytes(detail) < plan.settings.min_overlay_free_bytes:
+            raise NoSpaceError(
+                "the file system of the overlays has too little room",
+                remedy="make room, set capture.overlay_dir, or lower capture.min_overlay_free_mib",
+            )
+        overlays.create(detail)
+
+    def clone_overlays_resource(self, plan: CapturePlan) -> Resource:
+        """Name the overlays the clone will write to."""
+        return self._overlays_resource(plan, role="clone", kind=ResourceKind.CLONE_OVERLAYS)
+
+    def prepare_clone_overlays(self, plan: CapturePlan) -> None:
+        """Make the overlays the clone will write to."""
+        overlays.create(overlays.describe(plan, role="clone"))
+
+    def overlay_free_bytes(self, plan: CapturePlan) -> int:
+        """Return the room left where the overlays grow."""
+        return min(overlays.free_bytes(overlays.describe(plan, role=role)) for role in ("source", "clone"))
+
+    def capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
+        """Capture in mode ``live``."""
+        folder = self._runtime(plan.run) / "memory"
+        return LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
+
+    # The clone
+
+    def clone_resource(self, plan: CapturePlan) -> Resource:
+        """Name the clone."""
+        clone = clone_of(plan.run, guest=plan.guest.name)
+        return Resource(kind=ResourceKind.CLONE, run=plan.run, guest=plan.guest.name, name=clone.name)
+
+    def restore_clone(self, plan: CapturePlan, *, fence: FencePlan) -> Clone:
+        """Make the clone, paused."""
+        nvram = self.clone_nvram(plan)
+        if nvram is not None and plan.guest.nvram is not None:
+            shutil.copyfile(plan.guest.nvram, nvram)
+            owner = Path(plan.guest.nvram).stat()
+            os.chown(nvram, owner.st_uid, owner.st_gid)
+            Path(nvram).chmod(0o600)
+        image = self._runtime(plan.run) / "memory" / memory.IMAGE_NAME
+        return self._clones.restore(plan, fence=fence, image=image, nvram=nvram)
+
+    def clone_nvram(self, plan: CapturePlan) -> str | None:
+        """Return the path of the clone's firmware variables, or None where the guest has none."""
+        return None if plan.guest.nvram is None else str(self._runtime(plan.run) / _CLONE_NVRAM)
+
+    def resume_clone(self, clone: Clone, *, proof: IsolationProof) -> None:
+        """Let the clone run."""
+        self._clones.resume(clone, proof=proof)
+
+    def clone_state(self, clone: Clone) -> GuestState:
+        """Return the clone's state."""
+        return state_of(self._connection.domain(clone.name))
+
+    def agent(self, domain: str) -> AgentChannel:
+        """Return the line to a domain's agent."""
+        return LibvirtAgentChannel(self._connection, domain=domain)
+
+    def set_link(self, domain: str, *, mac: str, up: bool) -> None:
+        """Pull or plug a cable of a clone or an environment."""
+        found = self._connection.domain(domain)
+        self._clones.require_tagged(found, run=None)
+        with translated(f"set the link of {mac}"):
+            for interface in devices(parse(found.XMLDesc(0))).findall("interface"):
+                if nic_mac(interface) == mac.lower():
+                    child(interface, "link").set("state", "up" if up else "down")
+                    found.updateDeviceFlags(unparse(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+                    return
+        raise BugError(f"{domain!r} has no interface {mac}")
+
+    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+        """Ask the clone's guest to power off."""
+        return self._clones.shut_down(clone, agent_answers=agent_answers, deadline=deadline)
+
+    def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:
+        """Return the clone's disk images."""
+        return tuple(
+            DiskImage(target=disk.target, path=disk.overlay, image_format="qcow2", size_bytes=disk.size_bytes)
+            for disk in overlays.describe(plan, role="clone").disks
+        )
+
+    def source_is_home(self, guest: Guest) -> bool:
+        """Tell whether the guest runs on its own disks."""
+        return commit.is_home(self._connection, guest=guest.name, sources={d.target: d.source for d in guest.disks})
+
+    # Environments
+
+    def environment_disks_resource(self, plan: EnvironmentPlan) -> Resource:
+        """Name an environment's overlays."""
+        return Resource(
+            kind=ResourceKind.ENVIRONMENT_DISKS,
+            run=plan.run,
+            guest=plan.guest,
+            name=str(self._environment_folders.of(plan)),
+        )
+
+    def prepare_environment_disks(
+        self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...], nvram: str | None
+    ) -> None:
+        """Make an environment's overlays."""
+        self._environment_folders.prepare(plan, images=images, nvram=nvram)
+
+    def environment_resource(self, plan: EnvironmentPlan) -> Resource:
+        """Name an environment."""
+        return Resource(kind=ResourceKind.ENVIRONMENT, run=plan.run, guest=plan.guest, name=plan.name)
+
+    def define_environment(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
+        """Define an environment."""
+        self._environments.define(plan, machine=machine, fence=fence)
+
+    def attach_environment(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
+        """Create an environment's process, paused."""
+        self._environments.attach(plan, fence=fence, nvram=machine.nvram is not None)
+
+    def start_environment(self, plan: EnvironmentPlan, *, proof: IsolationProof | None) -> None:
+        """Let an environment boot."""
+        self._environments.start(plan, fenced=plan.network is None, proof=proof)
+
+    def environment_state(self, name: str) -> GuestState:
+        """Return an environment's state."""
+        return self._environments.state(name)
+
+    def environment_written_bytes(self, run: RunId) -> int:
+        """Return what an environment's overlays occupy on disk."""
+        return self._environment_folders.written_bytes(run)
+
+    # Owning
+
+    def release(self, resource: Resource, *, deadline: timedelta) -> None:
+        """Remove a resource of one of this driver's kinds."""
+        if resource.kind is ResourceKind.MEMORY:
+            memory.remove(self._runtime(resource.run) / "memory")
+            self._remove_runtime_if_empty(resource.run)
+        elif resource.kind is ResourceKind.SOURCE_OVERLAYS:
+            detail = OverlaysDetail.model_validate_json(resource.detail)
+            commit.SourceReturn(self._connection, guest=resource.guest, detail=detail).run(deadline=deadline)
+        elif resource.kind is ResourceKind.CLONE_OVERLAYS:
+            overlays.delete(OverlaysDetail.model_validate_json(resource.detail))
+            (self._runtime(resource.run) / _CLONE_NVRAM).unlink(missing_ok=True)
+            self._remove_runtime_if_empty(resource.run)
+        elif resource.kind in (ResourceKind.CLONE, ResourceKind.ENVIRONMENT):
+            self._clones.destroy(resource.name, run=resource.run)
+        elif resource.kind is ResourceKind.ENVIRONMENT_DISKS:
+            self._environment_folders.remove(resource.run)
+        else:
+            raise BugError(f"the libvirt driver owns no {resource.kind}")
+
+    def _remove_runtime_if_empty(self, run: RunId) -> None:
+        folder = self._runtime(run)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def owned(self) -> tuple[Resource, ...]:
+        """Return what bears a run's tag: domains, overlays, memory areas, environment folders."""
+        found = [
+            Resource(
+                kind=ResourceKind.CLONE if tag.kind == "clone" else ResourceKind.ENVIRONMENT,
+                run=tag.run,
+                guest=tag.guest,
+                name=name,
+            )
+            for name, tag in self._clones.tagged()
+        ]
+        found.extend(overlay_resources(self._connection))
+        if self._folders.runtime.is_dir():
+            found.extend(
+                self._memory_resource(RunId(entry.name), guest="")
+                for entry in sorted(self._folders.runtime.iterdir())
+                if is_run_id(entry.name) and (entry / "memory").exists()
+            )
+        found.extend(
+            Resource(
+                kind=ResourceKind.ENVIRONMENT_DISKS,
+                run=RunId(run),
+                guest="",
+                name=str(self._folders.environments / run),
+            )
+            for run in self._environment_folders.runs()
+        )
+        return tuple(found)
+
+
+def _agent_addresses(answer: dict[str, Any]) -> dict[str, tuple[IPv4Interface, ...]]:
+    """Return IPv4 addresses by MAC from the answer of guest-network-get-interfaces (qga/qapi-schema.json)."""
+    found = {}
+    for interface in answer["return"]:
+        addresses = tuple(
+            IPv4Interface(f"{item['ip-address']}/{item['prefix']}")
+            for item in interface.get("ip-addresses", [])
+            if item["ip-address-type"] == "ipv4"
+        )
+        mac = interface.get("hardware-address", "").lower()
+        if mac and mac != "00:00:00:00:00:00" and addresses:
+            found[mac] = addresses
+    return found
+
+
+def _libvirt_addresses(interfaces: dict[str, Any]) -> dict[str, tuple[IPv4Interface, ...]]:
+    """Return IPv4 addresses by MAC from virDomainInterfaceAddresses. ARP knows no prefix: libvirt then says 0."""
+    found = {}
+    for interface in interfaces.values():
+        addresses = tuple(
+            IPv4Interface(f"{item['addr']}/{item['prefix'] or 32}")
+            for item in interface.get("addrs") or []
+            if item["type"] == libvirt.VIR_IP_ADDR_TYPE_IPV4
+        )
+        if addresses and interface.get("hwaddr"):
+            found[interface["hwaddr"].lower()] = addresses
+    return found

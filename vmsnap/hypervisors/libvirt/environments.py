@@ -1,0 +1,171 @@
+"""Environments: VMs over stored images, defined anew from the machine's XML in the manifest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import libvirt
+
+from vmsnap.errors import BugError, EnvironmentNotFoundError, PreconditionError
+from vmsnap.hypervisors.libvirt import audit, overlays, rewrite
+from vmsnap.hypervisors.libvirt.clones import state_of
+from vmsnap.hypervisors.libvirt.connection import Connection, translated
+from vmsnap.hypervisors.libvirt.inspect import disk_target, nic_mac, writable_disks
+from vmsnap.hypervisors.libvirt.xml import Tag, child, devices, drop, parse, unparse
+from vmsnap.model.capture import DiskImage
+from vmsnap.model.environment import EnvironmentPlan
+from vmsnap.model.guest import GuestState
+from vmsnap.model.ids import is_run_id
+from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.manifest import MachineRecord
+
+_NVRAM = "nvram.fd"
+
+
+class EnvironmentFolders:
+    """Where environments keep their overlays: ``<folder>/<run>/<target>.qcow2``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def of(self, plan: EnvironmentPlan) -> Path:
+        """Return the folder of an environment."""
+        return self._folder / plan.run
+
+    def prepare(self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...], nvram: str | None) -> None:
+        """Make the overlays. QEMU's user must be able to pass through the folder, not to list it."""
+        folder = self.of(plan)
+        folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for image in images:
+            overlays.create_overlay(
+                folder / f"{image.target}.qcow2",
+                base=image.path,
+                base_format=image.image_format,
+                size_bytes=image.size_bytes,
+            )
+        if nvram is not None:
+            shutil.copyfile(nvram, folder / _NVRAM)
+            (folder / _NVRAM).chmod(0o600)
+
+    def remove(self, run: str) -> None:
+        """Remove an environment's folder. Content where it is gone."""
+        if not is_run_id(run):
+            raise BugError(f"{run!r} is not a run's id; no folder of that name is removed")
+        if (self._folder / run).exists():
+            shutil.rmtree(self._folder / run)
+
+    def runs(self) -> tuple[str, ...]:
+        """Return the runs that have a folder."""
+        if not self._folder.is_dir():
+            return ()
+        return tuple(sorted(entry.name for entry in self._folder.iterdir() if is_run_id(entry.name)))
+
+    def written_bytes(self, run: str) -> int:
+        """Return what an environment's overlays occupy."""
+        folder = self._folder / run
+        if not folder.is_dir():
+            return 0
+        return sum(path.stat().st_blocks * 512 for path in folder.glob("*.qcow2"))
+
+
+class Environments:
+    """All environments of one connection."""
+
+    def __init__(self, connection: Connection, *, folders: EnvironmentFolders) -> None:
+        self._connection = connection
+        self._folders = folders
+
+    def define(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
+        """Define the VM, not started. See ports.hypervisor."""
+        if self._connection.find_domain(plan.name) is not None:
+            raise PreconditionError(f"there is already a VM named {plan.name!r}", remedy="choose another with --name")
+        if plan.network is not None:
+            self._require_network(plan.network)
+        text = self.xml(plan, machine=machine, fence=fence)
+        with translated(f"define the environment {plan.name!r}"):
+            self._connection.get().defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+
+    def xml(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> str:
+        """Return the environment's XML."""
+        domain = parse(machine.definition)
+        folder = self._folders.of(plan)
+        rewrite.set_identity(
+            domain,
+            rewrite.Identity(
+                name=plan.name, uuid=plan.uuid, tag=Tag(run=plan.run, kind="environment", guest=plan.guest)
+            ),
+        )
+        targets = [disk_target(disk) for disk in writable_disks(domain)]
+        rewrite.set_disks(domain, {target: str(folder / f"{target}.qcow2") for target in targets})
+        if fence is not None:
+            attachments = tuple(
+                rewrite.NicAttachment(bridge=port.bridge, tap=port.tap, mac=port.mac) for port in fence.ports
+            )
+        else:
+            attachments = tuple(rewrite.NicAttachment(network=plan.network, mac=mac) for mac in plan.macs)
+        rewrite.set_nics(domain, attachments)
+        rewrite.privatise_host_ends(domain)
+        rewrite.set_nvram(domain, str(folder / _NVRAM) if machine.nvram is not None else None)
+        rewrite.set_life(domain, reboot="restart", crash="destroy", cpu_shares=None)
+        if plan.memory_bytes is not None:
+            for tag in ("memory", "currentMemory"):
+                element = child(domain, tag)
+                element.set("unit", "b")
+                element.text = str(plan.memory_bytes)
+        if plan.vcpus is not None:
+            drop(domain, "vcpus")
+            for topology in domain.findall("cpu/topology"):
+                child(domain, "cpu").remove(topology)
+            element = child(domain, "vcpu")
+            element.attrib.pop("current", None)
+            element.text = str(plan.vcpus)
+        return unparse(domain)
+
+    def _require_network(self, name: str) -> None:
+        try:
+            self._connection.get().networkLookupByName(name)
+        except libvirt.libvirtError as error:
+            raise PreconditionError(
+                f"there is no libvirt network {name!r}",
+                remedy="see 'virsh net-list --all', or leave --network out to get a fence",
+            ) from error
+
+    def attach(self, plan: EnvironmentPlan, *, fence: FencePlan | None, nvram: bool) -> None:
+        """Create the environment's process, paused, and, where it has a fence, check what it could touch."""
+        domain = self._connection.domain(plan.name)
+        with translated(f"start the environment {plan.name!r}"):
+            domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            live = parse(domain.XMLDesc(0))
+        if fence is None:
+            return
+        folder = self._folders.of(plan)
+        audit.require_private(
+            live,
+            overlays={disk_target(disk): str(folder / f"{disk_target(disk)}.qcow2") for disk in writable_disks(live)},
+            bridges={port.mac: port.bridge for port in fence.ports},
+            nvram=str(folder / _NVRAM) if nvram else None,
+            name=f"the environment {plan.name!r}",
+        )
+
+    def start(self, plan: EnvironmentPlan, *, fenced: bool, proof: IsolationProof | None) -> None:
+        """Let it boot. Raises BugError where it has a fence and no proof of it."""
+        if fenced and (proof is None or proof.run != plan.run):
+            raise BugError(f"the environment {plan.name!r} has a fence that was not proven")
+        domain = self._connection.domain(plan.name)
+        with translated(f"resume the environment {plan.name!r}"):
+            domain.resume()
+
+    def state(self, name: str) -> GuestState:
+        """Return an environment's state. Raises EnvironmentNotFoundError."""
+        domain = self._connection.find_domain(name)
+        if domain is None:
+            raise EnvironmentNotFoundError(
+                f"the VM of environment {name!r} is gone", remedy=f"vmsnap env destroy {name}"
+            )
+        return state_of(domain)
+
+
+def macs_of(machine: MachineRecord) -> int:
+    """Return how many NICs a stored machine has."""
+    return len([nic_mac(interface) for interface in devices(parse(machine.definition)).findall("interface")])

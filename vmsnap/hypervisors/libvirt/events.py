@@ -1,0 +1,113 @@
+"""Events of one domain, recorded as they arrive."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+import libvirt
+import libvirt_qemu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """When the guest's vCPUs stopped and when they went on, by QEMU's clock."""
+
+    stopped: datetime
+    resumed: datetime
+
+
+class PauseRecorder:
+    """Records QEMU's STOP and RESUME events of one domain while the block runs.
+
+    QEMU stamps the events itself (qapi/run-state.json), so the delay of their delivery does not count.
+    """
+
+    def __init__(self, connection: Any, domain: Any) -> None:
+        self._connection = connection
+        self._domain = domain
+        self._changed = threading.Condition()
+        self._events: list[tuple[str, datetime]] = []
+        self._handles: list[int] = []
+
+    def __enter__(self) -> Self:
+        for event in ("STOP", "RESUME"):
+            self._handles.append(
+                libvirt_qemu.qemuMonitorEventRegister(self._connection, self._domain, event, self._record, None, 0)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            try:
+                libvirt_qemu.qemuMonitorEventDeregister(self._connection, handle)
+            except libvirt.libvirtError:
+                # The connection broke, and the registration went with it.
+                continue
+
+    def _record(
+        self, _conn: object, _dom: object, event: str, seconds: int, micros: int, _details: object, _opaque: object
+    ) -> None:
+        with self._changed:
+            self._events.append((event, datetime.fromtimestamp(seconds + micros / 1e6, tz=UTC)))
+            self._changed.notify_all()
+
+    def pause(self, *, timeout_seconds: float) -> Pause | None:
+        """Return the pause from the first STOP to the last RESUME, waiting for the latter; None where one is missing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._complete() is not None, timeout=timeout_seconds)
+            return self._complete()
+
+    def _complete(self) -> Pause | None:
+        stops = [at for event, at in self._events if event == "STOP"]
+        resumes = [at for event, at in self._events if event == "RESUME"]
+        if not stops or not resumes or resumes[-1] < stops[-1]:
+            return None
+        return Pause(stopped=stops[0], resumed=resumes[-1])
+
+
+class LifecycleRecorder:
+    """Records lifecycle events of one domain (virDomainEventType) while the block runs."""
+
+    def __init__(self, connection: Any, domain: Any) -> None:
+        self._connection = connection
+        self._domain = domain
+        self._changed = threading.Condition()
+        self._seen: list[tuple[int, int]] = []
+        self._handle: int | None = None
+
+    def __enter__(self) -> Self:
+        self._handle = self._connection.domainEventRegisterAny(
+            self._domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._record, None
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is None:
+            return
+        try:
+            self._connection.domainEventDeregisterAny(self._handle)
+        except libvirt.libvirtError:
+            return
+
+    def _record(self, _conn: object, _dom: object, event: int, detail: int, _opaque: object) -> None:
+        with self._changed:
+            self._seen.append((event, detail))
+            self._changed.notify_all()
+
+    def wait_for(self, event: int, *, timeout_seconds: float) -> bool:
+        """Wait until an event of that type was seen. Returns whether it was."""
+        with self._changed:
+            return self._changed.wait_for(lambda: any(seen == event for seen, _ in self._seen), timeout=timeout_seconds)
+
+    def details(self, event: int) -> tuple[int, ...]:
+        """Return the details of all events of that type seen so far."""
+        with self._changed:
+            return tuple(detail for seen, detail in self._seen if seen == event)

@@ -1,0 +1,79 @@
+"""Finding what runs left, from tags alone: domains' metadata and the names of overlay files."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmsnap.errors import VmsnapError
+from vmsnap.hypervisors.libvirt.connection import Connection, translated
+from vmsnap.hypervisors.libvirt.inspect import disk_source, disk_target, writable_disks
+from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail, parse_name
+from vmsnap.hypervisors.libvirt.tools import run_tool
+from vmsnap.hypervisors.libvirt.xml import parse, read_tag, text_of
+from vmsnap.model.guest import DiskKind
+from vmsnap.model.ids import RunId
+from vmsnap.model.journal import Resource, ResourceKind
+
+_KINDS = {"source": ResourceKind.SOURCE_OVERLAYS, "clone": ResourceKind.CLONE_OVERLAYS}
+
+
+def overlay_resources(connection: Connection) -> tuple[Resource, ...]:
+    """Return resources for all overlay files of vmsnap beside the disks of any guest."""
+    found: dict[tuple[RunId, str, str, str], list[OverlayDetail]] = defaultdict(list)
+    for guest, uuid, sources in _guests(connection):
+        for path in _overlay_files({Path(source).parent for source in sources.values()}):
+            name = parse_name(str(path))
+            detail = None if name is None else _describe(path, name.target)
+            if name is None or detail is None or sources.get(name.target) not in (detail.overlay, detail.base):
+                continue
+            found[name.run, name.role, guest, uuid].append(detail)
+    return tuple(
+        Resource(
+            kind=_KINDS[role],
+            run=run,
+            guest=guest,
+            name=f"{role} overlays of {guest}",
+            detail=OverlaysDetail(uuid=uuid, disks=tuple(details)).model_dump_json(),
+        )
+        for (run, role, guest, uuid), details in found.items()
+    )
+
+
+def _guests(connection: Connection) -> Iterator[tuple[str, str, dict[str, str]]]:
+    with translated("list its guests"):
+        texts = [domain.XMLDesc(0) for domain in connection.get().listAllDomains(0)]
+    for text in texts:
+        root = parse(text)
+        if read_tag(root) is None:
+            disks = writable_disks(root)
+            yield (
+                text_of(root, "name"),
+                text_of(root, "uuid"),
+                {disk_target(d): disk_source(d) for d in disks if disk_source(d)},
+            )
+
+
+def _overlay_files(folders: set[Path]) -> Iterator[Path]:
+    for folder in folders:
+        if folder.is_dir():
+            yield from sorted(entry for entry in folder.iterdir() if parse_name(entry.name) is not None)
+
+
+def _describe(path: Path, target: str) -> OverlayDetail | None:
+    """Return what the overlay's own header says, or None for a file that cannot be read (half made: no data in it)."""
+    try:
+        info = json.loads(run_tool(("qemu-img", "info", "-U", "--output=json", "-f", "qcow2", str(path))))
+        base = str(info["full-backing-filename"])
+        return OverlayDetail(
+            target=target,
+            overlay=str(path),
+            base=base,
+            base_format=str(info["backing-filename-format"]),
+            base_kind=DiskKind.BLOCK if Path(base).is_block_device() else DiskKind.FILE,
+            size_bytes=int(info["virtual-size"]),
+        )
+    except (VmsnapError, KeyError, ValueError):
+        return None

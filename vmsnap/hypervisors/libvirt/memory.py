@@ -1,0 +1,66 @@
+"""The place of the memory image: a tmpfs of the run's own, mode 0700. It holds the guest's secrets and never a disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vmsnap.errors import DriverError, NoSpaceError
+from vmsnap.hypervisors.libvirt.preflight import available_memory_bytes, memory_image_bytes
+from vmsnap.hypervisors.libvirt.tools import run_tool
+
+_MIB = 1 << 20
+IMAGE_NAME = "ram.save"
+
+
+def create(folder: Path, *, ram_bytes: int) -> None:
+    """Mount the tmpfs and make the empty image file that libvirt insists on finding.
+
+    Raises NoSpaceError where the host's memory does not hold image and clone, ToolError.
+    """
+    free = available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
+    # The clone needs RAM as well, so the image may take what is left beside it.
+    size = min(memory_image_bytes(ram_bytes), free - ram_bytes)
+    if size < ram_bytes // 2:
+        raise NoSpaceError(
+            f"the host has {free // _MIB} MiB of memory available; image and clone of this guest need "
+            f"twice its {ram_bytes // _MIB} MiB",
+            remedy="run fewer guests or clones at a time, or add memory",
+        )
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run_tool(
+        (
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            f"size={size // _MIB}m,mode=0700,nosuid,nodev,noexec",
+            "vmsnap-memory",
+            str(folder),
+        )
+    )
+    descriptor = os.open(folder / IMAGE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    """Unmount and remove. Content with any half-made state. Raises DriverError."""
+    try:
+        (folder / IMAGE_NAME).unlink(missing_ok=True)
+        while os.path.ismount(folder):
+            run_tool(("umount", str(folder)))
+        if folder.exists():
+            folder.rmdir()
+    except OSError as error:
+        raise DriverError(f"the memory area {folder} could not be removed: {error.strerror}") from error
+
+
+def discard_image(folder: Path) -> None:
+    """Remove the image alone, as soon as the clone has read it."""
+    (folder / IMAGE_NAME).unlink(missing_ok=True)
+
+
+def used_share(folder: Path) -> float:
+    """Return how full the tmpfs is, between 0 and 1."""
+    status = os.statvfs(folder)
+    return 1.0 if not status.f_blocks else 1.0 - status.f_bavail / status.f_blocks

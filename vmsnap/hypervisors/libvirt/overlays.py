@@ -1,0 +1,134 @@
+"""Overlays: qcow2 files over a disk that stays as it is. Their names carry the run's id."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from vmsnap.errors import DriverError
+from vmsnap.hypervisors.libvirt.tools import run_tool
+from vmsnap.model.capture import CapturePlan
+from vmsnap.model.guest import Disk, DiskKind
+from vmsnap.model.ids import RunId
+
+_NAME = re.compile(r"vmsnap-(?P<run>[0-9a-f]{10})-(?P<target>[A-Za-z0-9]+)\.(?P<role>source|clone)\.qcow2\Z")
+
+
+class OverlayDetail(BaseModel):
+    """One overlay as the journal keeps it: enough to undo it without the process that made it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    overlay: str
+    base: str
+    base_format: str
+    base_kind: DiskKind
+    size_bytes: int
+
+
+class OverlaysDetail(BaseModel):
+    """All overlays of one role of one run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uuid: str
+    disks: tuple[OverlayDetail, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlayName:
+    """What the file name of an overlay says."""
+
+    run: RunId
+    target: str
+    role: str
+
+
+def parse_name(path: str) -> OverlayName | None:
+    """Return what an overlay's file name says, or None for any other file."""
+    match = _NAME.search(Path(path).name)
+    if match is None:
+        return None
+    return OverlayName(run=RunId(match["run"]), target=match["target"], role=match["role"])
+
+
+def describe(plan: CapturePlan, *, role: str) -> OverlaysDetail:
+    """Return the overlays of a plan. ``role``: ``source`` for what the guest writes to, ``clone`` for the clone."""
+    return OverlaysDetail(
+        uuid=plan.guest.uuid,
+        disks=tuple(
+            OverlayDetail(
+                target=disk.target,
+                overlay=str(_folder(disk, plan.settings.overlay_dir) / f"vmsnap-{plan.run}-{disk.target}.{role}.qcow2"),
+                base=disk.source,
+                base_format=disk.image_format,
+                base_kind=disk.kind,
+                size_bytes=disk.size_bytes,
+            )
+            for disk in plan.guest.disks
+        ),
+    )
+
+
+def _folder(disk: Disk, overlay_dir: str | None) -> Path:
+    return Path(overlay_dir) if overlay_dir is not None else Path(disk.source).parent
+
+
+def create(detail: OverlaysDetail) -> None:
+    """Make the overlay files, on disk when this returns. Existing ones of the same name are made anew.
+
+    Raises NoSpaceError, ToolError. Mode 0600; libvirt gives them to QEMU's user when it opens them.
+    """
+    for disk in detail.disks:
+        create_overlay(Path(disk.overlay), base=disk.base, base_format=disk.base_format, size_bytes=disk.size_bytes)
+
+
+def create_overlay(path: Path, *, base: str, base_format: str, size_bytes: int) -> None:
+    """Make one overlay. The base is not opened (``-u``): it may be in use, and its size is known.
+
+    Raises NoSpaceError, ToolError.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        run_tool(
+            ("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", base_format, str(path), str(size_bytes))
+        )
+        if Path(base).is_file():
+            owner = Path(base).stat()
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make changes of a folder's entries survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(detail: OverlaysDetail) -> None:
+    """Remove the files. Content where they are gone. Raises DriverError."""
+    for disk in detail.disks:
+        path = Path(disk.overlay)
+        if parse_name(disk.overlay) is None:
+            raise DriverError(f"{path} does not bear the name of an overlay of vmsnap and is left alone")
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DriverError(f"{path} could not be removed: {error.strerror}") from error
+
+
+def free_bytes(detail: OverlaysDetail) -> int:
+    """Return the least room on any file system that holds one of the overlays."""
+    return min(shutil.disk_usage(Path(disk.overlay).parent).free for disk in detail.disks)

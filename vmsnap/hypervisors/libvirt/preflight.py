@@ -1,0 +1,247 @@
+"""Whether a guest can be captured: each check says what it saw and, where it refuses, what to change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmsnap.hypervisors.libvirt.inspect import (
+    agent_is_connected,
+    disk_format,
+    disk_source,
+    disk_target,
+    has_agent_channel,
+    memory_bytes,
+    writable_disks,
+)
+from vmsnap.hypervisors.libvirt.xml import QEMU_NAMESPACE, devices
+from vmsnap.model.capture import CaptureSettings
+from vmsnap.model.guest import Finding, Severity
+
+_MIB = 1 << 20
+_FORMATS = ("raw", "qcow2")
+_KEEP_FREE_BYTES = 256 * _MIB
+# What the clone needs beside its RAM: QEMU itself, and what the stream holds twice because it changed meanwhile.
+MEMORY_IMAGE_FACTOR = 1.5
+_REFUSED_DEVICES = {
+    "hostdev": ("a host device is passed through", "take the device away, or back this guest up in another way"),
+    "filesystem": ("a folder of the host is shared (virtiofs or 9p)", "take the <filesystem> away"),
+    "shmem": ("it has shared memory with other programs", "take the <shmem> away"),
+    "smartcard": ("a smart card of the host is passed through", "take the <smartcard> away"),
+    "lease": ("it holds a lock-manager lease", "take the <lease> away"),
+    "tpm": ("it has a TPM, whose state is not captured by this version", "take the <tpm> away"),
+    "redirdev": (
+        "it has USB redirection devices",
+        "take the <redirdev> elements away; they are only for desktop viewers",
+    ),
+    "pstore": ("it has a pstore device, which writes to a file of the host", "take the <pstore> away"),
+}
+_NIC_TYPES = ("bridge", "network", "ethernet")
+
+
+def _refusal(check: str, message: str, remedy: str) -> Finding:
+    return Finding(check=check, severity=Severity.REFUSAL, message=message, remedy=remedy)
+
+
+def _warning(check: str, message: str, remedy: str | None = None) -> Finding:
+    return Finding(check=check, severity=Severity.WARNING, message=message, remedy=remedy)
+
+
+def _ok(check: str, message: str) -> Finding:
+    return Finding(check=check, severity=Severity.OK, message=message)
+
+
+def check_devices(domain: ET.Element) -> Iterator[Finding]:
+    """Check for devices that cannot be cloned or fenced."""
+    parts = devices(domain)
+    refused = False
+    for tag, (reason, remedy) in _REFUSED_DEVICES.items():
+        if parts.find(tag) is not None:
+            refused = True
+            yield _refusal("devices", f"the guest cannot be cloned: {reason}", remedy)
+    for interface in parts.findall("interface"):
+        if interface.get("type") not in _NIC_TYPES:
+            refused = True
+            yield _refusal(
+                "network",
+                f"a network interface of type {interface.get('type')!r} cannot be moved into a fence",
+                "connect the guest through a bridge or a libvirt network of bridge type",
+            )
+    for cid in parts.findall("vsock/cid"):
+        if cid.get("auto") != "yes":
+            refused = True
+            yield _refusal(
+                "devices",
+                "the guest has a vsock with a fixed CID, which the clone would share",
+                'use <cid auto="yes"/>',
+            )
+    for source in parts.findall("input/source"):
+        if source.get("dev"):
+            refused = True
+            yield _refusal("devices", "an input device of the host is passed through", "take the evdev <input> away")
+    for graphics in parts.findall("graphics"):
+        if graphics.get("type") not in ("vnc", "spice"):
+            refused = True
+            yield _refusal(
+                "devices", f"graphics of type {graphics.get('type')!r} need the host's display", "use vnc or spice"
+            )
+    if domain.find(f"{{{QEMU_NAMESPACE}}}commandline") is not None:
+        refused = True
+        yield _refusal(
+            "devices",
+            "the guest has <qemu:commandline> arguments; what they open on the host cannot be judged",
+            "use libvirt's own elements instead",
+        )
+    if not refused:
+        yield _ok("devices", "every device can be cloned and fenced")
+
+
+def check_memory_backing(domain: ET.Element) -> Iterator[Finding]:
+    """Check how the guest's RAM is backed, and its CPU features."""
+    for feature in domain.findall("cpu/feature"):
+        if feature.get("name") == "invtsc" and feature.get("policy") in ("require", "force"):
+            timers = domain.findall("clock/timer")
+            if not any(timer.get("name") == "tsc" and timer.get("frequency") for timer in timers):
+                yield _refusal(
+                    "cpu",
+                    "the CPU has invtsc without a fixed frequency; such a guest cannot be saved",
+                    'give <timer name="tsc" frequency="..."/> in <clock>, or take invtsc away',
+                )
+    if domain.find("memoryBacking/hugepages") is not None:
+        yield _warning(
+            "memory", "the guest uses huge pages; the clone needs as many again", "check free huge pages on the host"
+        )
+    if domain.find("memoryBacking/locked") is not None:
+        yield _warning("memory", "the guest's memory is locked; the clone's will be too")
+
+
+def check_disks(domain: ET.Element, *, settings: CaptureSettings) -> Iterator[Finding]:
+    """Check each disk: kind, format, sharing, and room for its overlay."""
+    disks = writable_disks(domain)
+    if not disks:
+        yield _refusal("disks", "the guest has no writable disk", "there is nothing to back up")
+    for disk in disks:
+        yield from _check_disk(disk, settings)
+    parts = devices(domain)
+    for disk in parts.findall("disk"):
+        if disk.get("device") == "floppy" and disk.find("source") is not None and disk.find("readonly") is None:
+            yield _refusal("disks", f"floppy {disk_target(disk)} is writable", "eject it")
+
+
+def _check_disk(disk: ET.Element, settings: CaptureSettings) -> Iterator[Finding]:
+    target, source = disk_target(disk), disk_source(disk)
+    check = f"disk {target}"
+    if disk.get("type") not in ("file", "block"):
+        yield _refusal(
+            check, f"it is a {disk.get('type')!r} disk; only files and block devices can be captured", "move it to one"
+        )
+        return
+    if disk.get("device") == "lun":
+        yield _refusal(check, "it passes SCSI commands to the host's device", "use device='disk'")
+    if disk.find("shareable") is not None:
+        yield _refusal(check, "it is shared with other guests", "a shared disk belongs to a cluster: back it up there")
+    if disk.find("transient") is not None:
+        yield _refusal(check, "it is transient", "take <transient/> away")
+    if disk.find("encryption") is not None or disk.find("source/encryption") is not None:
+        yield _refusal(check, "it is encrypted by QEMU", "encrypt inside the guest instead")
+    if disk.find("mirror") is not None:
+        yield _refusal(
+            check, "a block job (copy or commit) is running on it", "wait for it, or end it with 'virsh blockjob'"
+        )
+    target_element = disk.find("target")
+    if target_element is not None and target_element.get("bus") == "nvme":
+        yield _refusal(check, "emulated NVMe cannot be migrated", "use virtio or SCSI")
+    if disk_format(disk) not in _FORMATS:
+        yield _refusal(check, f"its format is {disk_format(disk)!r}; raw and qcow2 can be captured", "convert it")
+    if "vmsnap-" in Path(source).name:
+        yield _refusal(
+            check,
+            f"it is already on an overlay of vmsnap: {source}",
+            "an earlier run did not end; run 'vmsnap reconcile'",
+        )
+    folder = overlay_folder(disk, settings)
+    if folder is None:
+        yield _refusal(
+            check,
+            f"{source} is a block device, which has no room for an overlay beside it",
+            "set capture.overlay_dir in the policy to a folder with room for what the guest writes during a run",
+        )
+        return
+    yield from _check_room(check, folder, settings)
+
+
+def _check_room(check: str, folder: Path, settings: CaptureSettings) -> Iterator[Finding]:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        yield _refusal(
+            check, f"its overlay folder {folder} cannot be used: {error.strerror}", "make the folder, or name another"
+        )
+        return
+    if not os.access(folder, os.W_OK):
+        yield _refusal(check, f"its overlay folder {folder} is not writable", "mount it for writing")
+    elif free < settings.min_overlay_free_bytes:
+        yield _refusal(
+            check,
+            f"{folder} has {free // _MIB} MiB free; the overlay needs room for what the guest writes during a run",
+            f"make room; the policy's capture.min_overlay_free_mib is {settings.min_overlay_free_bytes // _MIB}",
+        )
+    else:
+        yield _ok(check, f"can take an overlay in {folder}, {free // _MIB} MiB free")
+
+
+def overlay_folder(disk: ET.Element, settings: CaptureSettings) -> Path | None:
+    """Return where a disk's overlay goes: the policy's folder, else beside the disk, None for a block device alone."""
+    if settings.overlay_dir is not None:
+        return Path(settings.overlay_dir)
+    return None if disk.get("type") == "block" else Path(disk_source(disk)).parent
+
+
+def check_agent(domain: ET.Element) -> Iterator[Finding]:
+    """Check whether the guest agent can be used. A guest without one needs SSH, which the backup checks."""
+    if agent_is_connected(domain):
+        yield _ok("agent", "the guest agent is connected")
+    elif has_agent_channel(domain):
+        yield _warning(
+            "agent",
+            "there is a channel for the guest agent, but no agent has opened it",
+            "start qemu-guest-agent in the guest",
+        )
+    else:
+        yield _warning(
+            "agent",
+            "the guest has no agent channel",
+            "add the channel org.qemu.guest_agent.0, or set [control.ssh] in the policy",
+        )
+
+
+def available_memory_bytes(meminfo: str) -> int:
+    """Return MemAvailable of /proc/meminfo in bytes, 0 where it is not given."""
+    for line in meminfo.splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return 0
+
+
+def memory_image_bytes(ram_bytes: int) -> int:
+    """Return how large a memory image may get: RAM, and what changed while it was read."""
+    return int(ram_bytes * MEMORY_IMAGE_FACTOR) + 64 * _MIB
+
+
+def check_memory(domain: ET.Element, *, meminfo: str) -> Iterator[Finding]:
+    """Check that the host has RAM for the memory image and the clone."""
+    ram = memory_bytes(domain)
+    needed = ram + ram + _KEEP_FREE_BYTES
+    free = available_memory_bytes(meminfo)
+    if free < needed:
+        yield _refusal(
+            "memory",
+            f"the host has {free // _MIB} MiB of memory available; the clone and its memory image need {needed // _MIB} MiB",
+            "run fewer guests or clones on this host at a time, or add memory",
+        )
+    else:
+        yield _ok("memory", f"{free // _MIB} MiB available, {needed // _MIB} MiB needed")

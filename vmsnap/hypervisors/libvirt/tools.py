@@ -1,0 +1,37 @@
+"""Running the host's programs for images and mounts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from vmsnap.errors import DeadlineError, NoSpaceError, PreconditionError, ToolError
+
+_ENVIRONMENT = {**os.environ, "LC_ALL": "C"}
+
+
+def run_tool(argv: tuple[str, ...], *, timeout_seconds: float = 60) -> str:
+    """Run a program and return its stdout.
+
+    Raises PreconditionError where it is not installed, DeadlineError where it does not end, NoSpaceError, ToolError.
+    """
+    try:
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_seconds,
+            check=False,
+            env=_ENVIRONMENT,
+        )
+    except FileNotFoundError as error:
+        raise PreconditionError(
+            f"the program {argv[0]!r} is not installed", remedy=f"install the package with {argv[0]}"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineError(f"{argv[0]} did not end within {timeout_seconds:g} s", details=" ".join(argv)) from error
+    if done.returncode == 0:
+        return done.stdout
+    kind = NoSpaceError if "No space left on device" in done.stderr else ToolError
+    raise kind(f"{argv[0]} failed with status {done.returncode}", details=f"{' '.join(argv)}\n{done.stderr.strip()}")

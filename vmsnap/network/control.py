@@ -1,0 +1,91 @@
+"""The positive control of a fence: a marked frame, seen where it shall arrive and counted where it shall die.
+
+A sniffer that sees nothing proves nothing. One broadcast frame from inside the namespace must leave by the tap and
+must be dropped, and counted, on its way to the host.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from vmsnap.errors import DriverError, IsolationError
+from vmsnap.model.isolation import FencePlan, FencePort, ProofPoint
+from vmsnap.network import netns, rules
+from vmsnap.network.frames import ETHERTYPE_EXPERIMENT, Frame
+from vmsnap.network.packets import PacketSocket
+
+_BROADCAST = b"\xff" * 6
+_ATTEMPT_SECONDS = 0.1
+_TOKEN_BYTES = 16
+_SHORTEST_PAYLOAD_BYTES = 46
+
+
+def send_marked_frames(plan: FencePlan, *, timeout: timedelta) -> tuple[ProofPoint, ...]:
+    """Send a marked frame into every port and return what was seen. Raises IsolationError."""
+    try:
+        before = rules.counts(plan)
+        points = [_control(plan, port=port, timeout=timeout) for port in plan.ports]
+        after = rules.counts(plan)
+    except DriverError as exc:
+        raise IsolationError(
+            f"the fence {plan.namespace} cannot be tried out: {exc.brief}",
+            details=exc.details,
+            remedy="nothing ran; start a new run",
+        ) from exc
+    for port in plan.ports:
+        label = rules.to_host_label(port.veth_host)
+        dropped = after[label].packets - before[label].packets
+        if dropped < 1:
+            raise IsolationError(
+                f"a marked frame from {port.veth_inside} was not dropped on its way to the host",
+                details=f"the counter of the rule '{label}' stood still",
+                remedy="another program changes the bridge's rules; find it before the next run",
+            )
+        points.append(ProofPoint(name=f"drop counter '{label}'", observed=f"rose by {dropped}"))
+    return tuple(points)
+
+
+def _control(plan: FencePlan, *, port: FencePort, timeout: timedelta) -> ProofPoint:
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    deadline = time.monotonic() + timeout.total_seconds()
+    inside: Callable[[], PacketSocket] = lambda: PacketSocket(port.veth_inside)  # noqa: E731 - typed for inside()
+    with (
+        PacketSocket(port.tap) as at_tap,
+        PacketSocket(port.bridge) as at_host,
+        netns.inside(plan.namespace, action=inside) as sender,
+    ):
+        frame = Frame(
+            destination=_BROADCAST,
+            source=sender.mac,
+            ethertype=ETHERTYPE_EXPERIMENT,
+            payload=(b"vmsnap" + token).ljust(_SHORTEST_PAYLOAD_BYTES, b"\0"),
+        ).encode()
+        while time.monotonic() < deadline:
+            try:
+                sender.send(frame)
+                if _arrived(at_tap, frame=frame, seconds=_ATTEMPT_SECONDS):
+                    break
+            except OSError as exc:
+                raise DriverError(f"cannot send from {port.veth_inside}: {exc}") from exc
+        else:
+            raise IsolationError(
+                f"a marked frame sent inside the fence did not arrive at {port.tap}",
+                remedy="the clone's link may be down, or the fence is broken; start a new run",
+            )
+        if _arrived(at_host, frame=frame, seconds=0):
+            raise IsolationError(
+                f"a marked frame sent inside the fence reached the host at {port.bridge}",
+                remedy="a rule of the fence does not work on this host; check nftables and the kernel",
+            )
+    return ProofPoint(name=f"marked frame to {port.tap}", observed="arrived; not seen by the host")
+
+
+def _arrived(at: PacketSocket, *, frame: bytes, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while (received := at.receive(timeout_seconds=end - time.monotonic())) is not None:
+        if received[0] == frame:
+            return True
+    return False

@@ -1,0 +1,295 @@
+"""A ``SnapshotStore`` that keeps everything in memory, for workflow tests. It passes the store's contract suite."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from vmsnap.errors import BugError, BusyError, HeldError, NoSpaceError, SafetyError, SnapshotNotFoundError
+from vmsnap.model.capture import DiskImage
+from vmsnap.model.drain import CleanShutdown
+from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.ids import RunId, SnapshotId, folder_name
+from vmsnap.model.journal import Resource, ResourceKind
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.disks import DiskView
+from vmsnap.ports.store import ByteProgress, Staging
+from vmsnap.stores.references import by_age, resolve
+
+_BLOCK = 64 * 1024
+
+
+@dataclass
+class _Disk:
+    size_bytes: int
+    blocks: dict[int, bytes] = field(default_factory=dict)
+
+    def digests(self) -> dict[int, bytes]:
+        return {index: hashlib.sha256(block).digest() for index, block in self.blocks.items()}
+
+    def digests_sha256(self) -> str:
+        whole = b"".join(index.to_bytes(8) + digest for index, digest in sorted(self.digests().items()))
+        return hashlib.sha256(whole).hexdigest()
+
+
+@dataclass
+class _Kept:
+    guest: str
+    disks: dict[str, _Disk] = field(default_factory=dict)
+    records: dict[str, DiskRecord] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    marks: Marks = Marks()
+    holders: set[RunId] = field(default_factory=set)
+
+
+class MemoryStore:
+    """Keeps snapshots in memory; ``folder`` is where it shows a disk or a file when somebody asks for a path.
+
+    ``capacity_bytes`` bounds what all disks together may hold; beyond it there is no space.
+    """
+
+    def __init__(self, folder: Path, *, capacity_bytes: int | None = None) -> None:
+        self._folder = folder
+        self.capacity_bytes = capacity_bytes
+        self._staged: dict[RunId, _Kept] = {}
+        self._published: dict[SnapshotId, _Kept] = {}
+        self._locked: set[str] = set()
+
+    @property
+    def kinds(self) -> frozenset[ResourceKind]:
+        """Return the kinds of resource that this owner releases."""
+        return frozenset({ResourceKind.STAGING, ResourceKind.HOLD})
+
+    def findings(self, *, needed_bytes: int) -> tuple[Finding, ...]:
+        """Tell whether the capacity would do."""
+        if self.capacity_bytes is not None and self._used_bytes() + needed_bytes > self.capacity_bytes:
+            return (Finding(check="store", severity=Severity.REFUSAL, message="too little room", remedy="prune"),)
+        return (Finding(check="store", severity=Severity.OK, message="in memory"),)
+
+    def staging_resource(self, run: RunId, *, guest: str) -> Resource:
+        """Name the staging entry."""
+        return Resource(kind=ResourceKind.STAGING, run=run, guest=guest, name=f".staging-{run}")
+
+    def stage(self, run: RunId, *, guest: str) -> Staging:
+        """Begin a snapshot."""
+        if run in self._staged:
+            raise BugError(f"run {run} has a staging folder already")
+        self._staged[run] = _Kept(guest=guest)
+        mine = self.snapshots(guest)
+        return Staging(run=run, guest=guest, previous=mine[-1].id if mine else None)
+
+    def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
+        """Keep the blocks that are not zero."""
+        kept = self._staging(staging)
+        before: dict[int, bytes] = {}
+        if staging.previous in self._published and view.target in self._published[staging.previous].disks:
+            before = self._published[staging.previous].disks[view.target].blocks
+        disk = _Disk(size_bytes=view.size_bytes)
+        with view.path.open("rb") as file:
+            for extent in view.extents():
+                cancel.check()
+                first, last = extent.offset // _BLOCK, -(-(extent.offset + extent.length) // _BLOCK)
+                for index in range(first, last) if extent.data else ():
+                    file.seek(index * _BLOCK)
+                    block = file.read(min(_BLOCK, view.size_bytes - index * _BLOCK))
+                    if block.count(0) != len(block):
+                        disk.blocks[index] = block
+                progress(extent.offset + extent.length, view.size_bytes)
+        new_bytes = sum(len(block) for index, block in disk.blocks.items() if before.get(index) != block)
+        if self.capacity_bytes is not None and self._used_bytes() + new_bytes > self.capacity_bytes:
+            raise NoSpaceError(f"the store has no room for {new_bytes} bytes", remedy="prune snapshots")
+        kept.disks[view.target] = disk
+        record = DiskRecord(
+            target=view.target,
+            image=f"{folder_name(view.target)}.raw",
+            digests=f"{folder_name(view.target)}.digests",
+            digests_sha256=disk.digests_sha256(),
+            size_bytes=view.size_bytes,
+            data_bytes=sum(len(block) for block in disk.blocks.values()),
+            new_bytes=new_bytes,
+        )
+        kept.records[view.target] = record
+        return record
+
+    def add_file(self, staging: Staging, *, name: str, source: Path) -> None:
+        """Keep a small file."""
+        self._staging(staging).files[name] = source.read_bytes()
+
+    def publish(self, staging: Staging, *, manifest: Manifest, clean: CleanShutdown) -> Snapshot:
+        """Make the snapshot exist. Raises SafetyError where the evidence is not of this run."""
+        kept = self._staging(staging)
+        if {staging.run, manifest.run, RunId(manifest.id)} != {clean.run} or manifest.guest != staging.guest:
+            raise SafetyError(f"the evidence of run {clean.run} is not of run {staging.run}", remedy="report it")
+        if {disk.target: disk for disk in manifest.disks} != kept.records:
+            raise SafetyError(
+                f"the manifest of run {staging.run} lists other disks than were stored", remedy="report it"
+            )
+        kept.manifest = manifest
+        self._published[manifest.id] = self._staged.pop(staging.run)
+        return Snapshot(manifest=manifest)
+
+    def guests(self) -> tuple[str, ...]:
+        """Return the guests that have snapshots."""
+        return tuple(sorted({kept.guest for kept in self._published.values()}))
+
+    def snapshots(self, guest: str | None = None) -> tuple[Snapshot, ...]:
+        """Return snapshots, oldest first by guest."""
+        return by_age(
+            [
+                Snapshot(manifest=kept.manifest, marks=kept.marks)
+                for kept in self._published.values()
+                if kept.manifest is not None and guest in {None, kept.guest}
+            ]
+        )
+
+    def find(self, reference: str) -> Snapshot:
+        """Return the snapshot that the reference names."""
+        return resolve(reference, snapshots=self.snapshots())
+
+    def images(self, snapshot: Snapshot) -> tuple[DiskImage, ...]:
+        """Write the disks out as sparse files, and return them."""
+        kept = self._kept(snapshot)
+        images = []
+        for record in snapshot.manifest.disks:
+            path = self._shown(snapshot, name=record.image)
+            if not path.exists():
+                with path.open("wb") as file:
+                    for index, block in kept.disks[record.target].blocks.items():
+                        file.seek(index * _BLOCK)
+                        file.write(block)
+                    file.truncate(record.size_bytes)
+            images.append(
+                DiskImage(target=record.target, path=str(path), image_format="raw", size_bytes=record.size_bytes)
+            )
+        return tuple(images)
+
+    def file(self, snapshot: Snapshot, *, name: str) -> Path:
+        """Write a kept file out, and return its path."""
+        files = self._kept(snapshot).files
+        if name not in files:
+            raise SnapshotNotFoundError(f"snapshot {snapshot.id} has no file {name!r}")
+        path = self._shown(snapshot, name=name)
+        path.write_bytes(files[name])
+        return path
+
+    def mark(self, snapshot: Snapshot, *, marks: Marks) -> Snapshot:
+        """Replace a snapshot's marks."""
+        self._kept(snapshot).marks = marks
+        return Snapshot(manifest=snapshot.manifest, marks=marks)
+
+    def hold_resource(self, run: RunId, *, snapshot: Snapshot) -> Resource:
+        """Name a hold."""
+        return Resource(
+            kind=ResourceKind.HOLD,
+            run=run,
+            guest=snapshot.manifest.guest,
+            name=f"{snapshot.id}/{run}",
+            detail=snapshot.id,
+        )
+
+    def hold(self, resource: Resource) -> None:
+        """Hold a snapshot against removal."""
+        kept = self._published.get(SnapshotId(resource.detail))
+        if kept is None:
+            raise SnapshotNotFoundError(f"snapshot {resource.detail} is gone")
+        kept.holders.add(resource.run)
+
+    def holders(self, snapshot: Snapshot) -> tuple[RunId, ...]:
+        """Return the runs that hold a snapshot."""
+        return tuple(sorted(self._kept(snapshot).holders))
+
+    def remove(self, snapshot: Snapshot) -> int:
+        """Remove a snapshot. Returns its own bytes. Raises HeldError."""
+        kept = self._kept(snapshot)
+        if kept.holders:
+            raise HeldError(f"snapshot {snapshot.id} is used by {', '.join(sorted(kept.holders))}")
+        del self._published[snapshot.id]
+        others = {
+            (one.guest, target, index, digest)
+            for one in self._published.values()
+            for target, disk in one.disks.items()
+            for index, digest in disk.digests().items()
+        }
+        return sum(
+            len(disk.blocks[index])
+            for target, disk in kept.disks.items()
+            for index, digest in disk.digests().items()
+            if (kept.guest, target, index, digest) not in others
+        )
+
+    def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
+        """Compare every disk with its digest."""
+        kept = self._kept(snapshot)
+        defects, blocks, total = [], 0, sum(record.size_bytes for record in snapshot.manifest.disks)
+        done = 0
+        for record in snapshot.manifest.disks:
+            cancel.check()
+            blocks += -(-record.size_bytes // record.block_bytes)
+            done += record.size_bytes
+            if kept.disks[record.target].digests_sha256() != record.digests_sha256:
+                defects.append(f"{record.image}: blocks differ from their digests")
+            progress(done, total)
+        return blocks, tuple(defects)
+
+    @contextmanager
+    def lock(self, guest: str, *, timeout: timedelta) -> Iterator[None]:
+        """Lock a guest's snapshots. It never waits: where the lock is taken it raises BusyError at once."""
+        del timeout
+        if guest in self._locked:
+            raise BusyError(f"somebody else publishes or removes snapshots of {guest!r}", remedy="try again later")
+        self._locked.add(guest)
+        try:
+            yield
+        finally:
+            self._locked.discard(guest)
+
+    def release(self, resource: Resource, *, deadline: timedelta) -> None:
+        """Forget a staging entry or a hold. Content where it is gone."""
+        del deadline
+        if resource.kind is ResourceKind.STAGING:
+            self._staged.pop(resource.run, None)
+        elif (kept := self._published.get(SnapshotId(resource.detail))) is not None:
+            kept.holders.discard(resource.run)
+
+    def owned(self) -> tuple[Resource, ...]:
+        """Return staging entries and holds."""
+        staged = [self.staging_resource(run, guest=kept.guest) for run, kept in self._staged.items()]
+        held = [
+            self.hold_resource(run, snapshot=snapshot)
+            for snapshot in self.snapshots()
+            for run in self.holders(snapshot)
+        ]
+        return (*staged, *held)
+
+    def damage(self, snapshot: Snapshot, *, target: str) -> None:
+        """Change a stored block, as a failing disk would."""
+        blocks = self._kept(snapshot).disks[target].blocks
+        index = min(blocks)
+        blocks[index] = bytes(byte ^ 0xFF for byte in blocks[index])
+
+    def _staging(self, staging: Staging) -> _Kept:
+        try:
+            return self._staged[staging.run]
+        except KeyError:
+            raise BugError(f"run {staging.run} has no staging folder") from None
+
+    def _kept(self, snapshot: Snapshot) -> _Kept:
+        try:
+            return self._published[snapshot.id]
+        except KeyError:
+            raise SnapshotNotFoundError(f"snapshot {snapshot.id} is gone", remedy="list what is there") from None
+
+    def _shown(self, snapshot: Snapshot, *, name: str) -> Path:
+        folder = self._folder / snapshot.id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def _used_bytes(self) -> int:
+        every = (*self._staged.values(), *self._published.values())
+        return sum(len(block) for kept in every for disk in kept.disks.values() for block in disk.blocks.values())

@@ -1,0 +1,471 @@
+"""The main job: clone the running guest, drain and stop its database in the clone, prove it clean, keep the disks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from vmsnap import __version__
+from vmsnap.errors import BusyError, CleanupError, PreconditionError, VmsnapError
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
+from vmsnap.model.drain import CleanShutdown, DrainReport
+from vmsnap.model.guest import Finding, Guest, Severity
+from vmsnap.model.ids import SnapshotId
+from vmsnap.model.isolation import Addressed, FencePlan, IsolationProof
+from vmsnap.model.journal import RunKind
+from vmsnap.model.lifecycle import Event, State, advance
+from vmsnap.model.manifest import (
+    AttemptRecord,
+    CaptureRecord,
+    CleanRecord,
+    DiskRecord,
+    DrainRecord,
+    FileSystemRecord,
+    InstanceRecord,
+    IsolationRecord,
+    MachineRecord,
+    Manifest,
+    ProofRecord,
+    Snapshot,
+    StoreRecord,
+)
+from vmsnap.model.policy import Policy
+from vmsnap.model.report import BackupReport
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.disks import DiskView
+from vmsnap.ports.guest import GuestControl
+from vmsnap.ports.progress import Progress
+from vmsnap.ports.state import RunJournal
+from vmsnap.ports.store import Staging
+from vmsnap.workflow import prune, reach
+from vmsnap.workflow.guard import OverlayGuard
+from vmsnap.workflow.proof import StoppedInstance, prove_clean
+from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.run import Run
+from vmsnap.workflow.talk import converse
+from vmsnap.workflow.world import World
+
+_LOG = logging.getLogger(__name__)
+_MIB = 1 << 20
+_STOP_SLACK = timedelta(seconds=30)
+_NVRAM_FILE = "nvram.fd"
+
+
+def settings_of(policy: Policy) -> CaptureSettings:
+    """Return what a policy wants of the capture."""
+    return CaptureSettings(
+        mode=policy.capture.mode,
+        max_pause=policy.capture.max_pause,
+        on_no_convergence=policy.capture.on_no_convergence,
+        timeout=policy.capture.timeout,
+        overlay_dir=policy.capture.overlay_dir,
+        min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
+        cpu_shares=policy.clone.cpu_shares,
+    )
+
+
+def refuse(findings: tuple[Finding, ...], *, what: str) -> tuple[str, ...]:
+    """Raise PreconditionError with every refusal and its remedy; return the warnings."""
+    refusals = [finding for finding in findings if finding.severity is Severity.REFUSAL]
+    if refusals:
+        raise PreconditionError(
+            f"{what}: {refusals[0].check}: {refusals[0].message}",
+            details="\n".join(f"{item.check}: {item.message}\n  -> {item.remedy}" for item in refusals),
+            remedy=refusals[0].remedy,
+        )
+    return tuple(f"{finding.check}: {finding.message}" for finding in findings if finding.severity is Severity.WARNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quiesced:
+    """What happened between the clone's resume and its power-off."""
+
+    addressed: Addressed
+    drains: tuple[DrainReport, ...]
+    stopped: tuple[StoppedInstance, ...]
+    shut_down_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What a run learned, for its manifest."""
+
+    started: datetime
+    capture: Capture
+    proof: IsolationProof
+    quiesced: _Quiesced
+    clean: CleanShutdown
+    machine: MachineRecord
+
+
+class Backup:
+    """One backup of one guest. Use once."""
+
+    def __init__(self, world: World, *, policy: Policy, progress: Progress, cancel: Cancel) -> None:
+        self._world = world
+        self._policy = policy
+        self._progress = progress
+        self._cancel = cancel
+        self._state = State.PLANNED
+        self._journal: RunJournal | None = None
+        self._warnings: tuple[str, ...] = ()
+
+    def run(self) -> BackupReport:
+        """Back up the guest.
+
+        Raises BusyError where the guest is worked on already, PreconditionError before anything was touched, and
+        otherwise what went wrong; everything the run made is then undone. CleanupError: the snapshot is stored, or
+        not, as it says, and something is left.
+        """
+        policy, world = self._policy, self._world
+        with world.locks.guest(policy.guest, purpose="backup"):
+            self._undo_dead_runs()
+            started = world.clock.now()
+            guest, login = self._preflight()
+            run_id = world.new_run_id()
+            self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
+            run = Run(world, journal=self._journal, progress=self._progress)
+            try:
+                snapshot = self._work(run, guest=guest, login=login, started=started)
+                with run.step("prune"):
+                    pruned = self._prune()
+            finally:
+                self._journal.close()
+            return self._report(run, snapshot=snapshot, started=started, pruned=pruned)
+
+    def _undo_dead_runs(self) -> None:
+        try:
+            report = reconcile(self._world, guest=self._policy.guest)
+        except BusyError:
+            return
+        for item in report.undone:
+            self._progress.note(f"left by dead run {item.run}: {item.kind} {item.name}: {item.failure or 'removed'}")
+
+    def _preflight(self) -> tuple[Guest, reach.Login]:
+        world, policy = self._world, self._policy
+        self._progress.step("preflight")
+        guest = world.hypervisor.inspect(policy.guest)
+        warnings = refuse(
+            world.hypervisor.findings(guest, settings=settings_of(policy)), what=f"{guest.name!r} cannot be captured"
+        )
+        needed = sum(disk.size_bytes for disk in guest.disks) if not world.store.snapshots(guest.name) else 0
+        warnings += refuse(world.store.findings(needed_bytes=needed), what="the store cannot take a snapshot")
+        login = reach.choose(world, policy=policy, guest=guest)
+        self._warnings = warnings
+        return guest, login
+
+    def _advance(self, event: Event) -> None:
+        self._state = advance(self._state, event)
+        if self._journal is not None:
+            self._journal.state(self._state)
+
+    def _work(self, run: Run, *, guest: Guest, login: reach.Login, started: datetime) -> Snapshot:
+        """Do the run and undo what it made; the first error wins, errors of the clean-up go beside it."""
+        snapshot: Snapshot | None = None
+        failure: BaseException | None = None
+        try:
+            snapshot = self._clone_and_store(run, guest=guest, login=login, started=started)
+        except BaseException as error:
+            failure = error
+            if self._state not in (State.FAILED, State.STORED):
+                self._state = advance(self._state, Event.FAIL)
+            raise
+        finally:
+            with run.step("discard"):
+                errors = run.release_all()
+            self._finish(errors, guest=guest, snapshot=snapshot, failure=failure)
+        return snapshot
+
+    def _finish(
+        self,
+        errors: tuple[VmsnapError, ...],
+        *,
+        guest: Guest,
+        snapshot: Snapshot | None,
+        failure: BaseException | None,
+    ) -> None:
+        assert self._journal is not None  # noqa: S101 - run() set it
+        if not errors and not self._world.hypervisor.source_is_home(guest):
+            errors = (PreconditionError(f"{guest.name!r} is not on its own disks", remedy="see 'virsh domblklist'"),)
+        if not errors:
+            self._state = advance(self._state, Event.DISCARD)
+            self._journal.state(self._state)
+            self._journal.finish()
+            return
+        if isinstance(failure, VmsnapError):
+            failure.also.extend(errors)
+            return
+        if failure is None:
+            stored = f"snapshot {snapshot.id} is stored, but " if snapshot is not None else ""
+            raise CleanupError(f"{stored}the run left something behind", causes=errors)
+
+    def _clone_and_store(self, run: Run, *, guest: Guest, login: reach.Login, started: datetime) -> Snapshot:
+        world, policy = self._world, self._policy
+        hypervisor = world.hypervisor
+        settings = settings_of(policy)
+        plan = CapturePlan(run=run.id, guest=guest, settings=settings)
+        fence = FencePlan.for_guest(run.id, guest=guest)
+        clone_resource = hypervisor.clone_resource(plan)
+        machine = hypervisor.machine(guest)
+        with run.step("prepare"):
+            overlays_resource = hypervisor.overlays_resource(plan)
+            run.acquire(overlays_resource, lambda: hypervisor.prepare_overlays(plan))
+            run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
+            memory = hypervisor.memory_resource(plan)
+            run.acquire(memory, lambda: hypervisor.prepare_memory(plan))
+            run.acquire(world.fence.resource(fence), lambda: world.fence.build(fence))
+        self._cancel.check()
+        with run.step("capture"):
+            capture = hypervisor.capture(plan, cancel=self._cancel)
+            self._advance(Event.CAPTURE)
+            self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms")
+        guard = OverlayGuard(
+            self._cancel,
+            free_bytes=lambda: hypervisor.overlay_free_bytes(plan),
+            floor_bytes=settings.min_overlay_free_bytes // 2,
+            kill_clone=lambda: hypervisor.release(clone_resource, deadline=timedelta(seconds=30)),
+        )
+        with guard:
+            try:
+                with run.step("restore clone"):
+                    clone = run.acquire(clone_resource, lambda: hypervisor.restore_clone(plan, fence=fence))
+                    run.release(memory)
+                with run.step("prove fence"):
+                    proof = world.fence.prove(fence)
+                    self._advance(Event.FENCE)
+                guard.check()
+                quiesced = self._quiesce(run, clone=clone, login=login, fence=fence, proof=proof, guard=guard)
+                views = self._open(run, plan=plan)
+                clean = self._prove(run, quiesced=quiesced, views=views)
+                facts = _Facts(
+                    started=started, capture=capture, proof=proof, quiesced=quiesced, clean=clean, machine=machine
+                )
+                return self._store(run, plan=plan, views=views, facts=facts, cancel=guard)
+            except VmsnapError as error:
+                # What failed because the guard ended the clone is the guard's failure.
+                if guard.reason is not None and error is not guard.reason:
+                    raise guard.reason from error
+                raise
+
+    def _quiesce(
+        self,
+        run: Run,
+        *,
+        clone: Clone,
+        login: reach.Login,
+        fence: FencePlan,
+        proof: IsolationProof,
+        guard: OverlayGuard,
+    ) -> _Quiesced:
+        """Let the clone run, reach it, drain and stop its database, and let it power off."""
+        world, policy = self._world, self._policy
+        with run.step("resume clone"):
+            world.hypervisor.resume_clone(clone, proof=proof)
+            self._advance(Event.RESUME)
+        with run.step("reach clone"):
+            control, addressed = reach.reach_clone(
+                world, policy=policy, clone=clone, login=login, fence=fence, cancel=guard, progress=self._progress
+            )
+        try:
+            drains, stopped = self._drain_and_stop(run, control=control, guard=guard)
+        finally:
+            control.close()
+        with run.step("shut down clone"):
+            deadline = policy.clone.shutdown_deadline
+            self._progress.waiting("the guest to power off", deadline_seconds=deadline.total_seconds())
+            by_agent = control.method == "agent"
+            shut_down_by = world.hypervisor.shut_down_clone(clone, agent_answers=by_agent, deadline=deadline)
+            self._advance(Event.SHUT_DOWN)
+        return _Quiesced(addressed=addressed, drains=drains, stopped=stopped, shut_down_by=shut_down_by)
+
+    def _drain_and_stop(
+        self, run: Run, *, control: GuestControl, guard: OverlayGuard
+    ) -> tuple[tuple[DrainReport, ...], tuple[StoppedInstance, ...]]:
+        world, database = self._world, self._policy.database
+        timeout = self._policy.control.command_timeout
+        engine = world.engine_for(database)
+        with run.step("find databases"):
+            instances = converse(engine.discover(), control=control, timeout=timeout, cancel=guard)
+            paths = {
+                instance: converse(engine.locate(instance), control=control, timeout=timeout, cancel=guard)
+                for instance in instances
+            }
+            reach.run_hooks(database.before_drain, control=control, timeout=timeout)
+        drains = []
+        with run.step("drain"):
+            self._advance(Event.REFUSE_WORK)
+            self._progress.waiting("work in flight", deadline_seconds=database.drain_deadline.total_seconds())
+            for instance in instances:
+                report = converse(
+                    engine.drain(instance, deadline=database.drain_deadline),
+                    control=control,
+                    timeout=database.drain_deadline + timeout,
+                    cancel=guard,
+                )
+                drains.append(report)
+                self._progress.note(
+                    f"{instance.name}: {report.in_flight_at_start} in flight, {report.finished} finished, "
+                    f"{report.rolled_back} rolled back"
+                )
+            self._advance(Event.DRAIN)
+        stopped = []
+        with run.step("stop databases"):
+            self._progress.waiting("the database to stop", deadline_seconds=database.stop_deadline.total_seconds())
+            for instance in instances:
+                converse(
+                    engine.stop(instance, deadline=database.stop_deadline),
+                    control=control,
+                    timeout=database.stop_deadline + _STOP_SLACK,
+                    cancel=guard,
+                )
+            for instance in instances:
+                evidence = converse(engine.evidence_in_guest(instance), control=control, timeout=timeout, cancel=guard)
+                stopped.append(StoppedInstance(instance=instance, in_guest=evidence, paths=paths[instance]))
+        return tuple(drains), tuple(stopped)
+
+    def _open(self, run: Run, *, plan: CapturePlan) -> tuple[DiskView, ...]:
+        world = self._world
+        with run.step("open disks"):
+            images = world.hypervisor.clone_images(plan)
+            resource = world.export.resource(run.id, guest=plan.guest.name)
+            return run.acquire(resource, lambda: world.export.open(run.id, images=images))
+
+    def _prove(self, run: Run, *, quiesced: _Quiesced, views: tuple[DiskView, ...]) -> CleanShutdown:
+        with run.step("prove clean"):
+            clean = prove_clean(
+                run.id,
+                engine=self._world.engine_for(self._policy.database),
+                stopped=quiesced.stopped,
+                views=views,
+                inspector=self._world.inspector,
+                shut_down_by=quiesced.shut_down_by,
+                clock=self._world.clock,
+            )
+            self._advance(Event.PROVE)
+            return clean
+
+    def _store(
+        self, run: Run, *, plan: CapturePlan, views: tuple[DiskView, ...], facts: _Facts, cancel: Cancel
+    ) -> Snapshot:
+        world = self._world
+        guest = plan.guest.name
+        with run.step("store"):
+            began = world.clock.monotonic()
+            with world.store.lock(guest, timeout=timedelta(minutes=5)):
+                resource = world.store.staging_resource(run.id, guest=guest)
+                staging = run.acquire(resource, lambda: world.store.stage(run.id, guest=guest))
+                disks = tuple(
+                    world.store.write_disk(staging, view=view, progress=self._progress.bytes_done, cancel=cancel)
+                    for view in views
+                )
+                nvram = world.hypervisor.clone_nvram(plan)
+                if nvram is not None:
+                    world.store.add_file(staging, name=_NVRAM_FILE, source=Path(nvram))
+                seconds = world.clock.monotonic() - began
+                manifest = self._manifest(run, staging=staging, disks=disks, facts=facts, store_seconds=seconds)
+                snapshot = world.store.publish(staging, manifest=manifest, clean=facts.clean)
+            self._advance(Event.STORE)
+        return snapshot
+
+    def _manifest(
+        self, run: Run, *, staging: Staging, disks: tuple[DiskRecord, ...], facts: _Facts, store_seconds: float
+    ) -> Manifest:
+        addressed = facts.quiesced.addressed
+        nvram = None if facts.machine.nvram is None else _NVRAM_FILE
+        return Manifest(
+            id=SnapshotId(run.id),
+            run=run.id,
+            guest=staging.guest,
+            created=self._world.clock.now(),
+            parent=staging.previous,
+            machine=facts.machine.model_copy(update={"nvram": nvram}),
+            capture=CaptureRecord(
+                mode=facts.capture.mode,
+                captured=facts.capture.captured,
+                pause_ms=round(facts.capture.pause_ms, 3),
+                ram_bytes=facts.capture.ram_bytes,
+            ),
+            isolation=IsolationRecord(
+                rung=addressed.rung,
+                address=addressed.address,
+                seconds=round(addressed.seconds, 3),
+                proof=tuple(ProofRecord(name=point.name, observed=point.observed) for point in facts.proof.points),
+                attempts=tuple(
+                    AttemptRecord(rung=item.rung, seconds=round(item.seconds, 3), failure=item.failure)
+                    for item in addressed.attempts
+                ),
+            ),
+            drain=tuple(_drain_record(report) for report in facts.quiesced.drains),
+            clean=_clean_record(facts.clean),
+            disks=disks,
+            store=StoreRecord(
+                logical_bytes=sum(disk.size_bytes for disk in disks),
+                new_bytes=sum(disk.new_bytes for disk in disks),
+                seconds=round(store_seconds, 3),
+            ),
+            steps=run.steps,
+            vmsnap_version=__version__,
+        )
+
+    def _prune(self) -> tuple[SnapshotId, ...]:
+        """Prune by the policy; the backup is done, so a failure here is a warning."""
+        try:
+            decisions = prune.prune(self._world, policy=self._policy, dry_run=False)
+        except VmsnapError as error:
+            _LOG.warning("pruning failed: %s", error.brief)
+            self._warnings += (f"pruning failed: {error.brief}",)
+            return ()
+        return tuple(decision.snapshot.id for decision in decisions if decision.removed_bytes is not None)
+
+    def _report(
+        self, run: Run, *, snapshot: Snapshot, started: datetime, pruned: tuple[SnapshotId, ...]
+    ) -> BackupReport:
+        manifest = snapshot.manifest
+        return BackupReport(
+            snapshot=snapshot.id,
+            guest=manifest.guest,
+            started=started,
+            finished=self._world.clock.now(),
+            capture=manifest.capture,
+            isolation=manifest.isolation,
+            drain=manifest.drain,
+            clean=manifest.clean,
+            store=manifest.store,
+            steps=run.steps,
+            pruned=pruned,
+            warnings=self._warnings,
+        )
+
+
+def _drain_record(report: DrainReport) -> DrainRecord:
+    return DrainRecord(
+        engine=report.engine,
+        instance=report.instance,
+        in_flight_at_start=report.in_flight_at_start,
+        finished=report.finished,
+        rolled_back=report.rolled_back,
+        seconds=round(report.seconds, 3),
+    )
+
+
+def _clean_record(clean: CleanShutdown) -> CleanRecord:
+    return CleanRecord(
+        made=clean.made,
+        guest_shut_down_by=clean.guest_shut_down_by,
+        instances=tuple(
+            InstanceRecord(
+                engine=item.engine,
+                instance=item.instance,
+                data_directory=item.data_directory,
+                method=item.method,
+                observed=dict(item.observed),
+            )
+            for item in clean.instances
+        ),
+        file_systems=tuple(
+            FileSystemRecord(disk=state.disk, kind=state.kind, uuid=state.uuid, observed=state.observed)
+            for state in clean.file_systems
+        ),
+    )

@@ -1,0 +1,86 @@
+"""The watch over overlay space: a full file system would pause production, so the run dies first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from vmsnap.errors import NoSpaceError, VmsnapError
+from vmsnap.ports.clock import Cancel
+
+_LOG = logging.getLogger(__name__)
+_MIB = 1 << 20
+
+
+class OverlayGuard:
+    """A Cancel that also stops the run when overlay space falls below a floor.
+
+    While the block runs a thread looks once an ``interval``; below the floor it calls ``kill_clone`` once, so that
+    a step which waits for the clone ends at once, and from then on ``check`` raises NoSpaceError.
+    """
+
+    def __init__(
+        self,
+        cancel: Cancel,
+        *,
+        free_bytes: Callable[[], int],
+        floor_bytes: int,
+        kill_clone: Callable[[], None],
+        interval_seconds: float = 1.0,
+    ) -> None:
+        self._cancel = cancel
+        self._free_bytes = free_bytes
+        self._floor_bytes = floor_bytes
+        self._kill_clone = kill_clone
+        self._interval_seconds = interval_seconds
+        self._stop = threading.Event()
+        self._reason: NoSpaceError | None = None
+        self._thread = threading.Thread(target=self._watch, name="vmsnap-overlay-guard", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def reason(self) -> NoSpaceError | None:
+        """Return why the guard stopped the run, or None."""
+        return self._reason
+
+    def is_set(self) -> bool:
+        """Tell whether the run shall stop."""
+        return self._reason is not None or self._cancel.is_set()
+
+    def check(self) -> None:
+        """Raise NoSpaceError or CancelledError where the run shall stop."""
+        if self._reason is not None:
+            raise self._reason
+        self._cancel.check()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_seconds):
+            try:
+                free = self._free_bytes()
+            except (OSError, VmsnapError) as error:
+                _LOG.debug("overlay space is unknown: %s", error)
+                continue
+            if free >= self._floor_bytes:
+                continue
+            self._reason = NoSpaceError(
+                f"the overlays' file system has {free // _MIB} MiB left; the run was given up so that the guest can go on",
+                remedy="make room, set capture.overlay_dir, or back up when the guest writes less",
+            )
+            _LOG.error("%s", self._reason.brief)
+            try:
+                self._kill_clone()
+            except VmsnapError as error:
+                _LOG.warning("the clone could not be ended: %s", error.brief)
+            return

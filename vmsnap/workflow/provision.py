@@ -1,0 +1,231 @@
+"""Environments: a test VM from a snapshot, without copying, and its end."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime, timedelta
+
+from vmsnap.errors import CleanupError, PreconditionError, VmsnapError
+from vmsnap.model.environment import Environment, EnvironmentPlan
+from vmsnap.model.guest import GuestState
+from vmsnap.model.ids import RunId
+from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.journal import RunKind
+from vmsnap.model.manifest import Snapshot
+from vmsnap.model.policy import EnvironmentPolicy
+from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionReport
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.progress import Progress
+from vmsnap.workflow.run import Run, release_resource
+from vmsnap.workflow.talk import wait_until_answers
+from vmsnap.workflow.world import World
+
+_ANSWER_DEADLINE = timedelta(minutes=5)
+_UUIDS = uuid.UUID("1d3b9a52-7a39-5d0b-8a37-3d2f0d1b8c44")
+_MIB = 1 << 20
+_LONGEST_NAME = 64
+
+
+def plan_environment(
+    run: RunId, *, snapshot: Snapshot, options: ProvisionOptions, policy: EnvironmentPolicy
+) -> EnvironmentPlan:
+    """Return the plan of an environment: name, UUID and MACs are new, and the same for the same run."""
+    name = options.name or f"{snapshot.manifest.guest[: _LONGEST_NAME - 12]}-test-{run[:4]}"
+    if "/" in name or name in (".", "..") or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise PreconditionError(
+            f"{name!r} cannot be the name of a VM", remedy=f"up to {_LONGEST_NAME} printable characters without a slash"
+        )
+    return EnvironmentPlan(
+        run=run,
+        guest=snapshot.manifest.guest,
+        name=name,
+        uuid=str(uuid.uuid5(_UUIDS, run)),
+        macs=tuple(_mac(run, index) for index in range(len(snapshot.manifest.machine.macs))),
+        network=options.network or policy.network,
+        memory_bytes=None if policy.memory_mib is None else policy.memory_mib * _MIB,
+        vcpus=policy.vcpus,
+    )
+
+
+def _mac(run: RunId, index: int) -> str:
+    """Return a MAC with QEMU's prefix (52:54:00), different for each run and NIC."""
+    digits = uuid.uuid5(_UUIDS, f"{run}-{index}").hex[:6]
+    return f"52:54:00:{digits[:2]}:{digits[2:4]}:{digits[4:]}"
+
+
+class Provision:
+    """One environment to make. Use once."""
+
+    def __init__(
+        self, world: World, *, options: ProvisionOptions, policy: EnvironmentPolicy, progress: Progress, cancel: Cancel
+    ) -> None:
+        self._world = world
+        self._options = options
+        self._policy = policy
+        self._progress = progress
+        self._cancel = cancel
+
+    def run(self, reference: str) -> ProvisionReport:
+        """Make the environment and record it; whatever fails before that is undone.
+
+        Raises SnapshotNotFoundError, PreconditionError, SafetyError, DriverError. With ``wait``, a test VM whose agent
+        does not answer in time raises GuestUnreachableError and stays, for a look at it.
+        """
+        world = self._world
+        began, started = world.clock.monotonic(), world.clock.now()
+        snapshot = world.store.find(reference)
+        run_id = world.new_run_id()
+        plan = plan_environment(run_id, snapshot=snapshot, options=self._options, policy=self._policy)
+        self._refuse_taken_name(plan.name)
+        journal = world.journals.begin(run_id, kind=RunKind.PROVISION, guest=plan.guest, at=started)
+        run = Run(world, journal=journal, progress=self._progress)
+        try:
+            fence, defined_ms = self._define(run, plan=plan, snapshot=snapshot, began=began)
+            proof = self._attach(run, plan=plan, snapshot=snapshot, fence=fence)
+            with run.step("start"):
+                world.hypervisor.start_environment(plan, proof=proof)
+                running_ms = (world.clock.monotonic() - began) * 1000
+            environment = self._record(plan, snapshot=snapshot, started=started)
+            journal.keep(plan.name)
+            run.keep_all()
+        except BaseException as error:
+            self._undo(run, plan=plan, error=error)
+            if not isinstance(error, VmsnapError) or not error.also:
+                journal.finish()
+            raise
+        finally:
+            journal.close()
+        answered_ms = None
+        if self._options.wait:
+            answered_ms = self._wait(run, plan=plan, began=began)
+        return ProvisionReport(
+            environment=plan.name,
+            snapshot=snapshot.id,
+            guest=plan.guest,
+            state=world.hypervisor.environment_state(plan.name),
+            defined_ms=round(defined_ms, 1),
+            running_ms=round(running_ms, 1),
+            overlay_bytes=world.hypervisor.environment_written_bytes(run_id),
+            address=None,
+            expires=environment.expires,
+            answered_ms=answered_ms,
+        )
+
+    def _refuse_taken_name(self, name: str) -> None:
+        if any(environment.name == name for environment in self._world.book.all()):
+            raise PreconditionError(
+                f"there is already an environment {name!r}",
+                remedy=f"vmsnap env destroy {name}, or choose another --name",
+            )
+
+    def _define(
+        self, run: Run, *, plan: EnvironmentPlan, snapshot: Snapshot, began: float
+    ) -> tuple[FencePlan | None, float]:
+        world, hypervisor, store = self._world, self._world.hypervisor, self._world.store
+        machine = snapshot.manifest.machine
+        with run.step("define"):
+            hold = store.hold_resource(run.id, snapshot=snapshot)
+            run.acquire(hold, lambda: store.hold(hold))
+            nvram = None if machine.nvram is None else str(store.file(snapshot, name=machine.nvram))
+            images = store.images(snapshot)
+            run.acquire(
+                hypervisor.environment_disks_resource(plan),
+                lambda: hypervisor.prepare_environment_disks(plan, images=images, nvram=nvram),
+            )
+            fence = None
+            if plan.network is None:
+                fence = FencePlan.for_macs(run.id, guest=plan.guest, macs=plan.macs)
+                built = fence
+                run.acquire(world.fence.resource(built), lambda: world.fence.build(built))
+            run.acquire(
+                hypervisor.environment_resource(plan),
+                lambda: hypervisor.define_environment(plan, machine=machine, fence=fence),
+            )
+        self._cancel.check()
+        return fence, (world.clock.monotonic() - began) * 1000
+
+    def _attach(
+        self, run: Run, *, plan: EnvironmentPlan, snapshot: Snapshot, fence: FencePlan | None
+    ) -> IsolationProof | None:
+        world = self._world
+        with run.step("attach"):
+            world.hypervisor.attach_environment(plan, machine=snapshot.manifest.machine, fence=fence)
+            return None if fence is None else world.fence.prove(fence)
+
+    def _record(self, plan: EnvironmentPlan, *, snapshot: Snapshot, started: datetime) -> Environment:
+        ttl = self._options.ttl if self._options.ttl is not None else self._policy.ttl
+        environment = Environment(
+            name=plan.name,
+            run=plan.run,
+            guest=plan.guest,
+            snapshot=snapshot.id,
+            created=started,
+            expires=None if ttl is None else started + ttl,
+            network=plan.network,
+        )
+        self._world.book.add(environment)
+        return environment
+
+    def _undo(self, run: Run, *, plan: EnvironmentPlan, error: BaseException) -> None:
+        errors = run.release_all()
+        if any(item.name == plan.name and item.run == plan.run for item in self._world.book.all()):
+            self._world.book.remove(plan.name)
+        if isinstance(error, VmsnapError):
+            error.also.extend(errors)
+
+    def _wait(self, run: Run, *, plan: EnvironmentPlan, began: float) -> float:
+        world = self._world
+        with run.step("wait"):
+            self._progress.waiting("the guest agent", deadline_seconds=_ANSWER_DEADLINE.total_seconds())
+            control = world.access.agent(world.hypervisor.agent(plan.name))
+            try:
+                wait_until_answers(control, deadline=_ANSWER_DEADLINE, clock=world.clock, cancel=self._cancel)
+            finally:
+                control.close()
+        return round((world.clock.monotonic() - began) * 1000, 1)
+
+
+def destroy_environment(world: World, *, name: str) -> None:
+    """End an environment and let its snapshot go. May be repeated after a failure.
+
+    Raises EnvironmentNotFoundError, BusyError, CleanupError.
+    """
+    environment = world.book.get(name)
+    records = {record.run: record for record in world.journals.records()}
+    record = records.get(environment.run)
+    if record is None:
+        raise PreconditionError(
+            f"the journal of environment {name!r} (run {environment.run}) is missing",
+            remedy="remove the VM with 'virsh destroy' and 'virsh undefine', then its entry in the state folder",
+        )
+    journal = world.journals.reopen(environment.run)
+    try:
+        # From here on the run counts as dead: if this process dies too, reconcile goes on.
+        journal.unkeep()
+        errors = []
+        for resource in reversed(record.unreleased):
+            error = release_resource(world, resource)
+            if error is None:
+                journal.released(resource)
+            else:
+                errors.append(error)
+        if errors:
+            raise CleanupError(f"environment {name!r} was not removed completely", causes=errors)
+        world.book.remove(name)
+        journal.finish()
+    finally:
+        journal.close()
+
+
+def status_of(world: World, environment: Environment) -> EnvironmentStatus:
+    """Return an environment and how it is now; a VM that is gone has no state."""
+    state: GuestState | None = None
+    try:
+        state = world.hypervisor.environment_state(environment.name)
+    except PreconditionError:
+        state = None
+    return EnvironmentStatus(
+        environment=environment,
+        state=state,
+        overlay_bytes=world.hypervisor.environment_written_bytes(environment.run),
+    )

@@ -1,0 +1,99 @@
+"""Undoing what dead runs left: from their journals, then from the tags of things that no journal knows."""
+
+from __future__ import annotations
+
+import logging
+
+from vmsnap.errors import BusyError, VmsnapError
+from vmsnap.model.ids import RunId
+from vmsnap.model.journal import Resource, ResourceKind, RunRecord
+from vmsnap.model.report import ReconcileReport, Undone
+from vmsnap.workflow.run import release_resource
+from vmsnap.workflow.world import World
+
+_LOG = logging.getLogger(__name__)
+
+# A thing found by its tag alone is removed in this order: a clone before the disks it reads, the source's overlay last.
+_ORDER = (
+    ResourceKind.ENVIRONMENT,
+    ResourceKind.EXPORT,
+    ResourceKind.CLONE,
+    ResourceKind.STAGING,
+    ResourceKind.CLONE_OVERLAYS,
+    ResourceKind.ENVIRONMENT_DISKS,
+    ResourceKind.SOURCE_OVERLAYS,
+    ResourceKind.FENCE,
+    ResourceKind.MEMORY,
+    ResourceKind.HOLD,
+)
+
+
+def reconcile(world: World, *, guest: str | None = None) -> ReconcileReport:
+    """Undo dead runs, of one guest or of all. May be repeated; a run that is alive, or kept, is not touched.
+
+    Raises BusyError where another process reconciles.
+    """
+    with world.locks.reconcile():
+        dead: list[RunId] = []
+        undone: list[Undone] = []
+        for record in world.journals.records():
+            if _is_over(record) or (guest is not None and record.guest != guest):
+                continue
+            found = _undo_run(world, record)
+            if found is not None:
+                dead.append(record.run)
+                undone.extend(found)
+        strays, stray_runs = _undo_strays(world, guest=guest)
+        undone.extend(strays)
+        dead.extend(run for run in stray_runs if run not in dead)
+        return ReconcileReport(runs=tuple(dead), undone=tuple(undone))
+
+
+def _is_over(record: RunRecord) -> bool:
+    return record.alive or record.closed or record.kept_for is not None
+
+
+def _undo_run(world: World, record: RunRecord) -> list[Undone] | None:
+    """Undo one run; None where somebody else took it over meanwhile."""
+    try:
+        journal = world.journals.reopen(record.run)
+    except BusyError:
+        return None
+    _LOG.warning("run %s of %r died in state %s; undoing it", record.run, record.guest, record.state)
+    done: list[Undone] = []
+    try:
+        for resource in reversed(record.unreleased):
+            error = release_resource(world, resource)
+            done.append(_undone(resource, error))
+            if error is None:
+                journal.released(resource)
+        for environment in world.book.all():
+            if environment.run == record.run:
+                world.book.remove(environment.name)
+        if all(item.failure is None for item in done):
+            journal.finish()
+    finally:
+        journal.close()
+    return done
+
+
+def _undo_strays(world: World, *, guest: str | None) -> tuple[list[Undone], list[RunId]]:
+    """Undo tagged things whose run's journal says that it is over. A run nobody here knows may be another host's."""
+    over = {record.run for record in world.journals.records() if record.closed}
+    strays: list[Resource] = []
+    for owner in world.owners:
+        strays.extend(resource for resource in owner.owned() if resource.run in over)
+    strays = [stray for stray in strays if guest is None or stray.guest in (guest, "")]
+    strays.sort(key=lambda stray: _ORDER.index(stray.kind))
+    done = [_undone(stray, release_resource(world, stray)) for stray in strays]
+    return done, sorted({stray.run for stray in strays})
+
+
+def _undone(resource: Resource, error: VmsnapError | None) -> Undone:
+    return Undone(
+        run=resource.run,
+        kind=resource.kind,
+        name=resource.name,
+        guest=resource.guest,
+        failure=None if error is None else error.brief,
+    )

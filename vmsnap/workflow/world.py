@@ -1,0 +1,52 @@
+"""Everything a workflow needs from outside, in one value made by ``bootstrap``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmsnap.errors import BugError
+from vmsnap.model.ids import RunId
+from vmsnap.model.journal import ResourceKind
+from vmsnap.model.policy import DatabasePolicy
+from vmsnap.ports.clock import Clock
+from vmsnap.ports.disks import DiskExport, DiskInspector
+from vmsnap.ports.engine import Engine
+from vmsnap.ports.guest import Connector, GuestAccess
+from vmsnap.ports.hypervisor import Hypervisor
+from vmsnap.ports.network import Addressing, Fence
+from vmsnap.ports.owner import Owner
+from vmsnap.ports.state import EnvironmentBook, Journals, Locks
+from vmsnap.ports.store import SnapshotStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The drivers of one installation. ``direct`` connects from the host, to production; it reads SSH host keys."""
+
+    hypervisor: Hypervisor
+    fence: Fence
+    addressing: Addressing
+    access: GuestAccess
+    direct: Connector
+    export: DiskExport
+    inspector: DiskInspector
+    store: SnapshotStore
+    journals: Journals
+    locks: Locks
+    book: EnvironmentBook
+    clock: Clock
+    engine_for: Callable[[DatabasePolicy], Engine]
+    new_run_id: Callable[[], RunId]
+
+    @property
+    def owners(self) -> tuple[Owner, ...]:
+        """Return all owners of resources."""
+        return (self.hypervisor, self.fence, self.export, self.store)
+
+    def owner_of(self, kind: ResourceKind) -> Owner:
+        """Return who releases resources of a kind. Raises BugError for a kind nobody owns."""
+        for owner in self.owners:
+            if kind in owner.kinds:
+                return owner
+        raise BugError(f"no driver owns resources of kind {kind}")
