@@ -75,6 +75,7 @@ class StandIn:
         self.namespace = name or f"vt-{secrets.token_hex(4)}"
         sh("ip", "netns", "add", self.namespace)
         self.run("ip", "link", "set", "lo", "up")
+        self.plugged: list[str] = []
 
     def plug(self, ours: str, *, mac: str | None = None, bridge: str | None = None, interface: str = "eth0") -> None:
         """Connect ``interface`` of this machine to a link named ``ours``, which joins ``bridge``."""
@@ -85,6 +86,7 @@ class StandIn:
             sh("ip", "link", "set", ours, "master", bridge)
         sh("ip", "link", "set", ours, "up")
         self.run("ip", "link", "set", interface, "up")
+        self.plugged.append(ours)
 
     def run(self, *command: str, timeout_seconds: float = 20, check: bool = True) -> str:
         return sh("nsenter", f"--net=/run/netns/{self.namespace}", *command,

@@ -1,9 +1,9 @@
 """Control groups of the lab's own.
 
-libvirt makes a group per guest under `/machine` of whatever it sees as the root. Without a subtree of its own, the lab's groups would
-stay on the host when the lab is killed. So the lab's first process moves into a fresh group, makes that the root of a new cgroup
-namespace, and mounts the hierarchies anew; the process outside removes the subtree at the end. Version 1 and version 2
-(cgroups(7), cgroup_namespaces(7)).
+libvirt makes a group per guest under `/machine` of whatever it sees as the root. Without a subtree of its own, the lab's
+groups would stay on the host when the lab is killed. So the lab's first process moves into a fresh group, makes that the
+root of a new cgroup namespace, and mounts the hierarchies anew; the process outside removes the subtree at the end.
+Version 1 and version 2 (cgroups(7), cgroup_namespaces(7)).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Hierarchy:
 
     @property
     def parent(self) -> Path:
-        """Where the lab's group goes. In version 2 below the root, the only group that may hold processes and still hand out controllers."""
+        """Where the lab's group goes.
+
+        In version 2 that is the root, the only group that may hold processes and still hand controllers down.
+        """
         return self.mount / self.own.lstrip("/") if self.options else self.mount
 
 
@@ -108,7 +111,7 @@ def remove(name: str, *, patience_s: float = 5.0) -> None:
         for folder, _, _ in os.walk(top, topdown=False):
             while True:
                 try:
-                    os.rmdir(folder)
+                    Path(folder).rmdir()
                     break
                 except OSError:
                     if time.monotonic() > deadline:

@@ -22,7 +22,10 @@ from integration.lab.lab import Lab
 PREFIX = "vmsnap-lab-"
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "--propagation", "private")
 EMULATION_FACTOR = 6.0
-NEEDED = ("unshare", "setpriv", "libvirtd", "virtlogd", "qemu-system-x86_64", "qemu-img", "mmdebstrap", "dnsmasq", "nft", "mkfs.xfs", "ip")
+NEEDED = (
+    *("unshare", "setpriv", "mmdebstrap", "mkfs.ext4", "mkfs.xfs", "ssh-keygen"),
+    *("libvirtd", "virtlogd", "qemu-system-x86_64", "qemu-img", "dnsmasq", "nft", "ip"),
+)
 
 
 def run_in_lab(command: Sequence[str]) -> int:

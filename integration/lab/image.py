@@ -81,10 +81,8 @@ class Image:
 def cache_folder() -> Path:
     """Where images are kept between runs; created if missing."""
     named = os.environ.get("VMSNAP_LAB_CACHE")
-    if named:
-        folder = Path(named)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmsnap-lab"
+    general = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(named) if named else general / "vmsnap-lab"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -129,7 +127,7 @@ def _build_into(folder: Path) -> None:
     work.mkdir()
     try:
         _build(work)
-        os.rename(work, folder)
+        work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for old in folder.parent.glob("postgresql-*"):
@@ -151,11 +149,14 @@ def _build(work: Path) -> None:
     for key in (tree / "etc" / "ssh").glob("ssh_host_*.pub"):
         shutil.copy(key, work)
     shutil.copy(next((tree / "boot").glob("vmlinuz-*")), work / "vmlinuz")
-    shutil.copy(next((tree / "boot").glob("initrd.img-*")), work / "initrd")
+    shutil.copy(tree / "boot" / "initrd-lab", work / "initrd")
     packages = run(["dpkg-query", f"--admindir={tree}/var/lib/dpkg", "--show", "--showformat=${Package}=${Version}\n"])
     _make_disk(work / "root.raw", tree=tree, label="labroot", size=ROOT_SIZE)
     _make_disk(work / "data.raw", tree=work / "data", label="labdata", size=DATA_SIZE)
-    run(["qemu-img", "convert", "-t", "none", "-T", "none", "-O", "qcow2", work / "root.raw", work / "root.qcow2"], timeout_s=300)
+    run(
+        ["qemu-img", "convert", "-t", "none", "-T", "none", "-O", "qcow2", work / "root.raw", work / "root.qcow2"],
+        timeout_s=300,
+    )
     shutil.rmtree(tree)
     shutil.rmtree(work / "data")
     facts = {

@@ -10,17 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import libvirt
-
-from integration.lab import cgroups
-from integration.lab.commands import LabError, run
+from integration.lab import cgroups, services
+from integration.lab.commands import run
 from integration.lab.lab import VARIABLE, Lab
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-URI = "qemu:///system"
 XFS_SIZE = "24G"
 LEASE_RANGE = "10.77.0.100,10.77.0.199,255.255.255.0,1h"
 
@@ -61,6 +57,8 @@ def _furnish(lab: Lab) -> None:
         run(["mount", "-t", "tmpfs", "-o", "mode=755", "lab", folder])
     for folder in ("/run/lock", "/run/libvirt", "/run/netns", "/var/lib/libvirt/images"):
         Path(folder).mkdir()
+    run(["mount", "--bind", "/run/netns", "/run/netns"])  # the first `ip netns add` would, and look like a leak
+    run(["mount", "--make-shared", "/run/netns"])
     for folder in ("boot", "guests", "log/libvirt/qemu", "xfs"):
         (lab.scratch / folder).mkdir(parents=True)
     run(["mount", "--bind", lab.log / "libvirt", "/var/log/libvirt"])
@@ -74,7 +72,9 @@ def _furnish(lab: Lab) -> None:
         run(["mount", "--bind", no_kvm, "/dev/kvm"])
 
     settings = lab.scratch / "etc-libvirt"
-    shutil.copytree("/etc/libvirt", settings, ignore=shutil.ignore_patterns("networks", "autostart", "*.xml", "secrets"))
+    shutil.copytree(
+        "/etc/libvirt", settings, ignore=shutil.ignore_patterns("networks", "autostart", "*.xml", "secrets")
+    )
     for folder in ("qemu/networks/autostart", "qemu/autostart", "hooks"):
         (settings / folder).mkdir(parents=True, exist_ok=True)
     for name, extra in (("qemu.conf", QEMU_CONF), ("libvirtd.conf", LIBVIRTD_CONF)):
@@ -112,33 +112,7 @@ def _start_network(lab: Lab) -> None:
 
 
 def _start_libvirt(lab: Lab) -> None:
-    start_libvirtd()
-    deadline = time.monotonic() + 30 * lab.time_factor
-    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would print every failed attempt
-    while True:
-        try:
-            libvirt.open(URI).close()
-            return
-        except libvirt.libvirtError as error:
-            if time.monotonic() > deadline:
-                raise LabError(f"the lab's libvirtd does not answer: {error}; see {lab.log / 'libvirt'}") from error
-            time.sleep(0.1)
-
-
-def start_libvirtd() -> None:
-    """Start virtlogd and libvirtd as daemons where they do not run. Also for tests that stop libvirtd."""
-    for name in ("virtlogd", "libvirtd"):
-        if not running(name):
-            run([name, "--daemon", "--pid-file", f"/run/{name}.pid"])
-
-
-def running(name: str) -> bool:
-    """Whether the daemon that left `/run/NAME.pid` is alive."""
-    try:
-        pid = int(Path(f"/run/{name}.pid").read_text())
-        return Path(f"/proc/{pid}/comm").read_text().strip() == name
-    except (OSError, ValueError):
-        return False
+    services.start_libvirt(patience_s=30 * lab.time_factor)
 
 
 def _run_command(command: list[str]) -> int:

@@ -1,7 +1,7 @@
 """Whether hardware virtualisation can be trusted here.
 
-`/dev/kvm` may exist and accept machines whose kernel then hangs before its first line, for instance in a nested guest. So the lab's
-own kernel is booted with it once per boot of the host, and must reach its first user process.
+`/dev/kvm` may exist and accept machines whose kernel then hangs before its first line, for instance in a nested guest. So
+the lab's own kernel is booted with it once per boot of the host, and must reach its first user process.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ class Lab:
     def save(self) -> Path:
         """Write the handle where `current` finds it through the environment variable; returns that file."""
         path = self.scratch / "lab.json"
-        path.write_text(json.dumps({**asdict(self), "scratch": str(self.scratch), "image_folder": str(self.image_folder)}))
+        path.write_text(
+            json.dumps({**asdict(self), "scratch": str(self.scratch), "image_folder": str(self.image_folder)})
+        )
         return path
 
     @property

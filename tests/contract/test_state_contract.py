@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.ports.state import Journals, Locks
+from vmsnap.ports.state import EnvironmentBook, Journals, Locks
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
 from vmsnap.testing.memory_state import MemoryState
-from vmsnap.testing.state_contract import AT, ChangeableBook, StateContract, StateWorld
+from vmsnap.testing.state_contract import AT, StateContract, StateWorld
 
 
 class FixedClock:
@@ -32,7 +32,7 @@ class FixedClock:
 class FileWorld:
     journals: Journals
     locks: Locks
-    environments: ChangeableBook
+    environments: EnvironmentBook
 
     @staticmethod
     def at(folder: Path) -> FileWorld:
@@ -67,7 +67,7 @@ class MemoryWorld:
         return self.state.locks
 
     @property
-    def environments(self) -> ChangeableBook:
+    def environments(self) -> EnvironmentBook:
         return self.state.environments
 
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:

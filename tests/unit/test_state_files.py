@@ -248,7 +248,7 @@ def test_a_look_at_the_records_does_not_stop_a_take_over(tmp_path: Path) -> None
     if child == 0:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            time.sleep(0.2)
+            time.sleep(0.1)
         finally:
             os._exit(0)
     os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class PlainProgress:
         self._monotonic = monotonic
         self._start = monotonic()
         self._said = ""
+        self._any_step = False
 
     def __enter__(self) -> Self:
         return self
@@ -60,10 +62,12 @@ class PlainProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._line("done" if kind is None else "failed")
+        if self._any_step:
+            self._line("done" if kind is None else "failed")
 
     def step(self, name: str) -> None:
         """A step began."""
+        self._any_step = True
         self._line(name)
 
     def bytes_done(self, done: int, total: int) -> None:
@@ -88,12 +92,9 @@ class PlainProgress:
             self._stream = _Nowhere()
 
 
-class _Nowhere(TextIO):
+class _Nowhere(io.StringIO):
     def write(self, text: str) -> int:
         return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 class TerminalProgress:
@@ -109,10 +110,11 @@ class TerminalProgress:
         self._stopping = stopping
         self._monotonic = monotonic
         self._lock = threading.RLock()
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
         self._spinner = Spinner("dots" if _speaks_unicode(console) else "line")
+        self._waiting_for: str | None = None
         self._begin("starting")
         self._any_step = False
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -151,7 +153,7 @@ class TerminalProgress:
         self._name = name
         self._began = self._monotonic()
         self._done = self._total = 0
-        self._waiting_for: str | None = None
+        self._waiting_for = None
         self._deadline = 0.0
 
     def _end_step(self, *, failed: bool) -> None:

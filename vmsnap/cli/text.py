@@ -22,13 +22,14 @@ def printable_lines(text: str) -> list[str]:
 
 
 def size(count_bytes: int) -> str:
-    """Return a number of bytes in the unit that suits it: ``1.2 GiB``."""
+    """Return a number of bytes in the unit that suits it: ``1.2 GiB``, ``300 MiB``."""
     value = float(count_bytes)
-    for unit in _UNITS:
-        if abs(value) < 1024 or unit == _UNITS[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    units = iter(_UNITS)
+    unit = next(units)
+    while value >= 999.5 and unit != _UNITS[-1]:
         value /= 1024
-    raise AssertionError
+        unit = next(units)
+    return f"{value:.1f} {unit}" if unit != "B" and value < 99.95 else f"{value:.0f} {unit}"
 
 
 def seconds(value: float) -> str:
@@ -51,6 +52,16 @@ def milliseconds(value: float) -> str:
 def moment(value: datetime | None, *, none: str = "-") -> str:
     """Return a time in UTC to the second: ``2026-11-21 02:00:03Z``."""
     return none if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+
+
+def minute(value: datetime | None, *, none: str = "-") -> str:
+    """Return a time in UTC to the minute, for tables: ``2026-11-21 02:00Z``."""
+    return none if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%MZ}"
+
+
+def day(value: datetime) -> str:
+    """Return the day of a time in UTC: ``2026-11-21``."""
+    return f"{value.astimezone(UTC):%Y-%m-%d}"
 
 
 def count(number: int, *, thing: str, things: str | None = None) -> str:

@@ -136,7 +136,6 @@ _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
     "float_type": lambda _: "a number is allowed, without quotes",
     "bool_type": lambda _: "allowed: true or false, without quotes",
     "string_type": lambda _: "a text in quotes is allowed",
-    "path_type": lambda _: "a path in quotes is allowed",
     "string_too_short": lambda _: "the text must not be empty",
     "string_too_long": lambda context: f"at most {context['max_length']} characters are allowed",
     "tuple_type": lambda _: "a list in square brackets is allowed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ AMBIVALENT = "ambivalent"
 # Partition types without a file system: extended partitions of a DOS table, GRUB's BIOS boot partition, PReP boot,
 # Microsoft's reserved partition.
 _CONTAINERS = frozenset({"5", "f", "85"})
+_TRAILING_NUMBER = re.compile(r"\d+\Z")
 _BOOT_CODE = frozenset(
     {
         "21686148-6449-6E6F-744E-656564454649",
@@ -61,11 +63,11 @@ def parse_sfdisk(text: str) -> tuple[Partition, ...]:
         sector_bytes = int(table.get("sectorsize", 512))
         return tuple(
             Partition(
-                name=f"partition {number}",
+                name=f"partition {_number_of(entry['node'])}",
                 offset=int(entry["start"]) * sector_bytes,
                 length=int(entry["size"]) * sector_bytes,
             )
-            for number, entry in enumerate(table.get("partitions", []), 1)
+            for entry in table.get("partitions", [])
             if entry["type"] not in _CONTAINERS | _BOOT_CODE
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -74,6 +76,14 @@ def parse_sfdisk(text: str) -> tuple[Partition, ...]:
             details=text[:500],
             remedy="run 'sfdisk -J' on the disk by hand",
         ) from error
+
+
+def _number_of(node: str) -> str:
+    # sfdisk names a partition by the disk's path and its number, with a 'p' between where the path ends in a digit.
+    found = _TRAILING_NUMBER.search(node)
+    if found is None:
+        raise ValueError(node)
+    return found[0]
 
 
 def signature(disk: Path, *, offset: int, length: int, deadline: Deadline) -> Signature:

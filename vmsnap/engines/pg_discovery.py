@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vmsnap.engines.asking import ask, last_words
+from vmsnap.engines.pg_control import ClusterState
+from vmsnap.engines.pg_controldata import control_data
 from vmsnap.errors import GuestCommandError, PreconditionError
 from vmsnap.model.command import Command, Procedure
 from vmsnap.model.drain import Instance
@@ -187,7 +189,8 @@ def _inspect(process: Process) -> Procedure[Instance | None]:
 
 
 def _with_version(instance: Instance, *, lock: LockFile) -> Procedure[Instance]:
-    _refuse_unready(instance, lock=lock)
+    said = yield from control_data(instance)
+    _refuse_unready(instance, status=lock.status, state=said.state)
     path = posixpath.join(instance.data_directory, "PG_VERSION")
     version = yield from ask(
         Command(argv=("cat", "--", path), user=instance.user), what=f"{instance.data_directory} is no data directory"
@@ -196,15 +199,16 @@ def _with_version(instance: Instance, *, lock: LockFile) -> Procedure[Instance]:
     return replace(instance, name=name, version=version.text.strip())
 
 
-def _refuse_unready(instance: Instance, *, lock: LockFile) -> None:
+def _refuse_unready(instance: Instance, *, status: str, state: str) -> None:
     where = f"the PostgreSQL server on {instance.data_directory}"
-    if lock.status == "standby":
+    # The lock file says 'standby' of a standby that takes no sessions only.
+    if status == "standby" or state == ClusterState.IN_ARCHIVE_RECOVERY.text:
         raise PreconditionError(
             f"{where} is a standby: stopped, it is 'shut down in recovery', and such a copy needs recovery to start",
             remedy="back up the primary server's guest instead",
         )
-    if lock.status in {"starting", "stopping"}:
-        raise PreconditionError(f"{where} is {lock.status}", remedy="try again when it is up")
+    if status in {"starting", "stopping"} or state == ClusterState.IN_CRASH_RECOVERY.text:
+        raise PreconditionError(f"{where} is {status or state}", remedy="try again when it is up")
 
 
 def _host(lock: LockFile) -> str | None:

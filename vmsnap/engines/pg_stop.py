@@ -6,20 +6,15 @@ import math
 import posixpath
 from datetime import timedelta
 
-from vmsnap.engines.asking import PLAIN_MESSAGES, ask, last_words
+from vmsnap.engines.asking import PLAIN_MESSAGES, last_words
 from vmsnap.engines.pg_control import ClusterState
+from vmsnap.engines.pg_controldata import control_data
 from vmsnap.engines.pg_discovery import read_lock_file
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError
 from vmsnap.model.command import Command, Procedure
 from vmsnap.model.drain import Instance, InstanceEvidence
 
 _MARGIN = timedelta(seconds=30)
-_STATE = "Database cluster state"
-_WANTED = {
-    _STATE: "state",
-    "Database system identifier": "system identifier",
-    "Latest checkpoint location": "checkpoint",
-}
 
 
 def stop(instance: Instance, *, deadline: timedelta) -> Procedure[None]:
@@ -68,37 +63,15 @@ def evidence_in_guest(instance: Instance) -> Procedure[InstanceEvidence]:
     """
     if (yield from read_lock_file(instance.data_directory, user=instance.user)) is not None:
         raise _started_again(instance)
-    result = yield from ask(
-        Command(
-            argv=(
-                *PLAIN_MESSAGES,
-                posixpath.join(instance.programs, "pg_controldata"),
-                *("-D", instance.data_directory),
-            ),
-            user=instance.user,
-        ),
-        what=f"cannot read the state of {instance.name}",
-    )
-    said = parse_controldata(result.text)
-    if _STATE not in said:
-        raise GuestCommandError("the output of pg_controldata makes no sense", details=result.text[:500])
+    said = yield from control_data(instance)
     return InstanceEvidence(
         engine=instance.engine,
         instance=instance.name,
         data_directory=instance.data_directory,
         method="in-guest",
-        # The tool only warns about a control file that is damaged, and prints guesses.
-        clean=said[_STATE] == ClusterState.SHUT_DOWN.text
-        and not result.error_text.strip()
-        and "WARNING" not in result.text,
-        observed=tuple((name, said[label]) for label, name in _WANTED.items() if label in said),
+        clean=said.state == ClusterState.SHUT_DOWN.text and not said.doubtful,
+        observed=said.observed,
     )
-
-
-def parse_controldata(text: str) -> dict[str, str]:
-    """Return the ``label: value`` lines that ``pg_controldata`` prints."""
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {label.strip(): value.strip() for label, colon, value in pairs if colon}
 
 
 def _started_again(instance: Instance) -> NotCleanError:

@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import logging
+import re
 from datetime import timedelta
 from typing import TypeVar
 
@@ -30,6 +31,8 @@ _CANNOT_RUN = 126
 _NOT_FOUND = 127
 _SIGNALLED = 128
 _ALLOW = "allow guest-exec in the guest's /etc/qemu/qemu-ga.conf (allow-rpcs, block-rpcs), or give [control.ssh]"
+# QEMU says the first up to 9.0, the second since.
+_UNKNOWN_PID = re.compile(r"Invalid parameter 'pid'|PID -?[0-9]+ does not exist")
 _log = logging.getLogger(__name__)
 
 
@@ -130,7 +133,7 @@ class AgentControl:
                 if self._clock.monotonic() - heard > _SILENCE.total_seconds():
                     raise
             except GuestCommandError as error:
-                if "pid" not in f"{error.brief}\n{error.details}".lower():
+                if not _UNKNOWN_PID.search(f"{error.brief}\n{error.details}"):
                     raise
                 raise GuestUnreachableError(
                     f"the guest agent no longer knows {command.argv[0]}, which it had started: it was restarted",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from shlex import join
+from threading import Lock
 
 import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
@@ -64,6 +65,7 @@ class SshControl:
         self._clock = clock
         self._cancel = cancel
         self._transport: paramiko.Transport | None = None
+        self._opening = Lock()
 
     @property
     def method(self) -> str:
@@ -216,18 +218,16 @@ def open_transport(
         line = connector(address, port, timeout)
         try:
             transport = paramiko.Transport(line)
-        except BaseException:
-            line.close()
-            raise
-        try:
             transport.set_log_channel(_PARAMIKO_LOG)
             transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = seconds
-            if host_key is None:
-                transport.start_client(timeout=seconds)
-            else:
-                _start_with(transport, host_key=host_key, address=address, seconds=seconds)
+            try:
+                _start(transport, host_key=host_key, address=address, seconds=seconds)
+            except BaseException:
+                transport.close()
+                raise
         except BaseException:
-            transport.close()
+            # A transport that was never started leaves its socket open.
+            line.close()
             raise
         return transport
 
@@ -238,7 +238,10 @@ def host_key_of(transport: paramiko.Transport) -> str:
     return f"{key.get_name()} {base64.b64encode(key.asbytes()).decode('ascii')}"
 
 
-def _start_with(transport: paramiko.Transport, *, host_key: str, address: str, seconds: float) -> None:
+def _start(transport: paramiko.Transport, *, host_key: str | None, address: str, seconds: float) -> None:
+    if host_key is None:
+        transport.start_client(timeout=seconds)
+        return
     # A server has several keys and would show the one it likes best: ask for the pinned type.
     kind = host_key.split(maxsplit=1)[0]
     kinds = _RSA_SIGNATURES if kind == "ssh-rsa" else (kind,)

@@ -45,6 +45,13 @@ Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer
 PositiveDuration = Annotated[Duration, Field(gt=timedelta(0))]
 
 
+def _never_is_none(value: object) -> object:
+    return None if value == "never" else value
+
+
+TimeToLive = Annotated[PositiveDuration | None, BeforeValidator(_never_is_none)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -142,10 +149,10 @@ class RetentionPolicy(_Section):
 
 
 class EnvironmentPolicy(_Section):
-    """Test VMs from this guest's snapshots. ``network`` None: each in a fence of its own."""
+    """Test VMs from this guest's snapshots. ``network`` None: each in a fence of its own. ``ttl``: may be ``"never"``."""
 
     network: str | None = None
-    ttl: PositiveDuration | None = timedelta(days=1)
+    ttl: TimeToLive = timedelta(days=1)
     memory_mib: int | None = Field(default=None, ge=64)
     vcpus: int | None = Field(default=None, ge=1)
 

@@ -26,9 +26,9 @@ _SHORTEST_PAYLOAD_BYTES = 46
 def send_marked_frames(plan: FencePlan, *, timeout: timedelta) -> tuple[ProofPoint, ...]:
     """Send a marked frame into every port and return what was seen. Raises IsolationError."""
     try:
-        before = rules.counts(plan)
+        before = rules.counts(plan, families=(rules.TO_HOST.family,))
         points = [_control(plan, port=port, timeout=timeout) for port in plan.ports]
-        after = rules.counts(plan)
+        after = rules.counts(plan, families=(rules.TO_HOST.family,))
     except DriverError as exc:
         raise IsolationError(
             f"the fence {plan.namespace} cannot be tried out: {exc.brief}",
@@ -69,7 +69,7 @@ def _control(plan: FencePlan, *, port: FencePort, timeout: timedelta) -> ProofPo
                 if _arrived(at_tap, frame=frame, seconds=_ATTEMPT_SECONDS):
                     break
             except OSError as exc:
-                raise DriverError(f"cannot send from {port.veth_inside}: {exc}") from exc
+                raise DriverError(f"the marked frame for {port.tap} cannot be sent or heard: {exc}") from exc
         else:
             raise IsolationError(
                 f"a marked frame sent inside the fence did not arrive at {port.tap}",

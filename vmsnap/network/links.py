@@ -117,11 +117,10 @@ def routes() -> tuple[str, ...]:
 def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
     """Make a bridge that is nobody's router: no address, no IPv6, no spanning tree, no host firewall; set it up."""
     with _translated(f"make the bridge {name}"), IPRoute() as route:
-        options: dict[str, Any] = dict(_BRIDGE_SETTINGS)
-        if mtu is not None:
-            options["mtu"] = mtu
-        route.link("add", ifname=name, kind="bridge", **options)
+        route.link("add", ifname=name, kind="bridge", **_BRIDGE_SETTINGS)
         index = route.link_lookup(ifname=name)[0]
+        if mtu is not None:  # set on its own: an MTU given at birth shrinks to that of the smallest port
+            route.link("set", index=index, mtu=mtu)
         route.link("set", index=index, ifalias=alias)
         switch_ipv6_off(name)
         route.link("set", index=index, state="up")

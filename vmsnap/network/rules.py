@@ -158,10 +158,10 @@ def _names(items: list[dict[str, Any]]) -> str:
     return "; ".join(str(item.get("comment") or item.get("name") or json.dumps(item)) for item in items)
 
 
-def counts(plan: FencePlan) -> Mapping[str, Count]:
+def counts(plan: FencePlan, *, families: Iterable[str] = FAMILIES) -> Mapping[str, Count]:
     """Return the counters of all rules by their labels. Raises ToolError where the tables are gone."""
     found = {}
-    for family in FAMILIES:
+    for family in families:
         for item in _list(family, table=plan.table):
             for part in item.get("rule", {}).get("expr", ()):
                 if isinstance(part.get("counter"), dict):

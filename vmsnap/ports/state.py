@@ -34,7 +34,7 @@ class RunJournal(Protocol):
         """Record that they no longer do: from now on reconcile removes them."""
 
     def finish(self) -> None:
-        """Record that the run is over and left nothing."""
+        """Record that the run is over and left nothing. Raises BugError where something is unreleased."""
 
     def close(self) -> None:
         """Let go of the journal. A run that is neither kept nor finished then counts as dead."""
@@ -47,7 +47,10 @@ class Journals(Protocol):
         """Start a journal. It is locked until closed or until the process dies."""
 
     def reopen(self, run: RunId) -> RunJournal:
-        """Take over the journal of a run that is not alive. Raises BusyError where it is."""
+        """Take over the journal of a run that is not alive.
+
+        Raises BusyError where it is, PreconditionError for an unknown run.
+        """
 
     def records(self) -> tuple[RunRecord, ...]:
         """Return what is known of every run that left a journal, oldest first. A torn last line is ignored."""
@@ -68,6 +71,9 @@ class EnvironmentBook(Protocol):
 
     def add(self, environment: Environment) -> None:
         """Record an environment. Raises PreconditionError where the name is taken."""
+
+    def replace(self, environment: Environment) -> None:
+        """Record an environment anew, atomically. Raises EnvironmentNotFoundError."""
 
     def remove(self, name: str) -> None:
         """Forget an environment. Content where it is not there."""

@@ -51,30 +51,21 @@ def resolve(reference: str, *, snapshots: Sequence[Snapshot]) -> Snapshot:
 
 def _by_id(reference: str, *, snapshots: Sequence[Snapshot]) -> Snapshot:
     wanted = reference.lower()
-    if not _PREFIX.match(wanted):
-        raise SnapshotNotFoundError(
-            f"there is no snapshot {reference!r}",
-            details=_listing(by_age(snapshots)),
-            remedy=_advice(reference, snapshots=snapshots),
-        )
-    if len(wanted) < SHORTEST_PREFIX:
-        raise SnapshotNotFoundError(
-            f"{reference!r} is too short for a snapshot's id", details=_listing(by_age(snapshots)), remedy=_FORMS
-        )
-    matching = by_age([one for one in snapshots if one.id.startswith(wanted)])
-    if not matching:
-        raise SnapshotNotFoundError(
-            f"there is no snapshot {reference!r}",
-            details=_listing(by_age(snapshots)),
-            remedy=_advice(reference, snapshots=snapshots),
-        )
-    if len(matching) > 1:
+    long_enough = len(wanted) >= SHORTEST_PREFIX and _PREFIX.match(wanted)
+    matching = by_age([one for one in snapshots if long_enough and one.id.startswith(wanted)])
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
         raise SnapshotNotFoundError(
             f"{reference!r} is the beginning of {len(matching)} snapshots",
             details=_listing(matching),
             remedy="give more digits",
         )
-    return matching[0]
+    raise SnapshotNotFoundError(
+        f"there is no snapshot {reference!r}",
+        details=_listing(by_age(snapshots)),
+        remedy=_advice(reference, snapshots=snapshots),
+    )
 
 
 def _moment(text: str, *, reference: str, snapshots: Sequence[Snapshot]) -> datetime:

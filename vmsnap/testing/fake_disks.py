@@ -5,7 +5,9 @@ They keep their state in memory and in one folder, so a test can let a workflow 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -22,7 +24,7 @@ _STEP = 64 * 1024
 
 
 class FakeDiskView:
-    """A view of a file. Stretches of zeroes of a whole step of 64 KiB are told as holes."""
+    """A view of a file. Holes in the file are told as holes."""
 
     def __init__(self, path: Path, *, target: str = "vda") -> None:
         self._path = path
@@ -54,20 +56,17 @@ class FakeDiskView:
         return self._path.stat().st_size
 
     def extents(self) -> Iterator[Extent]:
-        """Yield one extent a step of 64 KiB that holds data, and one a stretch of holes."""
+        """Yield the file's own stretches of data and holes, data in whole steps of 64 KiB."""
         size_bytes = self.size_bytes
-        hole_start = 0
+        position = 0
         with self._path.open("rb") as file:
-            for offset in range(0, size_bytes, _STEP):
-                data = file.read(_STEP)
-                if data.count(0) == len(data):
-                    continue
-                if offset > hole_start:
-                    yield Extent(offset=hole_start, length=offset - hole_start, data=False)
-                yield Extent(offset=offset, length=len(data), data=True)
-                hole_start = offset + len(data)
-        if hole_start < size_bytes:
-            yield Extent(offset=hole_start, length=size_bytes - hole_start, data=False)
+            while position < size_bytes:
+                start, end = _next_data(file.fileno(), position=position, size_bytes=size_bytes)
+                if start > position:
+                    yield Extent(offset=position, length=start - position, data=False)
+                if end > start:
+                    yield Extent(offset=start, length=end - start, data=True)
+                position = end
 
 
 class FakeDiskExport:
@@ -168,3 +167,14 @@ class FakeDiskInspector:
 
 def _made_up(path: str) -> Mapping[int, bytes]:
     return {0: hashlib.sha256(path.encode()).digest() * 16}
+
+
+def _next_data(descriptor: int, *, position: int, size_bytes: int) -> tuple[int, int]:
+    try:
+        start = os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size_bytes, size_bytes
+    end = os.lseek(descriptor, start, os.SEEK_HOLE)
+    return max(position, start // _STEP * _STEP), min(size_bytes, -(-end // _STEP) * _STEP)

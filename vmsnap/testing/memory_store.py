@@ -44,7 +44,7 @@ class _Kept:
     records: dict[str, DiskRecord] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     manifest: Manifest | None = None
-    marks: Marks = Marks()
+    marks: Marks = field(default_factory=Marks)
     holders: set[RunId] = field(default_factory=set)
 
 

@@ -37,13 +37,6 @@ HARD_NAMES = (
 )
 
 
-class ChangeableBook(EnvironmentBook, Protocol):
-    """A book of environments whose entries can be replaced in one step."""
-
-    def replace(self, environment: Environment) -> None:
-        """Record a change of an environment. Raises EnvironmentNotFoundError where there is none of that name."""
-
-
 class StateWorld(Protocol):
     """One state directory, seen from a living process."""
 
@@ -56,7 +49,7 @@ class StateWorld(Protocol):
         """Return the locks."""
 
     @property
-    def environments(self) -> ChangeableBook:
+    def environments(self) -> EnvironmentBook:
         """Return the book of environments."""
 
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:

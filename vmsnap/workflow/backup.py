@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from vmsnap import __version__
-from vmsnap.errors import BusyError, CleanupError, PreconditionError, VmsnapError
+from vmsnap.errors import BusyError, CleanupError, DriverError, PreconditionError, VmsnapError
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
@@ -43,7 +43,7 @@ from vmsnap.workflow import prune, reach
 from vmsnap.workflow.guard import OverlayGuard
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
-from vmsnap.workflow.run import Run
+from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.talk import converse
 from vmsnap.workflow.world import World
 
@@ -127,12 +127,10 @@ class Backup:
             run_id = world.new_run_id()
             self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
             run = Run(world, journal=self._journal, progress=self._progress)
-            try:
+            with closing(self._journal):
                 snapshot = self._work(run, guest=guest, login=login, started=started)
                 with run.step("prune"):
                     pruned = self._prune()
-            finally:
-                self._journal.close()
             return self._report(run, snapshot=snapshot, started=started, pruned=pruned)
 
     def _undo_dead_runs(self) -> None:
@@ -163,43 +161,38 @@ class Backup:
 
     def _work(self, run: Run, *, guest: Guest, login: reach.Login, started: datetime) -> Snapshot:
         """Do the run and undo what it made; the first error wins, errors of the clean-up go beside it."""
-        snapshot: Snapshot | None = None
-        failure: BaseException | None = None
-        try:
+        with undone_on_failure(lambda: self._give_up(run, guest=guest), doing="the backup"):
             snapshot = self._clone_and_store(run, guest=guest, login=login, started=started)
-        except BaseException as error:
-            failure = error
-            if self._state not in (State.FAILED, State.STORED):
-                self._state = advance(self._state, Event.FAIL)
-            raise
-        finally:
-            with run.step("discard"):
-                errors = run.release_all()
-            self._finish(errors, guest=guest, snapshot=snapshot, failure=failure)
+        errors = self._discard(run, guest=guest)
+        if errors:
+            raise CleanupError(f"snapshot {snapshot.id} is stored, but the run left something behind", causes=errors)
         return snapshot
 
-    def _finish(
-        self,
-        errors: tuple[VmsnapError, ...],
-        *,
-        guest: Guest,
-        snapshot: Snapshot | None,
-        failure: BaseException | None,
-    ) -> None:
-        assert self._journal is not None  # noqa: S101 - run() set it
-        if not errors and not self._world.hypervisor.source_is_home(guest):
-            errors = (PreconditionError(f"{guest.name!r} is not on its own disks", remedy="see 'virsh domblklist'"),)
-        if not errors:
-            self._state = advance(self._state, Event.DISCARD)
-            self._journal.state(self._state)
-            self._journal.finish()
-            return
-        if isinstance(failure, VmsnapError):
-            failure.also.extend(errors)
-            return
-        if failure is None:
-            stored = f"snapshot {snapshot.id} is stored, but " if snapshot is not None else ""
-            raise CleanupError(f"{stored}the run left something behind", causes=errors)
+    def _give_up(self, run: Run, *, guest: Guest) -> tuple[VmsnapError, ...]:
+        if self._state not in (State.FAILED, State.STORED):
+            self._state = advance(self._state, Event.FAIL)
+        return self._discard(run, guest=guest)
+
+    def _discard(self, run: Run, *, guest: Guest) -> tuple[VmsnapError, ...]:
+        """Undo what the run made; return what went wrong. The journal is finished only where nothing is left."""
+        with run.step("discard"):
+            errors = run.release_all()
+            if errors:
+                return errors
+            try:
+                self._require_home(guest)
+                self._advance(Event.DISCARD)
+                if self._journal is not None:
+                    self._journal.finish()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not hide why the run failed
+                return (as_vmsnap_error(error, doing="the end of the run"),)
+            return ()
+
+    def _require_home(self, guest: Guest) -> None:
+        if not self._world.hypervisor.source_is_home(guest):
+            raise DriverError(
+                f"{guest.name!r} is not on its own disks", remedy=f"'vmsnap doctor {guest.name}' says what it is on"
+            )
 
     def _clone_and_store(self, run: Run, *, guest: Guest, login: reach.Login, started: datetime) -> Snapshot:
         world, policy = self._world, self._policy
@@ -237,6 +230,7 @@ class Backup:
                     self._advance(Event.FENCE)
                 guard.check()
                 quiesced = self._quiesce(run, clone=clone, login=login, fence=fence, proof=proof, guard=guard)
+                guard.check()
                 views = self._open(run, plan=plan)
                 clean = self._prove(run, quiesced=quiesced, views=views)
                 facts = _Facts(
@@ -268,10 +262,8 @@ class Backup:
             control, addressed = reach.reach_clone(
                 world, policy=policy, clone=clone, login=login, fence=fence, cancel=guard, progress=self._progress
             )
-        try:
+        with closing(control):
             drains, stopped = self._drain_and_stop(run, control=control, guard=guard)
-        finally:
-            control.close()
         with run.step("shut down clone"):
             deadline = policy.clone.shutdown_deadline
             self._progress.waiting("the guest to power off", deadline_seconds=deadline.total_seconds())
@@ -413,9 +405,10 @@ class Backup:
         """Prune by the policy; the backup is done, so a failure here is a warning."""
         try:
             decisions = prune.prune(self._world, policy=self._policy, dry_run=False)
-        except VmsnapError as error:
-            _LOG.warning("pruning failed: %s", error.brief)
-            self._warnings += (f"pruning failed: {error.brief}",)
+        except Exception as error:  # noqa: BLE001 - not even a bug there takes the backup back
+            told = as_vmsnap_error(error, doing="pruning")
+            _LOG.warning("pruning failed: %s", told.brief, exc_info=told is not error)
+            self._warnings += (f"pruning failed: {told.brief}",)
             return ()
         return tuple(decision.snapshot.id for decision in decisions if decision.removed_bytes is not None)
 

@@ -16,7 +16,8 @@ from vmsnap.model.policy import EnvironmentPolicy
 from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
-from vmsnap.workflow.run import Run, release_resource
+from vmsnap.ports.state import RunJournal
+from vmsnap.workflow.run import Run, as_vmsnap_error, closing, release_each, undone_on_failure
 from vmsnap.workflow.talk import wait_until_answers
 from vmsnap.workflow.world import World
 
@@ -79,7 +80,10 @@ class Provision:
         self._refuse_taken_name(plan.name)
         journal = world.journals.begin(run_id, kind=RunKind.PROVISION, guest=plan.guest, at=started)
         run = Run(world, journal=journal, progress=self._progress)
-        try:
+        with (
+            closing(journal),
+            undone_on_failure(lambda: self._undo(run, plan=plan, journal=journal), doing="provisioning"),
+        ):
             fence, defined_ms = self._define(run, plan=plan, snapshot=snapshot, began=began)
             proof = self._attach(run, plan=plan, snapshot=snapshot, fence=fence)
             with run.step("start"):
@@ -88,13 +92,6 @@ class Provision:
             environment = self._record(plan, snapshot=snapshot, started=started)
             journal.keep(plan.name)
             run.keep_all()
-        except BaseException as error:
-            self._undo(run, plan=plan, error=error)
-            if not isinstance(error, VmsnapError) or not error.also:
-                journal.finish()
-            raise
-        finally:
-            journal.close()
         answered_ms = None
         if self._options.wait:
             answered_ms = self._wait(run, plan=plan, began=began)
@@ -166,22 +163,30 @@ class Provision:
         self._world.book.add(environment)
         return environment
 
-    def _undo(self, run: Run, *, plan: EnvironmentPlan, error: BaseException) -> None:
-        errors = run.release_all()
-        if any(item.name == plan.name and item.run == plan.run for item in self._world.book.all()):
-            self._world.book.remove(plan.name)
-        if isinstance(error, VmsnapError):
-            error.also.extend(errors)
+    def _undo(self, run: Run, *, plan: EnvironmentPlan, journal: RunJournal) -> tuple[VmsnapError, ...]:
+        """Undo what was made; return what went wrong. The journal is finished only where nothing is left."""
+        errors: list[VmsnapError] = []
+        try:
+            # It may be kept already. If this process dies now, reconcile goes on.
+            journal.unkeep()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rest is undone
+            errors.append(as_vmsnap_error(error, doing="the journal"))
+        errors.extend(run.release_all())
+        try:
+            _forget(self._world, name=plan.name, run=plan.run)
+            if not errors:
+                journal.finish()
+        except Exception as error:  # noqa: BLE001 - it must not hide why provisioning failed
+            errors.append(as_vmsnap_error(error, doing="the end of the run"))
+        return tuple(errors)
 
     def _wait(self, run: Run, *, plan: EnvironmentPlan, began: float) -> float:
         world = self._world
         with run.step("wait"):
             self._progress.waiting("the guest agent", deadline_seconds=_ANSWER_DEADLINE.total_seconds())
             control = world.access.agent(world.hypervisor.agent(plan.name))
-            try:
+            with closing(control):
                 wait_until_answers(control, deadline=_ANSWER_DEADLINE, clock=world.clock, cancel=self._cancel)
-            finally:
-                control.close()
         return round((world.clock.monotonic() - began) * 1000, 1)
 
 
@@ -199,22 +204,21 @@ def destroy_environment(world: World, *, name: str) -> None:
             remedy="remove the VM with 'virsh destroy' and 'virsh undefine', then its entry in the state folder",
         )
     journal = world.journals.reopen(environment.run)
-    try:
+    with closing(journal):
         # From here on the run counts as dead: if this process dies too, reconcile goes on.
         journal.unkeep()
-        errors = []
-        for resource in reversed(record.unreleased):
-            error = release_resource(world, resource)
-            if error is None:
-                journal.released(resource)
-            else:
-                errors.append(error)
+        released = release_each(world, reversed(record.unreleased), journal=journal)
+        errors = [error for _, error in released if error is not None]
         if errors:
             raise CleanupError(f"environment {name!r} was not removed completely", causes=errors)
-        world.book.remove(name)
+        _forget(world, name=name, run=environment.run)
         journal.finish()
-    finally:
-        journal.close()
+
+
+def _forget(world: World, *, name: str, run: RunId) -> None:
+    """Take an environment out of the book, unless the name meanwhile belongs to another run's."""
+    if any(item.name == name and item.run == run for item in world.book.all()):
+        world.book.remove(name)
 
 
 def status_of(world: World, environment: Environment) -> EnvironmentStatus:

@@ -18,6 +18,7 @@ from vmsnap.ports.guest import GuestControl
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import AddressRequest
 from vmsnap.ports.progress import Progress
+from vmsnap.workflow.run import closing
 from vmsnap.workflow.talk import wait_until_answers
 from vmsnap.workflow.world import World
 
@@ -78,13 +79,12 @@ def choose(world: World, *, policy: Policy, guest: Guest) -> Login:
 
 def _agent_answers(world: World, guest: Guest) -> bool:
     control = world.access.agent(world.hypervisor.agent(guest.name))
-    try:
-        control.ping(timeout=_AGENT_PROBE)
-    except GuestUnreachableError as error:
-        _LOG.info("the agent of %r does not answer: %s", guest.name, error.brief)
-        return False
-    finally:
-        control.close()
+    with closing(control):
+        try:
+            control.ping(timeout=_AGENT_PROBE)
+        except GuestUnreachableError as error:
+            _LOG.info("the agent of %r does not answer: %s", guest.name, error.brief)
+            return False
     return True
 
 
@@ -155,7 +155,11 @@ def reach_clone(
         if login.ssh is None or addressed.address is None:
             raise GuestUnreachableError("the clone has no address for SSH")
         control = world.access.ssh(login.ssh, address=addressed.address, connector=world.fence.connector(fence))
-    wait_until_answers(control, deadline=deadline, clock=world.clock, cancel=cancel)
+    try:
+        wait_until_answers(control, deadline=deadline, clock=world.clock, cancel=cancel)
+    except BaseException:
+        with closing(control):
+            raise
     if addressed.rung is Rung.NONE:
         addressed = replace(addressed, seconds=world.clock.monotonic() - began)
     return control, addressed

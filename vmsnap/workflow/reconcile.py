@@ -8,7 +8,7 @@ from vmsnap.errors import BusyError, VmsnapError
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind, RunRecord
 from vmsnap.model.report import ReconcileReport, Undone
-from vmsnap.workflow.run import release_resource
+from vmsnap.workflow.run import as_vmsnap_error, closing, release_each
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -36,16 +36,24 @@ def reconcile(world: World, *, guest: str | None = None) -> ReconcileReport:
     with world.locks.reconcile():
         dead: list[RunId] = []
         undone: list[Undone] = []
+        failures: list[VmsnapError] = []
         for record in world.journals.records():
             if _is_over(record) or (guest is not None and record.guest != guest):
                 continue
-            found = _undo_run(world, record)
+            try:
+                found = _undo_run(world, record)
+            except Exception as error:  # noqa: BLE001 - one run's broken journal must not keep the others' things
+                failures.append(as_vmsnap_error(error, doing=f"undoing run {record.run}"))
+                continue
             if found is not None:
                 dead.append(record.run)
                 undone.extend(found)
         strays, stray_runs = _undo_strays(world, guest=guest)
         undone.extend(strays)
         dead.extend(run for run in stray_runs if run not in dead)
+        if failures:
+            failures[0].also.extend(failures[1:])
+            raise failures[0]
         return ReconcileReport(runs=tuple(dead), undone=tuple(undone))
 
 
@@ -61,19 +69,14 @@ def _undo_run(world: World, record: RunRecord) -> list[Undone] | None:
         return None
     _LOG.warning("run %s of %r died in state %s; undoing it", record.run, record.guest, record.state)
     done: list[Undone] = []
-    try:
-        for resource in reversed(record.unreleased):
-            error = release_resource(world, resource)
-            done.append(_undone(resource, error))
-            if error is None:
-                journal.released(resource)
+    with closing(journal):
+        released = release_each(world, reversed(record.unreleased), journal=journal)
+        done.extend(_undone(resource, error) for resource, error in released)
         for environment in world.book.all():
             if environment.run == record.run:
                 world.book.remove(environment.name)
         if all(item.failure is None for item in done):
             journal.finish()
-    finally:
-        journal.close()
     return done
 
 
@@ -85,7 +88,7 @@ def _undo_strays(world: World, *, guest: str | None) -> tuple[list[Undone], list
         strays.extend(resource for resource in owner.owned() if resource.run in over)
     strays = [stray for stray in strays if guest is None or stray.guest in (guest, "")]
     strays.sort(key=lambda stray: _ORDER.index(stray.kind))
-    done = [_undone(stray, release_resource(world, stray)) for stray in strays]
+    done = [_undone(stray, error) for stray, error in release_each(world, strays, journal=None)]
     return done, sorted({stray.run for stray in strays})
 
 

@@ -7,12 +7,12 @@ Every outside thing goes through ``acquire``: intent to the journal, release pus
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from vmsnap.errors import BugError, VmsnapError
+from vmsnap.errors import BugError, DriverError, VmsnapError
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import StepRecord
@@ -30,21 +30,97 @@ RELEASE_DEADLINES = {
 }
 _RELEASE_DEADLINE = timedelta(seconds=60)
 
+# What may still be used by a VM stays while that VM could not be removed. The source's overlays are not among them: the
+# clone is only a copy, and production comes home whatever becomes of it.
+_USED_BY = {
+    ResourceKind.FENCE: (ResourceKind.CLONE, ResourceKind.ENVIRONMENT),
+    ResourceKind.ENVIRONMENT_DISKS: (ResourceKind.ENVIRONMENT,),
+    ResourceKind.HOLD: (ResourceKind.ENVIRONMENT,),
+}
+
+
+def as_vmsnap_error(error: Exception, *, doing: str) -> VmsnapError:
+    """Return the error itself, or a bug that stands for what no driver should raise."""
+    if isinstance(error, VmsnapError):
+        return error
+    bug = BugError(f"{doing} failed: {error!r}")
+    bug.__cause__ = error
+    return bug
+
+
+@contextmanager
+def undone_on_failure(undo: Callable[[], tuple[VmsnapError, ...]], *, doing: str) -> Iterator[None]:
+    """Call ``undo`` where the body fails. The body's error is raised, with what ``undo`` returns beside it."""
+    try:
+        yield
+    except BaseException as error:
+        errors = undo()
+        if not isinstance(error, Exception):
+            raise
+        told = as_vmsnap_error(error, doing=doing)
+        told.also.extend(errors)
+        if told is error:
+            raise
+        raise told from error
+
+
+class _Closable(Protocol):
+    def close(self) -> None:
+        """Let go."""
+
+
+@contextmanager
+def closing(thing: _Closable) -> Iterator[None]:
+    """Close a journal or a control after the body. A failure of that is logged: it ends with the process anyway."""
+    try:
+        yield
+    finally:
+        try:
+            thing.close()
+        except Exception as error:  # noqa: BLE001 - as the docstring says
+            _LOG.warning("%s could not be closed: %r", type(thing).__name__, error)
+
 
 def release_resource(world: World, resource: Resource) -> VmsnapError | None:
     """Release one resource; return the error instead of raising it, so that the others are released too."""
     deadline = RELEASE_DEADLINES.get(resource.kind, _RELEASE_DEADLINE)
     try:
         world.owner_of(resource.kind).release(resource, deadline=deadline)
-    except VmsnapError as error:
-        _LOG.warning("%s %s was not removed: %s", resource.kind, resource.name, error.brief)
-        return error
     except Exception as error:  # noqa: BLE001
         # A driver's bug must not keep the other resources, the source's overlay among them, from being released.
-        _LOG.exception("%s %s was not removed", resource.kind, resource.name)
-        bug = BugError(f"removing {resource.kind} {resource.name} failed: {error!r}")
-        bug.__cause__ = error
-        return bug
+        told = as_vmsnap_error(error, doing=f"removing {resource.kind} {resource.name}")
+        _LOG.warning("%s %s was not removed: %s", resource.kind, resource.name, told.brief, exc_info=told is not error)
+        return told
+    return None
+
+
+def release_each(
+    world: World, resources: Iterable[Resource], *, journal: RunJournal | None
+) -> Iterator[tuple[Resource, VmsnapError | None]]:
+    """Release resources in the given order, and record it; yield each with what went wrong. Never stops at an error.
+
+    What a VM uses stays where that VM could not be removed: a clone never runs on without its fence.
+    """
+    stuck: set[tuple[RunId, ResourceKind]] = set()
+    for resource in resources:
+        users = [kind for kind in _USED_BY.get(resource.kind, ()) if (resource.run, kind) in stuck]
+        if users:
+            yield resource, DriverError(f"{resource.kind} {resource.name} stays: the {users[0]} that uses it is there")
+            continue
+        error = release_resource(world, resource)
+        if error is not None:
+            stuck.add((resource.run, resource.kind))
+        elif journal is not None:
+            error = _record_release(journal, resource)
+        yield resource, error
+
+
+def _record_release(journal: RunJournal, resource: Resource) -> VmsnapError | None:
+    """Record a release; return the error instead of raising it. The thing is gone; reconcile will find that too."""
+    try:
+        journal.released(resource)
+    except Exception as error:  # noqa: BLE001 - as for the release itself
+        return as_vmsnap_error(error, doing=f"recording that {resource.kind} {resource.name} is gone")
     return None
 
 
@@ -79,8 +155,9 @@ class Run:
         """Make an outside thing, so that it is undone whatever happens from here on."""
         if resource.run != self.id:
             raise BugError(f"a resource of run {resource.run} was given to run {self.id}")
-        self._journal.intend(resource)
+        # On the stack first: an intent may be on disk although writing it failed.
         self._stack.append(resource)
+        self._journal.intend(resource)
         return make()
 
     def release(self, resource: Resource) -> None:
@@ -88,24 +165,15 @@ class Run:
         error = release_resource(self._world, resource)
         if error is not None:
             raise error
-        self._stack.remove(resource)
         self._journal.released(resource)
+        self._stack.remove(resource)
 
     def release_all(self) -> tuple[VmsnapError, ...]:
         """Undo everything, last in first out. Returns what went wrong; nothing is raised."""
-        errors = []
-        while self._stack:
-            resource = self._stack.pop()
-            error = release_resource(self._world, resource)
-            if error is None:
-                try:
-                    self._journal.released(resource)
-                except VmsnapError as journal_error:
-                    # The thing is gone; reconcile will find that too.
-                    error = journal_error
-            if error is not None:
-                errors.append(error)
-        return tuple(errors)
+        resources = tuple(reversed(self._stack))
+        self._stack.clear()
+        released = release_each(self._world, resources, journal=self._journal)
+        return tuple(error for _, error in released if error is not None)
 
     def keep_all(self) -> None:
         """Forget the stack without undoing it: the resources now belong to an environment."""

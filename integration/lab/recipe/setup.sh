@@ -80,7 +80,29 @@ for cluster in main aux; do
 done
 
 # --- boot -----------------------------------------------------------------------------------------------------------
+# An initial file system of our own: Debian's starts udev and looks for hardware, which costs an emulated guest five seconds.
+kernel=$(basename /lib/modules/*)
+initial=$(mktemp -d)
+mkdir -p "$initial/bin" "$initial/dev" "$initial/modules" "$initial/root"
+cp /bin/busybox "$initial/bin/busybox"
+number=10
+# Dependencies first, each once; virtio_net is left to udev in the real system.
+for file in $(modprobe --set-version "$kernel" --all --show-depends virtio_pci virtio_blk ext4 | awk '$1 == "insmod" { print $2 }'); do
+    [ -e "$initial"/modules/??-"$(basename "$file")" ] || cp "$file" "$initial/modules/$number-$(basename "$file")"
+    number=$((number + 1))
+done
+cat >"$initial/init" <<'INIT'
+#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+for module in /modules/*; do /bin/busybox insmod "$module"; done
+until /bin/busybox mount -t ext4 -o noatime /dev/vda /root 2>/dev/null; do /bin/busybox sleep 0.1; done
+/bin/busybox mount --move /dev /root/dev
+exec /bin/busybox switch_root /root /sbin/init
+INIT
+chmod 755 "$initial/init"
+(cd "$initial" && find . | cpio --quiet --create --format=newc) >/boot/initrd-lab
+rm -rf "$initial" /boot/initrd.img*
+
 rm -f /var/log/postgresql/*
-update-initramfs -u -k all
 apt-get clean
 rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log

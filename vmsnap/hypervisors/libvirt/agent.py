@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 
+import libvirt
 import libvirt_qemu
 
-from vmsnap.hypervisors.libvirt.connection import Connection, translated
+from vmsnap.errors import GuestCommandError
+from vmsnap.hypervisors.libvirt.connection import Connection, translate
 
 
 class LibvirtAgentChannel:
@@ -23,6 +25,13 @@ class LibvirtAgentChannel:
     def send(self, request: str, *, timeout: timedelta) -> str:
         """Send one request and return its answer; timeouts are whole seconds, one at least."""
         domain = self._connection.domain(self._domain)
-        with translated(f"ask the guest agent of {self._domain!r}"):
-            answer: str = libvirt_qemu.qemuAgentCommand(domain, request, max(1, math.ceil(timeout.total_seconds())), 0)
+        seconds = max(1, math.ceil(timeout.total_seconds()))
+        try:
+            answer: str = libvirt_qemu.qemuAgentCommand(domain, request, seconds, 0)
+        except libvirt.libvirtError as error:
+            doing = f"ask the guest agent of {self._domain!r}"
+            # Before libvirt 11.2 an agent's refusal, or an answer that is no JSON, has no error code of its own.
+            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
+                raise GuestCommandError(f"the guest agent of {self._domain!r} refused: {error}") from error
+            raise translate(error, doing=doing) from error
         return answer

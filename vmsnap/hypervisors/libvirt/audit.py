@@ -5,11 +5,12 @@ This is a list of what is allowed. Whatever libvirt has that is not on it is a b
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 
 from vmsnap.errors import SafetyError
-from vmsnap.hypervisors.libvirt.inspect import disk_source, disk_target, is_writable_disk
+from vmsnap.hypervisors.libvirt.inspect import disk_source, disk_target, is_writable_disk, nvram_path
 from vmsnap.hypervisors.libvirt.xml import devices
 
 # Devices that live inside QEMU and have no host end, or one that is read-only or random data.
@@ -17,23 +18,25 @@ _HARMLESS = frozenset(
     {
         "emulator",
         "controller",
-        "input",
-        "video",
         "memballoon",
-        "rng",
         "watchdog",
         "panic",
         "sound",
-        "audio",
         "iommu",
         "hub",
-        "memory",
-        "vsock",
-        "tpm",
-        "crypto",
     }
 )
 _CHARACTER = frozenset({"serial", "console", "parallel", "channel"})
+# Kinds of a device, told by one attribute, that have no host end either.
+_HARMLESS_KINDS: Mapping[str, tuple[str, frozenset[str | None]]] = {
+    "input": ("type", frozenset({"mouse", "tablet", "keyboard"})),
+    "audio": ("type", frozenset({"none", "spice"})),
+    # It speaks to the clone's own SPICE server, which listens nowhere.
+    "redirdev": ("type", frozenset({"spicevmc"})),
+    # All other models keep their contents in a file of the host.
+    "memory": ("model", frozenset({"dimm", "virtio-mem"})),
+    "crypto": ("model", frozenset({"virtio"})),
+}
 
 
 def breaches(
@@ -68,16 +71,27 @@ def _breaches(
         elif device.tag == "interface":
             yield from _interface(device, bridges)
         elif device.tag in _CHARACTER:
-            yield from _character(device)
+            yield from _character(device, domain)
+        elif device.tag in _BY_TAG:
+            yield from _BY_TAG[device.tag](device)
         elif device.tag == "graphics":
-            yield from _graphics(device)
-        elif device.tag == "rng":
-            yield from _rng(device)
+            yield from _graphics(device, domain)
+        elif device.tag in _HARMLESS_KINDS:
+            attribute, kinds = _HARMLESS_KINDS[device.tag]
+            if device.get(attribute) not in kinds:
+                yield f"{device.tag} of {attribute} {device.get(attribute)}"
         elif device.tag not in _HARMLESS:
             yield f"device <{device.tag}> is not known to be harmless"
-    live_nvram = (domain.findtext("os/nvram") or "").strip()
-    if live_nvram and live_nvram != nvram:
-        yield f"firmware variables at {live_nvram}"
+    yield from _firmware(domain, nvram)
+
+
+def _firmware(domain: ET.Element, nvram: str | None) -> Iterator[str]:
+    for store in domain.findall("os/nvram"):
+        if store.get("type", "file") != "file" or (nvram_path(domain) and nvram_path(domain) != nvram):
+            yield f"firmware variables at {nvram_path(domain) or store.get('type')}"
+    for loader in domain.findall("os/loader"):
+        if loader.get("type") == "pflash" and loader.get("readonly") != "yes":
+            yield f"firmware at {(loader.text or '').strip()} is writable"
 
 
 def _disk(disk: ET.Element, overlays: Mapping[str, str]) -> Iterator[str]:
@@ -98,27 +112,58 @@ def _interface(interface: ET.Element, bridges: Mapping[str, str]) -> Iterator[st
         yield f"interface {address} is of type {interface.get('type')} on {bridge!r}"
 
 
-def _character(device: ET.Element) -> Iterator[str]:
+def _is_own_socket(path: str, domain: ET.Element) -> bool:
+    """Tell whether a socket is in a folder that libvirt made for this domain: its name begins with the domain's id.
+
+    ``domain-7-NAME`` (virDomainDefGetShortName), since libvirt 9.8 plain ``7-NAME`` for channels.
+    """
+    number = re.escape(domain.get("id", ""))
+    return bool(number) and re.search(rf"/(domain-)?{number}-[^/]*/", path) is not None
+
+
+def _character(device: ET.Element, domain: ET.Element) -> Iterator[str]:
     kind = device.get("type")
     source = device.find("source")
     if kind == "unix" and device.tag == "channel":
-        # libvirt's own place for a domain's channels holds the domain's name, so it is never the original's socket.
         path = "" if source is None else source.get("path", "")
-        if (source is not None and source.get("mode") != "bind") or "/channel/" not in path:
+        # Without a source libvirt makes the socket in a place of its own when the domain starts.
+        if source is not None and (source.get("mode") != "bind" or not _is_own_socket(path, domain)):
             yield f"{device.tag} on the socket {path!r}"
     elif kind not in ("pty", "null", "spicevmc"):
         yield f"{device.tag} of type {kind}"
+    if device.find("log") is not None:
+        yield f"{device.tag} with a log file"
 
 
-def _graphics(graphics: ET.Element) -> Iterator[str]:
-    for listen in graphics.findall("listen"):
-        if listen.get("type") not in ("none", "socket"):
-            yield f"{graphics.get('type')} graphics listens on {listen.get('address') or listen.get('type')!r}"
-    if graphics.get("port", "-1") not in ("-1", "0"):
-        yield f"{graphics.get('type')} graphics on port {graphics.get('port')}"
+def _graphics(graphics: ET.Element, domain: ET.Element) -> Iterator[str]:
+    kind = graphics.get("type")
+    listens = graphics.findall("listen")
+    if kind not in ("vnc", "spice") or not listens:
+        yield f"{kind} graphics that listens nobody knows where"
+    for listen in listens:
+        socket = listen.get("socket")
+        if listen.get("type") not in ("none", "socket") or (socket and not _is_own_socket(socket, domain)):
+            yield f"{kind} graphics listens on {listen.get('address') or socket or listen.get('type')!r}"
+    for attribute in ("port", "tlsPort", "websocket"):
+        if graphics.get(attribute, "-1") not in ("-1", "0"):
+            yield f"{kind} graphics on {attribute} {graphics.get(attribute)}"
 
 
 def _rng(device: ET.Element) -> Iterator[str]:
     for backend in device.findall("backend"):
         if backend.get("model") not in ("random", "builtin"):
             yield f"random numbers from {backend.get('model')}"
+
+
+def _vsock(device: ET.Element) -> Iterator[str]:
+    # The kernel gives every CID once.
+    if any(cid.get("auto") != "yes" for cid in device.findall("cid")):
+        yield "vsock with a fixed CID"
+
+
+def _video(device: ET.Element) -> Iterator[str]:
+    if any(driver.get("name") == "vhostuser" for driver in device.findall("driver")):
+        yield "video through a vhost-user program"
+
+
+_BY_TAG = {"rng": _rng, "vsock": _vsock, "video": _video}

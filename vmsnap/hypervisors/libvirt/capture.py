@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,23 @@ from vmsnap.errors import (
     DriverError,
     NoSpaceError,
     NotConvergingError,
+    PreconditionError,
     SafetyError,
     VmsnapError,
 )
 from vmsnap.hypervisors.libvirt import memory, overlays
 from vmsnap.hypervisors.libvirt.connection import Connection, translate, translated
+from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
-from vmsnap.hypervisors.libvirt.inspect import disk_target, is_writable_disk
-from vmsnap.hypervisors.libvirt.xml import devices, parse, unparse
+from vmsnap.hypervisors.libvirt.request import snapshot_xml
+from vmsnap.hypervisors.libvirt.xml import parse
 from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, CaptureSettings, OnNoConvergence
 from vmsnap.ports.clock import Cancel, Clock
 
 _LOG = logging.getLogger(__name__)
-_FIRST_DOWNTIME_MS = 10
-# What a pause costs beside the last pass: device state, disk transaction, resume (20 to 60 ms were measured).
-_RESERVE_MS = 60
 _POLL_SECONDS = 0.1
-_PASSES_BEFORE_RAISING = 3
-_PASSES_AT_CEILING = 5
+_ABORT_POLL_SECONDS = 0.5
+_RECONNECT_SECONDS = 30
 _STREAM_LIMIT = 0.97
 _FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
@@ -47,59 +47,6 @@ _FLAGS = (
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
 )
-
-
-def snapshot_xml(domain: ET.Element, *, detail: overlays.OverlaysDetail, image: Path) -> str:
-    """Return the request for libvirt: the memory file, an overlay for each writable disk, nothing for the others."""
-    files = {disk.target: disk.overlay for disk in detail.disks}
-    root = ET.Element("domainsnapshot")
-    ET.SubElement(root, "memory", {"snapshot": "external", "file": str(image)})
-    disks = ET.SubElement(root, "disks")
-    for disk in devices(domain).findall("disk"):
-        target = disk_target(disk)
-        if not is_writable_disk(disk):
-            ET.SubElement(disks, "disk", {"name": target, "snapshot": "no"})
-            continue
-        if target not in files:
-            raise SafetyError(
-                f"disk {target} was added to the guest after the run began",
-                remedy="start the backup again",
-            )
-        entry = ET.SubElement(disks, "disk", {"name": target, "snapshot": "external", "type": "file"})
-        ET.SubElement(entry, "driver", {"type": "qcow2"})
-        ET.SubElement(entry, "source", {"file": files[target]})
-    return unparse(root)
-
-
-@dataclass
-class Convergence:
-    """Decides, pass by pass, how long the guest may be stopped for the rest. Knows no libvirt.
-
-    ``ceiling_ms`` is the longest last pass that keeps the promised pause.
-    """
-
-    ceiling_ms: int
-    downtime_ms: int = _FIRST_DOWNTIME_MS
-    raised_at_pass: int = _PASSES_BEFORE_RAISING - 1
-
-    @staticmethod
-    def for_settings(settings: CaptureSettings) -> Convergence:
-        """Return the decider for a policy's promise."""
-        promised = round(settings.max_pause.total_seconds() * 1000)
-        ceiling = max(1, promised - _RESERVE_MS, promised // 2)
-        return Convergence(ceiling_ms=ceiling, downtime_ms=min(_FIRST_DOWNTIME_MS, ceiling))
-
-    def after_pass(self, number: int) -> int | None:
-        """Return the downtime to allow from now on, after RAM was read ``number`` times; None where nothing changes."""
-        if number <= self.raised_at_pass or self.downtime_ms >= self.ceiling_ms:
-            return None
-        self.raised_at_pass = number
-        self.downtime_ms = min(self.downtime_ms * 2, self.ceiling_ms)
-        return self.downtime_ms
-
-    def gave_up(self, number: int) -> bool:
-        """Tell whether the promise cannot be kept: several passes went by at the longest downtime allowed."""
-        return self.downtime_ms >= self.ceiling_ms and number > self.raised_at_pass + _PASSES_AT_CEILING
 
 
 class LiveCapture:
@@ -112,39 +59,79 @@ class LiveCapture:
         self._clock = clock
         self._detail = overlays.describe(plan, role="source")
         self._failure: libvirt.libvirtError | None = None
-        self._stopped_by_us = False
 
     def run(self, *, cancel: Cancel) -> Capture:
         """Capture. The guest runs when this returns or raises; see ports.hypervisor for the errors."""
         name = self._plan.guest.name
         domain = self._connection.domain(name)
-        with translated(f"describe {name!r}"):
-            xml = snapshot_xml(parse(domain.XMLDesc(0)), detail=self._detail, image=self._folder / memory.IMAGE_NAME)
+        xml = self._request(domain)
         convergence = Convergence.for_settings(self._plan.settings)
-        with translated(f"set the longest pause of {name!r}"):
-            domain.migrateSetMaxDowntime(convergence.downtime_ms, 0)
         started = self._clock.monotonic()
-        with PauseRecorder(self._connection.get(), domain) as recorder:
+        with self._short_downtime(domain, convergence), PauseRecorder(self._connection.get(), domain) as recorder:
             worker = threading.Thread(target=self._snapshot, args=(domain, xml), name="vmsnap-capture")
             worker.start()
             try:
                 reason = self._watch(domain, worker=worker, convergence=convergence, cancel=cancel)
             finally:
-                worker.join()
-                self._ensure_running(domain)
+                # The watch ends before the worker only by an error of its own; nobody would abort the job then.
+                self._abort_until_over(domain, worker)
+                self._ensure_running()
             if self._failure is not None:
-                raise reason or translate(self._failure, doing=f"capture {name!r}") from self._failure
+                raise reason or self._translate_failure() from self._failure
+            if isinstance(reason, CancelledError):
+                # The cancellation came too late to abort: all is taken, and will be undone with the overlays.
+                raise reason
             pause = recorder.pause(timeout_seconds=5)
         if pause is None:
             raise DriverError("QEMU did not say when the guest stopped and went on, so the pause is unknown")
+        length = pause.resumed - pause.stopped
+        if length > self._plan.settings.max_pause:
+            _LOG.warning("the pause took %s, the policy wishes %s at most", length, self._plan.settings.max_pause)
         return Capture(
             mode=CaptureMode.LIVE,
             captured=pause.stopped,
             resumed=pause.resumed,
-            pause_ms=(pause.resumed - pause.stopped).total_seconds() * 1000,
+            pause_ms=length.total_seconds() * 1000,
             ram_bytes=(self._folder / memory.IMAGE_NAME).stat().st_size,
             seconds=self._clock.monotonic() - started,
         )
+
+    def _request(self, domain: Any) -> str:
+        """Return the request, after a last look whether the guest still is what the overlays were made for."""
+        name = self._plan.guest.name
+        with translated(f"describe {name!r}"):
+            state, reason = domain.state()
+            xml = snapshot_xml(parse(domain.XMLDesc(0)), detail=self._detail, image=self._folder / memory.IMAGE_NAME)
+            sizes = {disk.target: domain.blockInfo(disk.target)[0] for disk in self._detail.disks}
+        if state != libvirt.VIR_DOMAIN_RUNNING:
+            raise PreconditionError(
+                f"{name!r} is not running any more (state {state}, reason {reason})",
+                remedy="only a running guest can be cloned; see 'virsh domstate --reason'",
+            )
+        for disk in self._detail.disks:
+            if sizes[disk.target] != disk.size_bytes:
+                raise SafetyError(
+                    f"disk {disk.target} was resized from {disk.size_bytes} to {sizes[disk.target]} bytes after the run began",
+                    remedy="start the backup again",
+                )
+        return xml
+
+    @contextmanager
+    def _short_downtime(self, domain: Any, convergence: Convergence) -> Iterator[None]:
+        """Allow QEMU only a short last pass, and give back what it was allowed before: migrations need it."""
+        name = self._plan.guest.name
+        with translated(f"set the longest pause of {name!r}"):
+            before = domain.migrateGetMaxDowntime()
+            domain.migrateSetMaxDowntime(convergence.downtime_ms, 0)
+        try:
+            yield
+        finally:
+            try:
+                self._connection.domain(name).migrateSetMaxDowntime(before, 0)
+            except (libvirt.libvirtError, VmsnapError) as error:
+                _LOG.warning(
+                    "the longest pause of %r in a migration could not be set back to %d ms: %s", name, before, error
+                )
 
     def _snapshot(self, domain: Any, xml: str) -> None:
         try:
@@ -163,29 +150,28 @@ class LiveCapture:
         while True:
             worker.join(timeout=_POLL_SECONDS if suspended_until is None else _POLL_SECONDS / 10)
             if not worker.is_alive():
-                return reason
-            if reason is not None:
-                continue
+                return None
             now = self._clock.monotonic()
             if suspended_until is not None:
-                if now > suspended_until:
-                    reason = self._abort(domain, self._not_converging(convergence))
-                continue
-            reason = self._reason_to_stop(now > deadline, cancel=cancel)
+                reason = self._not_converging(convergence) if now > suspended_until else None
+            else:
+                reason = self._reason_to_stop(now > deadline, cancel=cancel)
+            if reason is None and suspended_until is None:
+                number = _passes(domain)
+                raised = convergence.after_pass(number)
+                if raised is not None:
+                    _LOG.info("pass %d over memory: allowing a last pass of %d ms", number, raised)
+                    self._set_downtime(domain, raised)
+                elif convergence.gave_up(number):
+                    if settings.on_no_convergence is OnNoConvergence.SUSPEND and self._fits(domain, settings):
+                        suspended_until = now + settings.max_pause.total_seconds()
+                        self._suspend(domain)
+                    else:
+                        reason = self._not_converging(convergence)
             if reason is not None:
-                self._abort(domain, reason)
-                continue
-            number = _passes(domain)
-            raised = convergence.after_pass(number)
-            if raised is not None:
-                _LOG.info("pass %d over memory: allowing a last pass of %d ms", number, raised)
-                self._set_downtime(domain, raised)
-            elif convergence.gave_up(number):
-                if settings.on_no_convergence is OnNoConvergence.SUSPEND and self._fits(domain, settings):
-                    suspended_until = now + settings.max_pause.total_seconds()
-                    self._suspend(domain)
-                else:
-                    reason = self._abort(domain, self._not_converging(convergence))
+                _LOG.warning("aborting the capture: %s", reason.brief)
+                self._abort_until_over(domain, worker)
+                return reason
 
     def _reason_to_stop(self, late: bool, *, cancel: Cancel) -> VmsnapError | None:  # noqa: FBT001
         settings = self._plan.settings
@@ -197,16 +183,19 @@ class LiveCapture:
                 remedy="raise capture.timeout in the policy, or capture at a quieter time",
             )
         if memory.used_share(self._folder) > _STREAM_LIMIT:
-            return NotConvergingError(
-                "the memory stream outgrew its tmpfs: the guest rewrites its memory while it is read",
-                remedy="capture at a quieter time, or raise capture.max_pause",
-            )
+            return self._outgrown()
         if overlays.free_bytes(self._detail) < settings.min_overlay_free_bytes // 2:
             return NoSpaceError(
                 "the file system of the overlays is running full; the capture was given up",
                 remedy="make room, or set capture.overlay_dir",
             )
         return None
+
+    def _outgrown(self) -> NotConvergingError:
+        return NotConvergingError(
+            "the memory stream outgrew its tmpfs: the guest rewrites its memory while it is read",
+            remedy="capture at a quieter time, or raise capture.max_pause",
+        )
 
     def _not_converging(self, convergence: Convergence) -> NotConvergingError:
         return NotConvergingError(
@@ -215,14 +204,22 @@ class LiveCapture:
             remedy="raise capture.max_pause, or capture at a quieter time",
         )
 
-    def _abort(self, domain: Any, reason: VmsnapError) -> VmsnapError:
-        _LOG.warning("aborting the capture: %s", reason.brief)
-        try:
-            domain.abortJob()
-        except libvirt.libvirtError as error:
-            # The job may have ended by itself in this moment; the worker's result tells.
-            _LOG.debug("abortJob: %s", error)
-        return reason
+    def _translate_failure(self) -> VmsnapError:
+        assert self._failure is not None  # noqa: S101 - the caller looked
+        # The stream may fill the tmpfs between two looks at it.
+        if memory.used_share(self._folder) > _STREAM_LIMIT:
+            return self._outgrown()
+        return translate(self._failure, doing=f"capture {self._plan.guest.name!r}")
+
+    def _abort_until_over(self, domain: Any, worker: threading.Thread) -> None:
+        """Abort the job until the worker has ended. Once may not do: libvirt refuses while the job is not set up."""
+        while worker.is_alive():
+            try:
+                domain.abortJob()
+            except libvirt.libvirtError as error:
+                # The job may have ended by itself in this moment; the worker's result tells.
+                _LOG.debug("abortJob: %s", error)
+            worker.join(timeout=_ABORT_POLL_SECONDS)
 
     def _set_downtime(self, domain: Any, downtime_ms: int) -> None:
         try:
@@ -238,30 +235,43 @@ class LiveCapture:
 
     def _suspend(self, domain: Any) -> None:
         _LOG.info("stopping the guest for the rest of the capture")
-        self._stopped_by_us = True
         try:
             domain.suspend()
         except libvirt.libvirtError as error:
             _LOG.debug("suspend: %s", error)
 
-    def _ensure_running(self, domain: Any) -> None:
-        """Let the guest run, whatever happened. Raises SafetyError where it does not."""
-        try:
-            state, detail = domain.state()
-            if state == libvirt.VIR_DOMAIN_PAUSED:
-                _LOG.warning("the guest was still paused (reason %d) after the capture; resuming it", detail)
-                domain.resume()
-                state, detail = domain.state()
-        except libvirt.libvirtError as error:
-            raise SafetyError(
-                f"it is not known whether {self._plan.guest.name!r} runs: {error}",
-                remedy="look with 'virsh domstate --reason', and 'virsh resume' it if it is paused; then 'vmsnap reconcile'",
-            ) from error
+    def _ensure_running(self) -> None:
+        """Let the guest run, whatever happened. Raises SafetyError where it does not.
+
+        libvirtd may just be starting again: it then ends the job and resumes the guest by itself, so wait for it.
+        """
+        until = time.monotonic() + _RECONNECT_SECONDS
+        while True:
+            try:
+                state, detail = self._resumed_state()
+                break
+            except (libvirt.libvirtError, VmsnapError) as error:
+                if time.monotonic() > until:
+                    raise SafetyError(
+                        f"it is not known whether {self._plan.guest.name!r} runs: {error}",
+                        remedy="look with 'virsh domstate --reason', and 'virsh resume' it if it is paused; "
+                        "then 'vmsnap reconcile'",
+                    ) from error
+                time.sleep(_POLL_SECONDS)
         if state != libvirt.VIR_DOMAIN_RUNNING:
             raise SafetyError(
                 f"{self._plan.guest.name!r} is not running after the capture (state {state}, reason {detail})",
                 remedy="look with 'virsh domstate --reason'; then 'vmsnap reconcile'",
             )
+
+    def _resumed_state(self) -> tuple[int, int]:
+        domain = self._connection.domain(self._plan.guest.name)
+        state, detail = domain.state()
+        if state == libvirt.VIR_DOMAIN_PAUSED:
+            _LOG.warning("the guest was still paused (reason %d) after the capture; resuming it", detail)
+            domain.resume()
+            state, detail = domain.state()
+        return state, detail
 
 
 def _job_stats(domain: Any) -> dict[str, int]:

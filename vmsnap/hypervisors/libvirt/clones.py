@@ -13,7 +13,7 @@ import libvirt
 
 from vmsnap.errors import BugError, DeadlineError, GuestNotFoundError, NotCleanError
 from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_image
-from vmsnap.hypervisors.libvirt.connection import Connection, gone, translated
+from vmsnap.hypervisors.libvirt.connection import AGENT_COMMAND_TIMEOUT, Connection, gone, translated
 from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
 from vmsnap.hypervisors.libvirt.inspect import nic_mac
 from vmsnap.hypervisors.libvirt.xml import Tag, devices, parse, read_tag, unparse
@@ -131,7 +131,7 @@ class Clones:
                 details=f"libvirt's STOPPED details: {stopped}, SHUTDOWN details: {shutdown}",
                 remedy="see /var/log/libvirt/qemu for the clone's log, and the host's for the OOM killer",
             )
-        if libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST in shutdown:
+        if set(shutdown) != {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST}:
             raise NotCleanError("the clone was ended from the host", details=f"SHUTDOWN details: {shutdown}")
         return "guest agent" if agent_answers else "ACPI"
 
@@ -142,7 +142,7 @@ class Clones:
             # The agent goes away while it obeys, so an unanswered request is no failure; the wait will tell.
             if error.get_error_code() not in (
                 libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
-                libvirt.VIR_ERR_AGENT_COMMAND_TIMEOUT,
+                AGENT_COMMAND_TIMEOUT,
                 libvirt.VIR_ERR_OPERATION_INVALID,
                 libvirt.VIR_ERR_NO_DOMAIN,
             ):
@@ -160,6 +160,9 @@ class Clones:
             with translated(f"destroy {name!r}"):
                 gone(domain.destroy, codes=_NOTHING_TO_DO)
                 flags = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                flags |= (
+                    libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+                )
                 gone(lambda: domain.undefineFlags(flags), codes=_NOTHING_TO_DO)
         except GuestNotFoundError:
             return

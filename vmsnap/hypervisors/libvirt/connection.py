@@ -29,13 +29,17 @@ _KEEPALIVE_MISSES = 6
 _loop_lock = threading.Lock()
 _loop_running = threading.Event()
 
+# Newer than the libvirt that the binding may have been built against.
+AGENT_COMMAND_TIMEOUT = 112
+AGENT_COMMAND_FAILED = 113
+
 # Values of virErrorNumber (libvirt/virterror.h) and the error an operator sees for them.
 _BY_CODE: dict[int, type[VmsnapError]] = {
     libvirt.VIR_ERR_NO_DOMAIN: GuestNotFoundError,
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: GuestUnreachableError,
     libvirt.VIR_ERR_AGENT_UNSYNCED: GuestUnreachableError,
-    libvirt.VIR_ERR_AGENT_COMMAND_TIMEOUT: GuestUnreachableError,
-    libvirt.VIR_ERR_AGENT_COMMAND_FAILED: GuestCommandError,
+    AGENT_COMMAND_TIMEOUT: GuestUnreachableError,
+    AGENT_COMMAND_FAILED: GuestCommandError,
     libvirt.VIR_ERR_OPERATION_TIMEOUT: DeadlineError,
 }
 
@@ -131,6 +135,15 @@ class Connection:
             return self.domain(name)
         except GuestNotFoundError:
             return None
+
+    def find_by_uuid(self, uuid: str) -> Any | None:
+        """Return the virDomain of that UUID, whatever it is called by now, or None."""
+        try:
+            return self.get().lookupByUUIDString(uuid)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise translate(error, doing=f"look up the guest with UUID {uuid}") from error
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all domains."""

@@ -23,6 +23,7 @@ from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environm
 from vmsnap.hypervisors.libvirt.inspect import agent_is_connected, disk_target, guest_from_xml, nic_mac, writable_disks
 from vmsnap.hypervisors.libvirt.leftovers import overlay_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
+from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
@@ -139,6 +140,8 @@ class LibvirtHypervisor:
         with translated(f"describe {guest.name!r}"):
             root = parse(domain.XMLDesc(0))
             busy = domain.isActive() and domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
+            targets = [disk_target(disk) for disk in writable_disks(root)] if domain.isActive() else []
+            pulled = [target for target in targets if domain.blockJobInfo(target)]
         found = []
         if guest.state is not GuestState.RUNNING:
             found.append(
@@ -158,6 +161,15 @@ class LibvirtHypervisor:
                     remedy="wait for it; see 'virsh domjobinfo'",
                 )
             )
+        found.extend(
+            Finding(
+                check=f"disk {target}",
+                severity=Severity.REFUSAL,
+                message="a block job runs on it",
+                remedy=f"wait for it, or end it; see 'virsh blockjob {guest.name} {target}'",
+            )
+            for target in pulled
+        )
         found.extend(preflight.check_devices(root))
         found.extend(preflight.check_memory_backing(root))
         found.extend(preflight.check_disks(root, settings=settings))
@@ -180,8 +192,9 @@ class LibvirtHypervisor:
 
     def prepare_memory(self, plan: CapturePlan) -> None:
         """Mount the tmpfs."""
-        self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
-        self._runtime(plan.run).mkdir(mode=0o711, exist_ok=True)
+        with translated_os(f"make {self._runtime(plan.run)}"):
+            self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
+            self._runtime(plan.run).mkdir(mode=0o711, exist_ok=True)
         memory.create(self._runtime(plan.run) / "memory", ram_bytes=plan.guest.memory_bytes)
 
     def overlays_resource(self, plan: CapturePlan) -> Resource:
@@ -236,10 +249,11 @@ class LibvirtHypervisor:
         """Make the clone, paused."""
         nvram = self.clone_nvram(plan)
         if nvram is not None and plan.guest.nvram is not None:
-            shutil.copyfile(plan.guest.nvram, nvram)
-            owner = Path(plan.guest.nvram).stat()
-            os.chown(nvram, owner.st_uid, owner.st_gid)
-            Path(nvram).chmod(0o600)
+            with translated_os(f"copy the firmware variables {plan.guest.nvram}"):
+                shutil.copyfile(plan.guest.nvram, nvram)
+                owner = Path(plan.guest.nvram).stat()
+                os.chown(nvram, owner.st_uid, owner.st_gid)
+                Path(nvram).chmod(0o600)
         image = self._runtime(plan.run) / "memory" / memory.IMAGE_NAME
         return self._clones.restore(plan, fence=fence, image=image, nvram=nvram)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from pathlib import Path
 
 import libvirt
@@ -37,6 +38,8 @@ class EnvironmentFolders:
         """Make the overlays. QEMU's user must be able to pass through the folder, not to list it."""
         folder = self.of(plan)
         folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for path in (folder, *(Path(image.path).parent for image in images)):
+            _require_passable(path)
         for image in images:
             overlays.create_overlay(
                 folder / f"{image.target}.qcow2",
@@ -67,6 +70,16 @@ class EnvironmentFolders:
         if not folder.is_dir():
             return 0
         return sum(path.stat().st_blocks * 512 for path in folder.glob("*.qcow2"))
+
+
+def _require_passable(path: Path) -> None:
+    """Raise PreconditionError where QEMU's user cannot pass through a folder on the way to a file."""
+    for folder in (path, *path.parents):
+        if not folder.stat().st_mode & stat.S_IXOTH:
+            raise PreconditionError(
+                f"QEMU runs as a user of its own, which cannot pass through {folder}",
+                remedy=f"chmod o+x {folder} (it lets others pass, not list; the images themselves stay private)",
+            )
 
 
 class Environments:

@@ -11,6 +11,8 @@ from typing import Any, Self
 import libvirt
 import libvirt_qemu
 
+from vmsnap.hypervisors.libvirt.connection import translated
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pause:
@@ -34,10 +36,11 @@ class PauseRecorder:
         self._handles: list[int] = []
 
     def __enter__(self) -> Self:
-        for event in ("STOP", "RESUME"):
-            self._handles.append(
-                libvirt_qemu.qemuMonitorEventRegister(self._connection, self._domain, event, self._record, None, 0)
-            )
+        with translated("listen to QEMU's events"):
+            for event in ("STOP", "RESUME"):
+                self._handles.append(
+                    libvirt_qemu.qemuMonitorEventRegister(self._connection, self._domain, event, self._record, None, 0)
+                )
         return self
 
     def __exit__(
@@ -82,9 +85,10 @@ class LifecycleRecorder:
         self._handle: int | None = None
 
     def __enter__(self) -> Self:
-        self._handle = self._connection.domainEventRegisterAny(
-            self._domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._record, None
-        )
+        with translated("listen to libvirt's events"):
+            self._handle = self._connection.domainEventRegisterAny(
+                self._domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._record, None
+            )
         return self
 
     def __exit__(

@@ -44,6 +44,26 @@ def writable_disks(domain: ET.Element) -> tuple[ET.Element, ...]:
     return tuple(disk for disk in devices(domain).findall("disk") if is_writable_disk(disk))
 
 
+def find_disk(domain: ET.Element, target: str) -> ET.Element | None:
+    """Return the ``<disk>`` of that target, or None."""
+    for disk in devices(domain).findall("disk"):
+        if disk_target(disk) == target:
+            return disk
+    return None
+
+
+def nvram_path(domain: ET.Element) -> str:
+    """Return the file of the firmware variables, or an empty text.
+
+    libvirt writes it as the text of ``<nvram>``, or (since 8.5, where it was given so) as a ``<source>`` like a disk's.
+    """
+    nvram = domain.find("os/nvram")
+    if nvram is None:
+        return ""
+    source = nvram.find("source")
+    return (nvram.text or "").strip() if source is None else source.get("file", "")
+
+
 def memory_bytes(domain: ET.Element) -> int:
     """Return the guest's memory in bytes."""
     element = domain.find("memory")
@@ -133,5 +153,5 @@ def guest_from_xml(
         disks=tuple(disks),
         nics=tuple(nics),
         has_agent_channel=has_agent_channel(domain),
-        nvram=text_of(domain, "os/nvram") or None,
+        nvram=nvram_path(domain) or None,
     )

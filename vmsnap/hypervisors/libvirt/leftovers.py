@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
+
 from vmsnap.errors import VmsnapError
-from vmsnap.hypervisors.libvirt.connection import Connection, translated
-from vmsnap.hypervisors.libvirt.inspect import disk_source, disk_target, writable_disks
+from vmsnap.hypervisors.libvirt.connection import Connection, translate, translated
+from vmsnap.hypervisors.libvirt.inspect import disk_source, writable_disks
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail, parse_name
 from vmsnap.hypervisors.libvirt.tools import run_tool
 from vmsnap.hypervisors.libvirt.xml import parse, read_tag, text_of
@@ -24,12 +26,17 @@ def overlay_resources(connection: Connection) -> tuple[Resource, ...]:
     """Return resources for all overlay files of vmsnap beside the disks of any guest."""
     found: dict[tuple[RunId, str, str, str], list[OverlayDetail]] = defaultdict(list)
     for guest, uuid, sources in _guests(connection):
-        for path in _overlay_files({Path(source).parent for source in sources.values()}):
-            name = parse_name(str(path))
-            detail = None if name is None else _describe(path, name.target)
-            if name is None or detail is None or sources.get(name.target) not in (detail.overlay, detail.base):
-                continue
-            found[name.run, name.role, guest, uuid].append(detail)
+        details = [
+            detail
+            for path in _overlay_files({Path(source).parent for source in sources})
+            if (detail := _describe(path)) is not None
+        ]
+        # A guest in the middle of a run is on an overlay; its own disk is what that overlay is over.
+        own = sources | {detail.base for detail in details if detail.overlay in sources}
+        for detail in details:
+            name = parse_name(detail.overlay)
+            if name is not None and detail.base in own:
+                found[name.run, name.role, guest, uuid].append(detail)
     return tuple(
         Resource(
             kind=_KINDS[role],
@@ -42,18 +49,21 @@ def overlay_resources(connection: Connection) -> tuple[Resource, ...]:
     )
 
 
-def _guests(connection: Connection) -> Iterator[tuple[str, str, dict[str, str]]]:
+def _guests(connection: Connection) -> Iterator[tuple[str, str, set[str]]]:
     with translated("list its guests"):
-        texts = [domain.XMLDesc(0) for domain in connection.get().listAllDomains(0)]
-    for text in texts:
+        domains = connection.get().listAllDomains(0)
+    for domain in domains:
+        try:
+            text = domain.XMLDesc(0)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise translate(error, doing="describe a guest") from error
+            # It ended between the listing and the question.
+            continue
         root = parse(text)
         if read_tag(root) is None:
             disks = writable_disks(root)
-            yield (
-                text_of(root, "name"),
-                text_of(root, "uuid"),
-                {disk_target(d): disk_source(d) for d in disks if disk_source(d)},
-            )
+            yield text_of(root, "name"), text_of(root, "uuid"), {disk_source(d) for d in disks} - {""}
 
 
 def _overlay_files(folders: set[Path]) -> Iterator[Path]:
@@ -62,13 +72,16 @@ def _overlay_files(folders: set[Path]) -> Iterator[Path]:
             yield from sorted(entry for entry in folder.iterdir() if parse_name(entry.name) is not None)
 
 
-def _describe(path: Path, target: str) -> OverlayDetail | None:
+def _describe(path: Path) -> OverlayDetail | None:
     """Return what the overlay's own header says, or None for a file that cannot be read (half made: no data in it)."""
+    name = parse_name(str(path))
+    if name is None:
+        return None
     try:
         info = json.loads(run_tool(("qemu-img", "info", "-U", "--output=json", "-f", "qcow2", str(path))))
         base = str(info["full-backing-filename"])
         return OverlayDetail(
-            target=target,
+            target=name.target,
             overlay=str(path),
             base=base,
             base_format=str(info["backing-filename-format"]),

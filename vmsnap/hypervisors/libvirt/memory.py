@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vmsnap.errors import DriverError, NoSpaceError
+from vmsnap.errors import DriverError, NoSpaceError, ToolError
 from vmsnap.hypervisors.libvirt.preflight import available_memory_bytes, memory_image_bytes
-from vmsnap.hypervisors.libvirt.tools import run_tool
+from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 
 _MIB = 1 << 20
 IMAGE_NAME = "ram.save"
@@ -27,7 +27,8 @@ def create(folder: Path, *, ram_bytes: int) -> None:
             f"twice its {ram_bytes // _MIB} MiB",
             remedy="run fewer guests or clones at a time, or add memory",
         )
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with translated_os(f"make the memory area {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     run_tool(
         (
             "mount",
@@ -39,8 +40,9 @@ def create(folder: Path, *, ram_bytes: int) -> None:
             str(folder),
         )
     )
-    descriptor = os.open(folder / IMAGE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    os.close(descriptor)
+    with translated_os(f"make the memory image in {folder}"):
+        descriptor = os.open(folder / IMAGE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.close(descriptor)
 
 
 def remove(folder: Path) -> None:
@@ -48,11 +50,20 @@ def remove(folder: Path) -> None:
     try:
         (folder / IMAGE_NAME).unlink(missing_ok=True)
         while os.path.ismount(folder):
-            run_tool(("umount", str(folder)))
+            _unmount(folder)
         if folder.exists():
             folder.rmdir()
     except OSError as error:
         raise DriverError(f"the memory area {folder} could not be removed: {error.strerror}") from error
+
+
+def _unmount(folder: Path) -> None:
+    try:
+        run_tool(("umount", str(folder)))
+    except ToolError:
+        # libvirtd still writes to the image for a run that died in mid-capture. The image has no name any more, and
+        # its memory is given back when libvirtd closes it: at the latest when the source's overlays are released.
+        run_tool(("umount", "--lazy", str(folder)))
 
 
 def discard_image(folder: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DriverError
-from vmsnap.hypervisors.libvirt.tools import run_tool
+from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.model.capture import CapturePlan
 from vmsnap.model.guest import Disk, DiskKind
 from vmsnap.model.ids import RunId
@@ -92,8 +95,13 @@ def create(detail: OverlaysDetail) -> None:
 def create_overlay(path: Path, *, base: str, base_format: str, size_bytes: int) -> None:
     """Make one overlay. The base is not opened (``-u``): it may be in use, and its size is known.
 
-    Raises NoSpaceError, ToolError.
+    Raises NoSpaceError, PreconditionError, ToolError.
     """
+    with translated_os(f"make the overlay {path}"):
+        _create_overlay(path, base=base, base_format=base_format, size_bytes=size_bytes)
+
+
+def _create_overlay(path: Path, *, base: str, base_format: str, size_bytes: int) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
         run_tool(
@@ -131,4 +139,37 @@ def delete(detail: OverlaysDetail) -> None:
 
 def free_bytes(detail: OverlaysDetail) -> int:
     """Return the least room on any file system that holds one of the overlays."""
-    return min(shutil.disk_usage(Path(disk.overlay).parent).free for disk in detail.disks)
+    with translated_os("look at the room for overlays"):
+        return min(shutil.disk_usage(Path(disk.overlay).parent).free for disk in detail.disks)
+
+
+def holds_data(path: str) -> bool:
+    """Tell whether anything was written to an overlay; a fresh or committed one maps nothing at its own depth.
+
+    Raises ToolError where it cannot be read, or what it is over cannot.
+    """
+    if not Path(path).exists():
+        return False
+    mapped = json.loads(run_tool(("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path), timeout_seconds=120))
+    return any(extent["depth"] == 0 for extent in mapped)
+
+
+# QEMU locks bytes of an image it has open (block/file-posix.c): 100 + n while it uses permission n, 200 + n while it
+# denies it to others.
+_QEMU_LOCKS = range(100, 300)
+# struct flock of 64-bit Linux: type, whence, start, length, pid.
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def is_open(path: str) -> bool:
+    """Tell whether a QEMU, or a tool of its, has an image open, whatever libvirt knows of it. Raises DriverError."""
+    if not Path(path).exists():
+        return False
+    with translated_os(f"ask who has {path} open"):
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _QEMU_LOCKS.start, len(_QEMU_LOCKS), 0)
+            kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
+        finally:
+            os.close(descriptor)
+    return bool(kind != fcntl.F_UNLCK)

@@ -33,10 +33,6 @@ _REFUSED_DEVICES = {
     "smartcard": ("a smart card of the host is passed through", "take the <smartcard> away"),
     "lease": ("it holds a lock-manager lease", "take the <lease> away"),
     "tpm": ("it has a TPM, whose state is not captured by this version", "take the <tpm> away"),
-    "redirdev": (
-        "it has USB redirection devices",
-        "take the <redirdev> elements away; they are only for desktop viewers",
-    ),
     "pstore": ("it has a pstore device, which writes to a file of the host", "take the <pstore> away"),
 }
 _NIC_TYPES = ("bridge", "network", "ethernet")
@@ -78,10 +74,9 @@ def check_devices(domain: ET.Element) -> Iterator[Finding]:
                 "the guest has a vsock with a fixed CID, which the clone would share",
                 'use <cid auto="yes"/>',
             )
-    for source in parts.findall("input/source"):
-        if source.get("dev"):
-            refused = True
-            yield _refusal("devices", "an input device of the host is passed through", "take the evdev <input> away")
+    for finding in _check_kinds(domain):
+        refused = True
+        yield finding
     for graphics in parts.findall("graphics"):
         if graphics.get("type") not in ("vnc", "spice"):
             refused = True
@@ -97,6 +92,41 @@ def check_devices(domain: ET.Element) -> Iterator[Finding]:
         )
     if not refused:
         yield _ok("devices", "every device can be cloned and fenced")
+
+
+def _check_kinds(domain: ET.Element) -> Iterator[Finding]:
+    """Check devices of which some kinds can be cloned and others not."""
+    parts = devices(domain)
+    if any(device.get("type") in ("passthrough", "evdev") for device in parts.findall("input")):
+        yield _refusal("devices", "an input device of the host is passed through", "take that <input> away")
+    if any(device.get("type") != "spicevmc" for device in parts.findall("redirdev")):
+        yield _refusal("devices", "USB is redirected from a network address", "use type='spicevmc', or take it away")
+    if any(device.get("model") not in ("dimm", "virtio-mem") for device in parts.findall("memory")):
+        yield _refusal(
+            "devices",
+            "it has memory that is a file of the host (nvdimm, pmem), which the clone would write to",
+            "take that <memory> away",
+        )
+    if any(backend.get("model") == "egd" for backend in parts.findall("rng/backend")):
+        yield _refusal("devices", "its random numbers come from another program (egd)", "use <backend model='random'>")
+    for model in parts.findall("video/model"):
+        acceleration = model.find("acceleration")
+        if acceleration is not None and acceleration.get("accel3d") == "yes":
+            yield _refusal("devices", "3D acceleration cannot be migrated", "take <acceleration> away")
+    if any(driver.get("name") == "vhostuser" for driver in parts.findall("video/driver")):
+        yield _refusal("devices", "its video card is a vhost-user program", "take <driver name='vhostuser'> away")
+    if domain.find("launchSecurity") is not None:
+        yield _refusal("devices", "its memory is encrypted (launchSecurity) and cannot be copied", "none by vmsnap")
+    for loader in domain.findall("os/loader"):
+        if loader.get("type") == "pflash" and loader.get("readonly") != "yes":
+            yield _refusal(
+                "firmware",
+                "firmware and its variables are in one writable file, which the clone would write to",
+                "give <loader readonly='yes'> and an <nvram> of its own",
+            )
+    for store in domain.findall("os/nvram"):
+        if store.get("type", "file") != "file":
+            yield _refusal("firmware", "the firmware variables are not in a file", "move them to a file")
 
 
 def check_memory_backing(domain: ET.Element) -> Iterator[Finding]:
@@ -147,10 +177,6 @@ def _check_disk(disk: ET.Element, settings: CaptureSettings) -> Iterator[Finding
         yield _refusal(check, "it is transient", "take <transient/> away")
     if disk.find("encryption") is not None or disk.find("source/encryption") is not None:
         yield _refusal(check, "it is encrypted by QEMU", "encrypt inside the guest instead")
-    if disk.find("mirror") is not None:
-        yield _refusal(
-            check, "a block job (copy or commit) is running on it", "wait for it, or end it with 'virsh blockjob'"
-        )
     target_element = disk.find("target")
     if target_element is not None and target_element.get("bus") == "nvme":
         yield _refusal(check, "emulated NVMe cannot be migrated", "use virtio or SCSI")

@@ -113,6 +113,8 @@ def privatise_host_ends(domain: ET.Element) -> None:
     drop(domain, "seclabel", "blkiotune", "numatune", "resource")
     for tune in domain.findall("cputune"):
         drop(tune, "vcpupin", "emulatorpin", "iothreadpin", "vcpusched", "iothreadsched", "emulatorsched")
+        # Cache and memory bandwidth are partitioned for the whole host; the guest's own part stays the guest's.
+        drop(tune, "cachetune", "memorytune")
 
 
 def _privatise_character_device(device: ET.Element) -> None:
@@ -149,9 +151,11 @@ def set_life(domain: ET.Element, *, reboot: str, crash: str, cpu_shares: int | N
 def set_nvram(domain: ET.Element, path: str | None) -> None:
     """Give the firmware a variable store of the domain's own."""
     os_element = child(domain, "os")
-    nvram = os_element.find("nvram")
-    if nvram is None:
+    if path is None:
+        drop(os_element, "nvram")
         return
+    # A definition that leaves the choice of firmware to libvirt may not name the store.
+    nvram = child(os_element, "nvram")
     drop(nvram, "source")
     for attribute in ("template", "templateFormat", "type"):
         nvram.attrib.pop(attribute, None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from vmsnap.errors import DeadlineError, NoSpaceError, PreconditionError, ToolError
+from vmsnap.errors import DeadlineError, DriverError, NoSpaceError, PreconditionError, ToolError
 
 _ENVIRONMENT = {**os.environ, "LC_ALL": "C"}
 
@@ -35,3 +38,20 @@ def run_tool(argv: tuple[str, ...], *, timeout_seconds: float = 60) -> str:
         return done.stdout
     kind = NoSpaceError if "No space left on device" in done.stderr else ToolError
     raise kind(f"{argv[0]} failed with status {done.returncode}", details=f"{' '.join(argv)}\n{done.stderr.strip()}")
+
+
+@contextmanager
+def translated_os(doing: str) -> Iterator[None]:
+    """Turn the system's errors in the block into vmsnap's; ``doing`` completes 'could not ...'.
+
+    Raises NoSpaceError, PreconditionError for what is missing or forbidden, DriverError for all others.
+    """
+    try:
+        yield
+    except OSError as error:
+        text = f"could not {doing}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(text, remedy="make room") from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PreconditionError(text, remedy="see that the folder exists and root may write to it") from error
+        raise DriverError(text) from error

@@ -1,0 +1,1 @@
+"""The demonstration: the main job on a real guest, from nothing to a report."""

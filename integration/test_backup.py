@@ -1,0 +1,124 @@
+"""The main job from the command line, on a real guest under load: backup, list, verify, provision, destroy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from integration.conftest import MakeGuest
+from integration.demo.__main__ import RECOVERY_SIGNS, _last_start
+from integration.installation import Installation, RunningVm, default_policy
+from integration.lab.client import LabClient
+from integration.lab.domain import DiskSpec, GuestSpec
+from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
+
+
+@pytest.fixture
+def vmsnap(lab: Lab, store_dir: Path) -> Iterator[Installation]:
+    installation = Installation(lab, name=store_dir.name, store=store_dir)
+    yield installation
+    for folder in (installation.folder, installation.runtime):
+        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
+
+
+def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Installation) -> None:
+    vmsnap.policy(guest.name)
+    definition = guest.domain.XMLDesc(0)
+    guest.start_pgbench(clients=2)
+    try:
+        with LabClient(guest.address()) as client:
+            client.wait_for_more(5)
+            first = vmsnap.ok("backup", guest.name)
+            client.wait_for_more(5)
+    finally:
+        guest.stop_pgbench()
+
+    assert _sources(guest.domain.XMLDesc(0)) == _sources(definition)
+    assert guest.psql("SELECT count(*) >= 1 FROM markers") == "t", "the source still answers"
+    assert 0 < first["capture"]["pause_ms"] < 500 * guest.lab.time_factor
+    drain = first["drain"]
+    assert drain["in_flight_at_start"] == drain["finished"] + drain["rolled_back"]
+    assert {item["method"] for item in first["clean"]["evidence"]["instances"]} == {"in-guest", "disk"}
+    assert first["isolation"]["rung"] == "none"
+    assert first["isolation"]["proof"]
+
+    second = vmsnap.ok("backup", guest.name)
+    assert second["store"]["new_bytes"] < first["store"]["new_bytes"]
+    assert [item["snapshot"] for item in vmsnap.ok("list", guest.name)["snapshots"]] == [
+        first["snapshot"],
+        second["snapshot"],
+    ]
+    verified = vmsnap.run("verify", first["snapshot"], "--json")
+    assert verified.exit_code == 0, verified.explain()
+
+    made = vmsnap.ok("provision", first["snapshot"], "--name", "copy of 'db' <1>", "--wait")
+    vm = RunningVm(guest, name=made["environment"])
+    vm.wait_for_postgresql()
+    found = {int(line) for line in vm.psql("SELECT n FROM markers").splitlines()}
+    stopped = datetime.fromisoformat(first["capture"]["captured"])
+    resumed = stopped + timedelta(milliseconds=first["capture"]["pause_ms"])
+    expected = {m.number for m in client.markers if m.acknowledged_at is not None and m.acknowledged_at < stopped}
+    impossible = {m.number for m in client.markers if m.began_at > resumed}
+    assert expected, "the client committed before the capture"
+    assert expected <= found
+    assert not impossible & found
+    assert not [line for line in _last_start(vm) if any(sign in line for sign in RECOVERY_SIGNS)]
+    assert vm.domain.UUIDString() != guest.domain.UUIDString()
+    held = vmsnap.run("prune", guest.name)
+    assert held.exit_code == 0, held.explain()
+    assert vmsnap.run("env", "destroy", made["environment"]).exit_code == 0
+    assert vmsnap.ok("env", "list")["environments"] == []
+
+
+def test_several_disks_of_every_kind_and_firmware_variables(
+    make_guest: MakeGuest, vmsnap: Installation, lab: Lab
+) -> None:
+    guest = make_guest(
+        GuestSpec(
+            name="many disks",
+            disks=(DiskSpec(), DiskSpec(content="data", format="raw"), DiskSpec(content="blank", format="block")),
+            nvram=True,
+            macs=("52:54:00:aa:00:01", "52:54:00:aa:00:02"),
+        )
+    )
+    overlay_dir = lab.scratch / "overlays"
+    overlay_dir.mkdir()
+    vmsnap.policy(guest.name, f'[capture]\noverlay_dir = "{overlay_dir}"\n' + default_policy(lab).split("\n", 1)[1])
+    guest.run(["pg_ctlcluster", "15", "aux", "start"])
+    guest.psql("INSERT INTO markers (n) VALUES (7)", port=5433)
+    report = vmsnap.ok("backup", guest.name)
+    assert {item["instance"] for item in report["drain"]["instances"]} == {"main:5432", "aux:5433"}
+    assert not list(overlay_dir.iterdir())
+    stored = vmsnap.ok("show", report["snapshot"])
+    assert [disk["target"] for disk in stored["manifest"]["disks"]] == [disk.target for disk in guest.disks]
+    made = vmsnap.ok("provision", f"{guest.name}@latest", "--wait")
+    vm = RunningVm(guest, name=made["environment"])
+    vm.wait_for_postgresql()
+    vm.run(["pg_ctlcluster", "15", "aux", "start"])
+    assert vm.psql("SELECT n FROM markers", port=5433) == "7"
+    assert vmsnap.run("env", "destroy", made["environment"]).exit_code == 0
+    overlay_dir.rmdir()
+
+
+def test_the_second_of_two_runs_for_one_guest_is_told_to_wait(guest: LabGuest, vmsnap: Installation) -> None:
+    vmsnap.policy(guest.name)
+    process = vmsnap.start("backup", guest.name)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "capture" in line:
+            break
+    second = vmsnap.run("backup", guest.name, "--json")
+    assert second.exit_code == 4, second.explain()
+    assert "backup" in json.dumps(second.document)
+    process.communicate(timeout=120 * guest.lab.time_factor)
+    assert process.returncode == 0
+
+
+def _sources(xml: str) -> list[str]:
+    return [line.strip() for line in xml.splitlines() if "<source file=" in line or "<source dev=" in line]

@@ -1,0 +1,333 @@
+"""A sample snapshot, and an application that does nothing but remember, for tests of the command line.
+
+``python -m tests.unit.cli_samples ARGUMENTS`` is the real program over that application: ``VMSNAP_TEST_BEHAVIOUR`` says how
+it behaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from vmsnap.cli.context import Session
+from vmsnap.cli.main import main
+from vmsnap.config.policies import PolicyBook
+from vmsnap.config.settings import Settings
+from vmsnap.errors import (
+    BusyError,
+    CleanupError,
+    ConfigError,
+    DeadlineError,
+    EnvironmentNotFoundError,
+    NotCleanError,
+    PreconditionError,
+    SnapshotNotFoundError,
+    ToolError,
+    VmsnapError,
+)
+from vmsnap.model.capture import CaptureMode
+from vmsnap.model.environment import Environment
+from vmsnap.model.guest import Finding, GuestState, Severity
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.isolation import Rung
+from vmsnap.model.journal import ResourceKind
+from vmsnap.model.manifest import (
+    AttemptRecord,
+    CaptureRecord,
+    CleanRecord,
+    DiskRecord,
+    DrainRecord,
+    FileSystemRecord,
+    InstanceRecord,
+    IsolationRecord,
+    MachineRecord,
+    Manifest,
+    Marks,
+    Pin,
+    ProofRecord,
+    Snapshot,
+    StepRecord,
+    StoreRecord,
+)
+from vmsnap.model.report import (
+    BackupReport,
+    EnvironmentStatus,
+    ProvisionOptions,
+    ProvisionReport,
+    PruneDecision,
+    ReconcileReport,
+    Undone,
+    VerifyReport,
+)
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.progress import Progress
+
+AT = datetime(2026, 11, 21, 2, 0, 3, tzinfo=UTC)
+NOW = AT + timedelta(hours=6)
+BEHAVIOUR = "VMSNAP_TEST_BEHAVIOUR"
+
+ISOLATION = IsolationRecord(
+    rung=Rung.NONE,
+    address=None,
+    seconds=0.412,
+    proof=(ProofRecord(name="bridge members", observed="vs3fa9b0c1d2t0"), ProofRecord(name="nft drop", observed="2")),
+    attempts=(AttemptRecord(rung=Rung.LINK_FLAP, seconds=1.5, failure="no answer"),),
+)
+DRAIN = (
+    DrainRecord(engine="postgresql", instance="15/main", in_flight_at_start=7, finished=6, rolled_back=1, seconds=5.25),
+    DrainRecord(engine="postgresql", instance="15/two", in_flight_at_start=2, finished=2, rolled_back=0, seconds=1.5),
+)
+CLEAN = CleanRecord(
+    made=AT + timedelta(seconds=60),
+    guest_shut_down_by="agent",
+    instances=tuple(
+        InstanceRecord(
+            engine="postgresql",
+            instance=name,
+            data_directory=f"/var/lib/postgresql/{name}",
+            method="disk",
+            observed={"Database cluster state": "shut down"},
+        )
+        for name in ("15/main", "15/two")
+    ),
+    file_systems=(FileSystemRecord(disk="vda", kind="ext4", uuid="0a1b", observed="clean"),),
+)
+
+
+def sample(
+    identity: str = "3fa9b0c1d2", *, guest: str = "db1", captured: datetime = AT, marks: Marks | None = None
+) -> Snapshot:
+    """Return a snapshot."""
+    manifest = Manifest(
+        id=SnapshotId(identity),
+        run=RunId(identity),
+        guest=guest,
+        created=captured + timedelta(seconds=90),
+        parent=None,
+        machine=MachineRecord(
+            hypervisor="libvirt",
+            definition="<domain>\n\t<name>db1</name>\n</domain>",
+            uuid="u",
+            memory_bytes=1 << 30,
+            vcpus=2,
+        ),
+        capture=CaptureRecord(mode=CaptureMode.LIVE, captured=captured, pause_ms=23.4, ram_bytes=1 << 30),
+        isolation=ISOLATION,
+        drain=DRAIN,
+        clean=CLEAN,
+        disks=(
+            DiskRecord(
+                target="vda",
+                image="vda.raw",
+                digests="vda.digests",
+                digests_sha256="ab" * 32,
+                size_bytes=8 << 30,
+                data_bytes=2 << 30,
+                new_bytes=300 << 20,
+            ),
+        ),
+        store=StoreRecord(logical_bytes=8 << 30, new_bytes=300 << 20, seconds=4.2),
+        steps=(StepRecord(name="capture", seconds=3.25), StepRecord(name="drain", seconds=6.75)),
+        vmsnap_version="0.1.0",
+    )
+    return Snapshot(manifest=manifest, marks=marks or Marks())
+
+
+def sample_environment(name: str = "db1-test") -> EnvironmentStatus:
+    """Return an environment that runs."""
+    environment = Environment(
+        name=name,
+        run=RunId("00000000e1"),
+        guest="db1",
+        snapshot=SnapshotId("3fa9b0c1d2"),
+        created=AT,
+        expires=AT + timedelta(days=1),
+        network=None,
+    )
+    return EnvironmentStatus(environment=environment, state=GuestState.RUNNING, overlay_bytes=196_608)
+
+
+def failing(behaviour: str) -> VmsnapError | None:
+    """Return the error that a behaviour stands for."""
+    errors: dict[str, VmsnapError] = {
+        "config": ConfigError("wrong file", remedy="mend it"),
+        "precondition": PreconditionError("no such guest", remedy="look"),
+        "busy": BusyError("guest 'db1' is held by process 1", remedy="wait"),
+        "safety": NotCleanError("not clean", details="state: in production\nline two", remedy="look at the log"),
+        "deadline": DeadlineError("too slow", remedy="more time"),
+        "driver": ToolError("qemu-img failed", details="\x1b[31mred\x1b[0m", remedy="look"),
+        "cleanup": CleanupError("left something", causes=[ToolError("bridge is busy")]),
+    }
+    return errors.get(behaviour)
+
+
+@dataclass
+class FakeApplication:
+    """Remembers calls, and answers with samples. ``behaviour`` names an error to raise, or ``bug``, or ``slow``."""
+
+    behaviour: str = ""
+    stored: tuple[Snapshot, ...] = (sample(),)
+    findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
+    defects: tuple[str, ...] = ()
+    left: str | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def _called(self, *call: object) -> None:
+        self.calls.append(call)
+        error = failing(self.behaviour)
+        if error is not None:
+            error.also.append(ToolError("and then the bridge stayed", remedy="vmsnap reconcile"))
+            raise error
+        if self.behaviour == "bug":
+            msg = "nobody thought of this"
+            raise ZeroDivisionError(msg)
+
+    def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
+        progress.step("check")
+        progress.step("capture")
+        progress.bytes_done(512, 1024)
+        self._called("backup", guest)
+        if self.behaviour == "slow":
+            self._be_slow(progress, cancel)
+        progress.note("rung \x1b[31mlink-flap\x07 failed")
+        progress.step("drain")
+        progress.waiting("3 transactions", deadline_seconds=60.0)
+        progress.waiting("3 transactions", deadline_seconds=59.0)
+        return BackupReport(
+            snapshot=SnapshotId("3fa9b0c1d2"),
+            guest=guest,
+            started=AT,
+            finished=AT + timedelta(seconds=93.5),
+            capture=sample().manifest.capture,
+            isolation=ISOLATION,
+            drain=DRAIN,
+            clean=CLEAN,
+            store=sample().manifest.store,
+            steps=sample().manifest.steps,
+            warnings=("one cluster\nhas a standby",),
+        )
+
+    @staticmethod
+    def _be_slow(progress: Progress, cancel: Cancel) -> None:
+        sys.stderr.write("ready\n")
+        sys.stderr.flush()
+        try:
+            for _ in range(1000):
+                cancel.check()
+                time.sleep(0.01)
+        finally:
+            # Clean-up, in which a second signal arrives.
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            progress.step("clean up")
+            sys.stderr.write("cleaned up\n")
+
+    def provision(
+        self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel
+    ) -> ProvisionReport:
+        self._called("provision", reference, options)
+        return ProvisionReport(
+            environment=options.name or "db1-3fa9",
+            snapshot=SnapshotId("3fa9b0c1d2"),
+            guest="db1",
+            state=GuestState.RUNNING,
+            defined_ms=312.0,
+            running_ms=604.0,
+            overlay_bytes=196_608,
+            address=None,
+            expires=AT + timedelta(days=1),
+        )
+
+    def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
+        self._called("prune", guest, dry_run)
+        return (
+            PruneDecision(
+                snapshot=sample("00000000a1", captured=AT - timedelta(days=9)),
+                keep=False,
+                reasons=("not among the newest 7 (keep_last)",),
+                removed_bytes=None if dry_run else 3 << 20,
+            ),
+            PruneDecision(snapshot=sample(), keep=True, reasons=("the newest", "in use by an environment")),
+        )
+
+    def reconcile(self) -> ReconcileReport:
+        self._called("reconcile")
+        run = RunId("00000000d1")
+        return ReconcileReport(
+            runs=(run,),
+            undone=(
+                Undone(run=run, kind=ResourceKind.CLONE, name="vmsnap-clone", guest="db1"),
+                Undone(run=run, kind=ResourceKind.FENCE, name="vmsnap-fence", guest="db1", failure=self.left),
+            ),
+        )
+
+    def doctor(self, guest: str | None) -> tuple[Finding, ...]:
+        self._called("doctor", guest)
+        return self.findings
+
+    def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
+        self._called("verify", reference)
+        return VerifyReport(snapshot=SnapshotId("3fa9b0c1d2"), blocks=32768, defects=self.defects, seconds=1.9)
+
+    def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
+        self._called("pin", reference, pin)
+        return sample(marks=Marks(pin=pin))
+
+    def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
+        return tuple(item for item in self.stored if guest in {None, item.manifest.guest})
+
+    def snapshot(self, reference: str) -> Snapshot:
+        self._called("snapshot", reference)
+        if reference.startswith("3fa9") or "@" in reference:
+            return sample()
+        raise SnapshotNotFoundError(f"no snapshot '{reference}'", remedy="there is 3fa9b0c1d2")
+
+    def environments(self) -> tuple[EnvironmentStatus, ...]:
+        self._called("environments")
+        return (sample_environment(),)
+
+    def destroy_environment(self, name: str) -> None:
+        self._called("destroy", name)
+        if name != "db1-test":
+            raise EnvironmentNotFoundError(f"there is no environment '{name}'", remedy="there is 'db1-test'")
+
+    def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
+        self._called("extend", name, expires)
+        status = sample_environment(name)
+        environment = Environment(
+            name=name,
+            run=status.environment.run,
+            guest="db1",
+            snapshot=status.environment.snapshot,
+            created=AT,
+            expires=expires,
+            network=None,
+        )
+        return EnvironmentStatus(environment=environment, state=status.state, overlay_bytes=0)
+
+
+def session_over(application: FakeApplication) -> Session:
+    """Return a session whose application is the given one, at a fixed time."""
+
+    def open_application(_settings: Settings, _policies: PolicyBook) -> FakeApplication:
+        return application
+
+    return Session(open_application=open_application, now=lambda: NOW)
+
+
+def write_config(folder: Path) -> Path:
+    """Write a configuration with one policy, for the guest ``db1``, and return its file."""
+    (folder / "policies").mkdir()
+    (folder / "policies" / "db1.toml").write_text("[retention]\nkeep_last = 3\n")
+    path = folder / "vmsnap.toml"
+    path.write_text(f'[store]\npath = "{folder}/store"\n[state]\npath = "{folder}/state"\n')
+    return path
+
+
+if __name__ == "__main__":
+    main(session_over(FakeApplication(behaviour=os.environ.get(BEHAVIOUR, ""))))

@@ -1,0 +1,551 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
+from vmsnap.cli.main import app
+from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.manifest import Marks, Pin, Verification
+
+WARNED = (
+    Finding(check="store", severity=Severity.OK, message="XFS with reflinks", remedy="nothing"),
+    Finding(check="agent", severity=Severity.WARNING, message="does not answer", remedy="install qemu-guest-agent"),
+)
+REFUSED = (*WARNED, Finding(check="disk vdb", severity=Severity.REFUSAL, message="is passed through", remedy="use LVM"))
+
+
+@dataclass
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+class Program:
+    """The program over a fake application, in this process, with nothing that is a terminal."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+        self.application = FakeApplication()
+
+    def __call__(self, *arguments: str, config: bool = True) -> Outcome:
+        before = ["--config", str(self.config)] if config else []
+        result = CliRunner().invoke(app, [*before, *arguments], obj=session_over(self.application))
+        for text in (result.stdout, result.stderr):
+            assert not [character for character in text if character < " " and character != "\n"]
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(write_config(tmp_path))
+
+
+def test_backup_prints_what_happened(program: Program) -> None:
+    outcome = program("backup", "db1")
+    assert outcome.code == 0
+    assert outcome.stdout == (
+        "Snapshot 3fa9b0c1d2 of db1 is stored and proven clean.\n"
+        "  captured  2026-11-21 02:00:03Z; the guest stood still for 23 ms, 1.0 GiB of memory\n"
+        "  isolated  2 proofs, way to an address: none\n"
+        "  drained   9 in flight: 8 finished, 1 rolled back\n"
+        "  clean     postgresql: 2 database instances, 1 file system (read: disk)\n"
+        "  stored    300 MiB new of 8.0 GiB in 4.2 s\n"
+        "  took      1 min 34 s\n"
+        "  warning   one cluster\\nhas a standby\n"
+    )
+
+
+def test_backup_says_each_step_in_a_plain_line(program: Program) -> None:
+    lines = program("backup", "db1").stderr.splitlines()
+    assert [line.split("s] ", 1)[1] for line in lines] == [
+        "check",
+        "capture",
+        "  rung \\x1b[31mlink-flap\\x07 failed",
+        "drain",
+        "  waiting for 3 transactions, at most 1 min 00 s",
+        "done",
+    ]
+
+
+def test_backup_in_json_has_the_promised_keys_and_silence_on_stderr(program: Program) -> None:
+    outcome = program("backup", "db1", "--json")
+    document = outcome.json
+    assert outcome.stderr == ""
+    assert set(document) >= {
+        "snapshot", "guest", "started", "finished", "capture", "isolation", "drain", "clean", "store", "steps"
+    }  # fmt: skip
+    assert {"mode": "live", "pause_ms": 23.4, "ram_bytes": 1 << 30}.items() <= document["capture"].items()
+    assert document["started"] == "2026-11-21T02:00:03Z"
+    assert {"rung": "none", "address": None, "seconds": 0.412}.items() <= document["isolation"].items()
+    assert document["isolation"]["proof"][0] == {"name": "bridge members", "observed": "vs3fa9b0c1d2t0"}
+    assert {
+        "engine": "postgresql", "in_flight_at_start": 9, "finished": 8, "rolled_back": 1, "seconds": 6.75
+    }.items() <= document["drain"].items()  # fmt: skip
+    assert [item["instance"] for item in document["drain"]["instances"]] == ["15/main", "15/two"]
+    assert document["clean"]["engine"] == "postgresql"
+    assert document["clean"]["evidence"]["instances"][0]["observed"] == {"Database cluster state": "shut down"}
+    assert document["store"] == {"logical_bytes": 8 << 30, "new_bytes": 300 << 20, "seconds": 4.2}
+    assert document["steps"] == [{"name": "capture", "seconds": 3.25}, {"name": "drain", "seconds": 6.75}]
+
+
+def test_provision_in_json_has_the_promised_keys(program: Program) -> None:
+    assert program("provision", "db1", "--json").json == {
+        "environment": "db1-3fa9",
+        "snapshot": "3fa9b0c1d2",
+        "guest": "db1",
+        "state": "running",
+        "defined_ms": 312.0,
+        "running_ms": 604.0,
+        "overlay_bytes": 196608,
+        "address": None,
+        "expires": "2026-11-22T02:00:03Z",
+        "answered_ms": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reference"),
+    [
+        (("db1",), "db1@latest"),
+        (("db1", "--at", "2026-11-21T02:00Z"), "db1@2026-11-21T02:00:00Z"),
+        (("db1", "--at", "2026-11-21 03:00+01:00"), "db1@2026-11-21T02:00:00Z"),
+        (("3fa9",), "3fa9"),
+        (("db1@latest",), "db1@latest"),
+        (("db1@2026-11-21T02:00Z",), "db1@2026-11-21T02:00Z"),
+    ],
+)
+def test_provision_takes_a_guest_or_a_snapshot(program: Program, arguments: tuple[str, ...], reference: str) -> None:
+    assert program("provision", *arguments).code == 0
+    assert program.application.calls[-1][1] == reference
+
+
+def test_a_guest_named_like_a_reference_is_still_a_guest(program: Program) -> None:
+    program.application.stored = (sample(guest="3fa9"), sample(guest="a@latest"))
+    for guest in ("3fa9", "a@latest"):
+        program("provision", guest)
+        assert program.application.calls[-1][1] == f"{guest}@latest"
+
+
+def test_provision_passes_its_options_on(program: Program) -> None:
+    outcome = program("provision", "db1", "--name", "x", "--ttl", "1d 12h", "--network", "lab", "--wait")
+    assert program.application.calls[-1][2].model_dump() == {  # type: ignore[attr-defined]
+        "name": "x",
+        "ttl": timedelta(hours=36),
+        "network": "lab",
+        "wait": True,
+    }
+    assert outcome.stdout == (
+        "Environment x is running, from snapshot 3fa9b0c1d2 of db1.\n"
+        "  defined after 312 ms, running after 604 ms\n"
+        "  overlay 192 KiB, address none known, expires 2026-11-22 02:00:03Z\n"
+        "  'vmsnap env destroy x' removes it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("provision", "db1", "--ttl", "soon"), "--ttl: given 'soon'; a duration is"),
+        (("provision", "db1", "--ttl", "0s"), "--ttl: given '0s'; it must be longer than nothing"),
+        (("provision", "db1", "--at", "yesterday"), "--at: 'yesterday' is no time"),
+        (("provision", "db1", "--at", "2026-11-21T02:00"), "--at: '2026-11-21T02:00' has no time zone"),
+        (("pin", "3fa9", "--reason", " "), "--reason is empty"),
+        (
+            ("pin", "3fa9", "--reason", "x", "--for", "1d", "--until", "2030-01-01T00:00Z"),
+            "--until and --for contradict",
+        ),
+        (("pin", "3fa9", "--reason", "x", "--until", "2020-01-01T00:00Z"), "--until: 2020-01-01 00:00:00Z is past"),
+        (("env", "extend", "e"), "say how long: --ttl, --until or --forever"),
+        (("env", "extend", "e", "--ttl", "1d", "--forever"), "say how long: --ttl, --until or --forever"),
+        (("env", "extend", "e", "--until", "2020-01-01T00:00Z"), "--until: 2020-01-01 00:00:00Z is past"),
+        (("pin", "3fa9"), "missing option '--reason'"),
+        (("backup",), "missing argument 'GUEST'"),
+        (("backup", "a", "b"), "got unexpected extra argument"),
+        (("bakup", "db1"), "no such command 'bakup'. Did you mean 'backup'?"),
+        (("backup", "db1", "--jsn"), "no such option"),
+    ],
+)
+def test_a_wrong_command_line_does_nothing_and_says_why(
+    program: Program, arguments: tuple[str, ...], said: str
+) -> None:
+    for form in ((), ("--json",)):
+        outcome = program(*form, *arguments)
+        assert outcome.code == 2
+        assert program.application.calls == []
+        if form:
+            assert outcome.json["error"]["brief"].startswith(said)
+            assert outcome.json["error"]["exit_code"] == 2
+            assert outcome.stderr == ""
+        else:
+            assert outcome.stdout == ""
+            assert outcome.stderr.startswith(f"vmsnap: error: {said}")
+            assert "vmsnap: what to do: " in outcome.stderr or said.startswith("--ttl")
+
+
+def test_an_option_that_goes_before_the_command_is_explained(program: Program) -> None:
+    assert "--debug goes before the command: vmsnap --debug" in program("backup", "db1", "--debug").stderr
+
+
+def test_list_is_a_table_with_aligned_columns(program: Program) -> None:
+    program.application.stored = (
+        sample("00000000a1", captured=AT - timedelta(days=1)),
+        sample(
+            marks=Marks(
+                pin=Pin(owner="ann", reason="audit", since=AT, until=AT + timedelta(days=9)),
+                verification=Verification(at=AT, blocks=9, bad_blocks=0),
+            )
+        ),
+        sample("00000000a2", guest="two\nwords", marks=Marks(verification=Verification(at=AT, blocks=9, bad_blocks=3))),
+    )
+    lines = program("list").stdout.splitlines()
+    assert lines[0].split() == [
+        "GUEST", "SNAPSHOT", "WHEN", "SIZE", "NEW", "PAUSE", "ENGINE", "CLEAN", "VERIFIED", "PINNED"
+    ]  # fmt: skip
+    assert [line[: lines[0].index("SIZE")].rstrip() for line in lines[1:]] == [
+        "db1         00000000a1  2026-11-20 02:00Z",
+        "db1         3fa9b0c1d2  2026-11-21 02:00Z",
+        "two\\nwords  00000000a2  2026-11-21 02:00Z",
+    ]
+    tails = [line[lines[0].index("CLEAN") :].rstrip() for line in lines[1:]]
+    assert tails == [
+        "disk   never              -",
+        "disk   2026-11-21         ann until 2026-11-30",
+        "disk   DAMAGED, 3 blocks  -",
+    ]
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_list_in_json(program: Program) -> None:
+    assert program("list", "db1", "--json").json == {
+        "snapshots": [
+            {
+                "snapshot": "3fa9b0c1d2",
+                "guest": "db1",
+                "captured": "2026-11-21T02:00:03Z",
+                "logical_bytes": 8 << 30,
+                "new_bytes": 300 << 20,
+                "pause_ms": 23.4,
+                "engine": "postgresql",
+                "clean": {"proven": True, "methods": ["disk"]},
+                "verified": None,
+                "pin": None,
+                "parent": None,
+            }
+        ]
+    }
+
+
+def test_listing_a_guest_without_snapshots_and_one_nobody_knows(program: Program) -> None:
+    program.application.stored = ()
+    assert program("list", "db1").stdout == "No snapshots yet. 'vmsnap backup db1' makes one.\n"
+    assert program("list", "db1", "--json").json == {"snapshots": []}
+    outcome = program("list", "bd1")
+    assert outcome.code == 3
+    assert "did you mean 'db1'?" in outcome.stderr
+
+
+def test_show_prints_everything_in_the_manifest(program: Program) -> None:
+    document = program("show", "3fa9", "--json").json
+    assert document == sample().model_dump(mode="json")
+    text = program("show", "3fa9").stdout
+    assert "    captured: 2026-11-21T02:00:03Z\n    pause ms: 23 ms\n" in text
+    assert "    definition:\n      <domain>\n          <name>db1</name>\n      </domain>\n" in text
+    assert "    - target: vda\n      image: vda.raw\n" in text
+
+    def check(value: object, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                assert f"{name.replace('_', ' ')}:" in text
+                check(item, name)
+        elif isinstance(value, list):
+            for item in value:
+                check(item)
+        elif isinstance(value, str):
+            for line in value.split("\n"):
+                assert line.strip() in text
+        elif key.endswith("_bytes"):
+            assert f"({value} bytes)" in text
+
+    check(document)
+
+
+def test_prune_says_why(program: Program) -> None:
+    outcome = program("prune", "db1", "--dry-run")
+    assert program.application.calls == [("prune", "db1", True)]
+    assert outcome.stdout == (
+        "        GUEST  SNAPSHOT    WHEN               WHY\n"
+        "remove  db1    00000000a1  2026-11-12 02:00Z  not among the newest 7 (keep_last)\n"
+        "keep    db1    3fa9b0c1d2  2026-11-21 02:00Z  the newest; in use by an environment\n"
+        "1 kept, 1 would be removed; nothing was removed: dry run.\n"
+    )
+    outcome = program("prune")
+    assert program.application.calls[-1] == ("prune", None, False)
+    assert "removed  db1    00000000a1" in outcome.stdout
+    assert "3.0 MiB freed" in outcome.stdout
+
+
+def test_prune_in_json(program: Program) -> None:
+    document = program("prune", "--json", "--dry-run").json
+    assert document["dry_run"] is True
+    assert [
+        (item["snapshot"], item["keep"], item["reasons"], item["removed_bytes"]) for item in document["decisions"]
+    ] == [
+        ("00000000a1", False, ["not among the newest 7 (keep_last)"], None),
+        ("3fa9b0c1d2", True, ["the newest", "in use by an environment"], None),
+    ]
+
+
+def test_pin_says_who_why_and_until_when(program: Program) -> None:
+    outcome = program("pin", "3fa9", "--reason", "audit", "--owner", "ann", "--for", "2d")
+    expected = Pin(owner="ann", reason="audit", since=NOW, until=NOW + timedelta(days=2))
+    assert program.application.calls == [("pin", "3fa9", expected)]
+    assert outcome.stdout == "Pinned 3fa9b0c1d2 of db1 until 2026-11-23 08:00:03Z: audit\n"
+
+
+def test_pin_without_an_end_belongs_to_whoever_runs_it(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_USER", "bob")
+    outcome = program("pin", "3fa9", "-r", "audit", "--json")
+    assert outcome.json["pin"] == {"owner": "bob", "reason": "audit", "since": "2026-11-21T08:00:03Z", "until": None}
+    assert program("unpin", "3fa9").stdout == "3fa9b0c1d2 of db1 is not pinned any more.\n"
+    assert program.application.calls[-1] == ("pin", "3fa9", None)
+
+
+def test_verify_tells_intact_from_damaged(program: Program) -> None:
+    outcome = program("verify", "3fa9")
+    assert (outcome.code, outcome.stdout) == (0, "Snapshot 3fa9b0c1d2 is intact: 32768 blocks read in 1.9 s.\n")
+    program.application.defects = tuple(f"vda: block {number} differs" for number in range(30))
+    outcome = program("verify", "3fa9")
+    assert outcome.code == 5
+    assert "is DAMAGED: 30 defects" in outcome.stdout
+    assert "and 10 more" in outcome.stdout
+    outcome = program("verify", "3fa9", "--json")
+    assert outcome.code == 5
+    assert outcome.json["intact"] is False
+    assert len(outcome.json["defects"]) == 30
+
+
+def test_environments_are_listed_shown_extended_and_destroyed(program: Program) -> None:
+    lines = program("env", "list").stdout.splitlines()
+    assert lines[1].split() == [
+        "db1-test", "running", "db1", "3fa9b0c1d2", "2026-11-21", "02:00Z", "2026-11-22", "02:00Z", "fenced", "192",
+        "KiB",
+    ]  # fmt: skip
+    assert program("env", "show", "db1-test", "--json").json == program("env", "list", "--json").json["environments"][0]
+    assert "state: running\noverlay bytes: 192 KiB (196608 bytes)\n" in program("env", "show", "db1-test").stdout
+    assert "until 2026-11-23 08:00:03Z" in program("env", "extend", "db1-test", "--ttl", "2d").stdout
+    assert program.application.calls[-1] == ("extend", "db1-test", NOW + timedelta(days=2))
+    program("env", "extend", "db1-test", "--until", "2026-12-01T00:00+01:00")
+    assert program.application.calls[-1][2] == AT.replace(month=11, day=30, hour=23, minute=0, second=0)
+    assert program("env", "extend", "db1-test", "--forever").stdout.endswith("stays until it is destroyed.\n")
+    assert program("env", "destroy", "db1-test").stdout == "Environment db1-test is gone.\n"
+    assert program("env", "destroy", "db1-test", "--json").json == {"environment": "db1-test", "destroyed": True}
+
+
+@pytest.mark.parametrize("command", ["show", "destroy"])
+def test_an_unknown_environment_names_those_that_exist(program: Program, command: str) -> None:
+    outcome = program("env", command, "tset")
+    assert outcome.code == 3
+    assert "'db1-test'" in outcome.stderr
+
+
+def test_reconcile_says_what_it_undid_and_what_is_left(program: Program) -> None:
+    outcome = program("reconcile")
+    assert outcome.code == 0
+    assert outcome.stdout == (
+        "  undone  clone vmsnap-clone (run 00000000d1, guest db1)\n"
+        "  undone  fence vmsnap-fence (run 00000000d1, guest db1)\n"
+        "1 dead run, 2 things undone, 0 left.\n"
+    )
+    program.application.left = "Device or resource busy"
+    outcome = program("reconcile")
+    assert outcome.code == 8
+    assert "  LEFT    fence vmsnap-fence (run 00000000d1, guest db1): Device or resource busy\n" in outcome.stdout
+    outcome = program("reconcile", "--json")
+    assert outcome.code == 8
+    assert outcome.json["complete"] is False
+
+
+def test_doctor_refuses_by_its_exit_code(program: Program) -> None:
+    program.application.findings = WARNED
+    outcome = program("doctor", "db1")
+    assert outcome.code == 0
+    assert outcome.stdout == (
+        "ok       store: XFS with reflinks\n"
+        "warning  agent: does not answer\n"
+        "         what to do: install qemu-guest-agent\n"
+        "guest db1 is ready: no refusals, 1 warning.\n"
+    )
+    program.application.findings = REFUSED
+    outcome = program("doctor")
+    assert outcome.code == 3
+    assert outcome.stdout.endswith("this host cannot be backed up as it is: 1 refusal, 1 warning.\n")
+    outcome = program("doctor", "--json")
+    assert outcome.code == 3
+    assert outcome.json["ready"] is False
+    assert outcome.json["findings"][2] == {
+        "check": "disk vdb", "severity": "refusal", "message": "is passed through", "remedy": "use LVM"
+    }  # fmt: skip
+
+
+def test_policy_check_names_every_problem(program: Program) -> None:
+    folder = program.config.parent / "policies"
+    outcome = program("policy", "check")
+    assert (outcome.code, outcome.stdout) == (0, "ok      db1.toml: guest 'db1'\n")
+    (folder / "b.toml").write_text("enabld = true\n[clone]\ncpu_shares = 1\n")
+    (folder / "c.toml").write_text("enabled = false\n")
+    outcome = program("policy", "check")
+    assert outcome.code == 2
+    assert outcome.stdout.startswith(
+        f"ERROR   {folder}/b.toml has 2 errors\n          {folder}/b.toml:1: enabld: unknown"
+    )
+    assert "ok      c.toml: guest 'c', not enabled\n" in outcome.stdout
+    outcome = program("policy", "check", "--json")
+    assert outcome.code == 2
+    files = outcome.json["files"]
+    assert [item["ok"] for item in files] == [False, True, True]
+    assert files[1]["error"] is None
+    assert len(files[0]["error"]["details"].splitlines()) == 2
+
+
+def test_policy_check_of_an_empty_folder_says_what_to_do(program: Program) -> None:
+    (program.config.parent / "policies" / "db1.toml").unlink()
+    assert "Put one GUEST.toml in it" in program("policy", "check").stdout
+
+
+def test_policy_show_fills_in_the_defaults(program: Program) -> None:
+    text = program("policy", "show", "db1").stdout
+    assert "[retention]\nkeep_last = 3\n" in text
+    assert 'max_pause = "500ms"\n' in text
+    document = program("policy", "show", "db1", "--json").json
+    assert document["retention"] == {"keep_last": 3}
+    assert document["capture"]["max_pause"] == "500ms"
+    assert program("policy", "show", "none").code == 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "name"),
+    [
+        ("config", 2, "ConfigError"),
+        ("precondition", 3, "PreconditionError"),
+        ("busy", 4, "BusyError"),
+        ("safety", 5, "NotCleanError"),
+        ("deadline", 6, "DeadlineError"),
+        ("driver", 7, "ToolError"),
+        ("cleanup", 8, "CleanupError"),
+        ("bug", 70, "BugError"),
+    ],
+)
+def test_an_error_has_its_exit_code_and_its_remedy(program: Program, behaviour: str, code: int, name: str) -> None:
+    program.application.behaviour = behaviour
+    outcome = program("backup", "db1")
+    assert outcome.code == code
+    assert outcome.stdout == ""
+    assert "vmsnap: what to do: " in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    outcome = program("backup", "db1", "--json")
+    assert outcome.code == code
+    assert outcome.stderr == ""
+    error = outcome.json["error"]
+    assert (error["exit_code"], error["class"]) == (code, name)
+    assert error["brief"]
+    assert error["remedy"]
+
+
+def test_an_error_is_told_with_details_and_what_failed_besides(program: Program) -> None:
+    program.application.behaviour = "safety"
+    assert program("show", "3fa9").stderr == (
+        "vmsnap: error: not clean\n"
+        "  state: in production\n"
+        "  line two\n"
+        "vmsnap: what to do: look at the log\n"
+        "vmsnap: also: and then the bridge stayed\n"
+        "  what to do: vmsnap reconcile\n"
+    )
+    assert program("show", "3fa9", "--json").json["error"]["also"][0]["brief"] == "and then the bridge stayed"
+
+
+def test_a_bug_shows_where_it_came_from_with_debug_only(program: Program) -> None:
+    program.application.behaviour = "bug"
+    outcome = program("--debug", "show", "3fa9")
+    assert outcome.code == 70
+    assert "ZeroDivisionError: nobody thought of this" in outcome.stderr
+    assert "Traceback" in outcome.stderr
+    outcome = program("--debug", "show", "3fa9", "--json")
+    assert outcome.json["error"]["class"] == "BugError"
+    assert "Traceback" in outcome.stderr
+
+
+def test_a_snapshot_nobody_knows(program: Program) -> None:
+    outcome = program("show", "zzz")
+    assert outcome.code == 3
+    assert "there is 3fa9b0c1d2" in outcome.stderr
+
+
+def test_config_and_json_are_taken_before_and_after_the_command(program: Program) -> None:
+    config = str(program.config)
+    for arguments in (
+        ("--json", "--config", config, "list"),
+        ("list", "--json", "--config", config),
+        ("--json", "list", "--config", config),
+        ("--config", "/nowhere.toml", "list", "--config", config, "--json"),
+    ):
+        assert "snapshots" in program(*arguments, config=False).json
+
+
+def test_a_missing_configuration_says_how_to_begin(program: Program) -> None:
+    outcome = program("list", "--config", "/nowhere/vmsnap.toml", config=False)
+    assert outcome.code == 2
+    assert "there is no file '/nowhere/vmsnap.toml'" in outcome.stderr
+    assert "[store]" in outcome.stderr
+
+
+def _commands() -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+
+    def walk(command: Any, path: tuple[str, ...]) -> None:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            found.append(path)
+            return
+        for name, sub in inner.items():
+            walk(sub, (*path, name))
+
+    walk(get_command(app), ())
+    return found
+
+
+def test_these_are_the_commands() -> None:
+    assert sorted(" ".join(path) for path in _commands()) == [
+        "backup", "doctor", "env destroy", "env extend", "env list", "env show", "list", "pin", "policy check",
+        "policy show", "provision", "prune", "reconcile", "show", "unpin", "verify",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", _commands(), ids=" ".join)
+def test_every_command_teaches_by_example_and_takes_json_and_config(program: Program, path: tuple[str, ...]) -> None:
+    text = program(*path, "--help", config=False).stdout
+    assert "For example:" in text
+    # On lines of their own, so that they can be copied.
+    assert [line for line in text.splitlines() if line.strip().startswith(f"vmsnap {' '.join(path)}")]
+    assert "--json" in text
+    assert "--config" in text
+
+
+def test_help_and_version_need_no_configuration(program: Program) -> None:
+    for arguments in ((), ("--help",), ("-h",), ("env", "--help"), ("--version",)):
+        outcome = program(*arguments, config=False)
+        assert outcome.stdout
+        assert outcome.code == (0 if arguments else 2)

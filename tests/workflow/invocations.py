@@ -1,0 +1,229 @@
+"""Invocations of vmsnap in a fake world: one process each, with faults or without, and what must be true afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmsnap.errors import CancelledError, CleanupError, VmsnapError
+from vmsnap.model.ids import SnapshotId
+from vmsnap.model.policy import EnvironmentPolicy, Policy
+from vmsnap.model.report import BackupReport, ProvisionOptions, ProvisionReport, ReconcileReport
+from vmsnap.ports.clock import Cancel
+from vmsnap.testing.faults import DEATHS, Call, Fault, Faults, Mode
+from vmsnap.testing.memory_state import ProcessDied
+from vmsnap.testing.world import FakeWorld, QuietProgress
+from vmsnap.workflow.backup import Backup
+from vmsnap.workflow.provision import Provision, destroy_environment
+from vmsnap.workflow.prune import prune
+from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.world import World
+
+POLICY = Policy(guest="db")
+Work = Callable[[World, Cancel], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one process did: its result or its error, its calls, and what it held when it ended."""
+
+    result: object
+    error: BaseException | None
+    calls: tuple[Call, ...]
+    hit: tuple[Call, ...]
+    held: tuple[str, ...]
+    alive: tuple[str, ...]
+
+
+def backup(policy: Policy = POLICY) -> Work:
+    def work(world: World, cancel: Cancel) -> BackupReport:
+        return Backup(world, policy=policy, progress=QuietProgress(), cancel=cancel).run()
+
+    return work
+
+
+def provision(*, name: str = "test", network: str | None = None, wait: bool = False) -> Work:
+    def work(world: World, cancel: Cancel) -> ProvisionReport:
+        options = ProvisionOptions(name=name, network=network, wait=wait)
+        making = Provision(world, options=options, policy=EnvironmentPolicy(), progress=QuietProgress(), cancel=cancel)
+        return making.run("db@latest")
+
+    return work
+
+
+def destroy(name: str = "test") -> Work:
+    return lambda world, _cancel: destroy_environment(world, name=name)
+
+
+def pruning(policy: Policy) -> Work:
+    return lambda world, _cancel: prune(world, policy=policy, dry_run=False)
+
+
+def reconciling(world: World, _cancel: Cancel) -> ReconcileReport:
+    return reconcile(world)
+
+
+def invoke(lab: FakeWorld, work: Work, *faults: Fault) -> Outcome:
+    """Run one process to its end, whatever end that is."""
+    going_wrong = Faults(*faults, on_death=lab.state.die)
+    result: object = None
+    error: BaseException | None = None
+    try:
+        result = work(lab.process(going_wrong), going_wrong.cancel)
+    except (VmsnapError, RuntimeError, ProcessDied) as caught:
+        error = caught.with_traceback(None)
+    held = tuple(lab.state.held)
+    alive = tuple(run for run, known in lab.state.runs.items() if known.owner is not None)
+    going_wrong.end()
+    lab.end()
+    return Outcome(
+        result=result, error=error, calls=tuple(going_wrong.calls), hit=tuple(going_wrong.hit), held=held, alive=alive
+    )
+
+
+def succeed(lab: FakeWorld, work: Work) -> Outcome:
+    """Run one process that must succeed and leave everything in order."""
+    outcome = invoke(lab, work)
+    if outcome.error is not None:
+        raise outcome.error
+    assert order(lab) == []
+    return outcome
+
+
+def order(lab: FakeWorld) -> list[str]:
+    """Return everything that is not as it should be when no run is going on."""
+    wrong = lab.host.harm()
+    wrong += [f"left behind: {item.kind} {item.name}" for item in lab.leftovers()]
+    wrong += [f"unfinished journal of run {run}" for run in lab.unfinished()]
+    wrong += list(_environments(lab))
+    for snapshot in lab.store.snapshots():
+        wrong += list(_instant(lab, snapshot.id))
+    return wrong
+
+
+def _environments(lab: FakeWorld) -> Iterator[str]:
+    """Check that book, journals, host and store agree on the environments."""
+    records = {record.run: record for record in lab.state.journals.records()}
+    snapshots = {snapshot.id: snapshot for snapshot in lab.store.snapshots()}
+    listed = lab.state.environments.all()
+    for environment in listed:
+        if records[environment.run].kept_for != environment.name:
+            yield f"{environment.name} is listed but not kept"
+        machine = lab.host.machines.get(environment.name)
+        if machine is None or machine.run != environment.run:
+            yield f"{environment.name} is listed but there is no such VM"
+        if environment.network is None and environment.run not in lab.network.fences:
+            yield f"{environment.name} has lost its fence"
+        snapshot = snapshots.get(environment.snapshot)
+        if snapshot is None or environment.run not in lab.store.holders(snapshot):
+            yield f"{environment.name} does not hold its snapshot"
+    for record in records.values():
+        if record.kept_for is not None and record.run not in {environment.run for environment in listed}:
+            yield f"run {record.run} is kept for {record.kept_for}, which is not listed"
+
+
+def _instant(lab: FakeWorld, snapshot_id: SnapshotId) -> Iterator[str]:
+    """Check that a snapshot holds its guest's writes up to one instant, all of them and none after."""
+    snapshot = lab.store.find(snapshot_id)
+    guest = lab.host.machines[snapshot.manifest.guest]
+    instants = set()
+    for disk in snapshot.manifest.disks:
+        stored = {word for word in lab.stored_writes(snapshot, target=disk.target) if _writer(word) == guest.name}
+        last = max(map(_number, stored))
+        instants.add(last)
+        due = {w for w in guest.promised if w.split("/")[1] == disk.target and _number(w) <= last}
+        if stored != due:
+            yield f"snapshot {snapshot_id} lacks {len(due - stored)} writes on {disk.target}"
+    if len(instants) > 1:
+        yield f"the disks of snapshot {snapshot_id} are of different instants"
+
+
+def _writer(word: str) -> str:
+    return word.split("/", maxsplit=1)[0]
+
+
+def _number(word: str) -> int:
+    return int(word.rsplit("/", maxsplit=1)[1])
+
+
+# A fault in these may leave something for reconcile: they are the clean-up itself.
+CLEAN_UP = (".release", ".finish", ".close", ".unkeep", "journals.begin", ".source_is_home", ".exit")
+
+
+# Closing is a courtesy: what was not closed ends with the process.
+TOLERATED = (".close",)
+
+
+@dataclass
+class Trial:
+    """A good invocation, repeated with every fault at every call. ``count`` is how many faults were injected."""
+
+    prepare: Callable[[Path], FakeWorld]
+    work: Work
+    count: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def run(self, folder: Path, mode: Mode, *, after: Callable[[FakeWorld, Outcome], list[str]]) -> list[str]:
+        """Inject ``mode`` at every call; return what went wrong, each line naming the call."""
+        good = invoke(self.prepare(folder / "good"), self.work)
+        assert good.error is None
+        for call in good.calls:
+            if call.inside and mode not in DEATHS:
+                continue
+            lab = self.prepare(folder / f"{call.number}")
+            outcome = invoke(lab, self.work, Fault(call=call.number, mode=mode))
+            self.count += 1
+            found = [f"{call.name} was not reached"] if not outcome.hit else []
+            found += self.judge(lab, outcome, mode=mode)
+            found += after(lab, outcome)
+            self.problems += [f"call {call.number} {call.name} {mode}: {text}" for text in found]
+        return self.problems
+
+    def every(self, folder: Path, mode: Mode, *, after: Callable[[FakeWorld, Outcome], list[str]]) -> None:
+        """As ``run``; fail where anything went wrong."""
+        problems = self.run(folder, mode, after=after)
+        assert not problems, "\n".join(problems)
+
+    def judge(self, lab: FakeWorld, outcome: Outcome, *, mode: Mode) -> list[str]:
+        """Return what is wrong at once after the fault, before anything is reconciled."""
+        wrong = [f"harm: {violation}" for violation in lab.host.violations]
+        name = outcome.hit[0].name if outcome.hit else ""
+        if mode in DEATHS:
+            return wrong if isinstance(outcome.error, ProcessDied) else [*wrong, f"ended with {outcome.error!r}"]
+        if name != "hypervisor.release source-overlays":
+            wrong += lab.host.harm()
+        wrong += [f"{machine.name} is {machine.state}" for machine in lab.host.sources() if machine.state != "running"]
+        if mode is Mode.CANCEL:
+            if outcome.error is not None and not isinstance(outcome.error, CancelledError):
+                wrong.append(f"ended with {outcome.error!r}")
+        elif outcome.error is None and not name.endswith(TOLERATED) and not _warned(outcome):
+            wrong.append("the fault was swallowed")
+        elif outcome.error is not None and "injected" not in _all_words(outcome.error):
+            wrong.append(f"the first error is hidden by {outcome.error!r}")
+        if outcome.error is None or not any(word in name for word in CLEAN_UP):
+            wrong += order(lab)
+        if not name.endswith((".exit", ".close", "journals.begin", "journals.reopen", ".enter")):
+            wrong += [f"still held: {what}" for what in (*outcome.held, *outcome.alive)]
+        return wrong
+
+
+def _warned(outcome: Outcome) -> bool:
+    return isinstance(outcome.result, BackupReport) and "injected" in " ".join(outcome.result.warnings)
+
+
+def _all_words(error: BaseException) -> str:
+    words = f"{error} {error!r}"
+    if isinstance(error, CleanupError):
+        words += str(error.details)
+    return words
+
+
+def recovers(lab: FakeWorld) -> list[str]:
+    """Reconcile in a new process; return what is still not in order."""
+    outcome = invoke(lab, reconciling)
+    if outcome.error is not None:
+        return [f"reconcile failed: {outcome.error!r}"]
+    assert isinstance(outcome.result, ReconcileReport)
+    wrong = [] if outcome.result.complete else [f"reconcile is not complete: {outcome.result}"]
+    return wrong + [f"after reconcile: {text}" for text in order(lab)]

@@ -1,0 +1,212 @@
+"""The one place that puts drivers into workflows."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from vmsnap.config.policies import PolicyBook
+from vmsnap.config.settings import Settings
+from vmsnap.disks.export import QemuExport
+from vmsnap.disks.filesystems import OfflineInspector
+from vmsnap.engines.registry import engine_for
+from vmsnap.errors import GuestUnreachableError, PreconditionError, VmsnapError
+from vmsnap.guests.access import Access
+from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
+from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.ids import new_run_id
+from vmsnap.model.manifest import Pin, Snapshot
+from vmsnap.model.policy import EnvironmentPolicy, Policy
+from vmsnap.model.report import (
+    BackupReport,
+    EnvironmentStatus,
+    ProvisionOptions,
+    ProvisionReport,
+    PruneDecision,
+    ReconcileReport,
+    VerifyReport,
+)
+from vmsnap.network.fence import NetworkFence
+from vmsnap.network.ladder import NetworkAddressing
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.progress import Progress
+from vmsnap.state.environments import FileEnvironmentBook
+from vmsnap.state.journal import FileJournals
+from vmsnap.state.locks import FileLocks
+from vmsnap.stores.images import ImagesStore
+from vmsnap.workflow.backup import Backup, settings_of
+from vmsnap.workflow.provision import Provision, destroy_environment, status_of
+from vmsnap.workflow.prune import prune
+from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.verify import verify
+from vmsnap.workflow.world import World
+
+
+_LOCK_TIMEOUT = timedelta(minutes=1)
+
+
+class SystemClock:
+    """ports.clock.Clock over the machine's clocks."""
+
+    def now(self) -> datetime:
+        """Return the wall clock."""
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        """Return the monotonic clock."""
+        return time.monotonic()
+
+    def sleep(self, duration: timedelta) -> None:
+        """Wait."""
+        time.sleep(duration.total_seconds())
+
+
+def connect_directly(host: str, port: int, timeout: timedelta) -> socket.socket:
+    """Open a TCP connection from the host, as the host's routing says. Raises GuestUnreachableError."""
+    try:
+        return socket.create_connection((host, port), timeout=timeout.total_seconds())
+    except OSError as error:
+        raise GuestUnreachableError(f"{host} port {port} cannot be reached: {error}") from error
+
+
+def make_world(settings: Settings) -> World:
+    """Make the drivers that the settings name. Opens nothing yet."""
+    clock = SystemClock()
+    state = settings.state.path
+    fence = NetworkFence()
+    return World(
+        hypervisor=LibvirtHypervisor(
+            settings.libvirt.uri,
+            folders=LibvirtFolders(runtime=settings.runtime.path, environments=settings.store.path / ".environments"),
+            clock=clock,
+        ),
+        fence=fence,
+        addressing=NetworkAddressing(clock=clock),
+        access=Access(clock=clock),
+        direct=connect_directly,
+        export=QemuExport(runtime_dir=settings.runtime.path),
+        inspector=OfflineInspector(),
+        store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies),
+        journals=FileJournals(state),
+        locks=FileLocks(state, clock=clock),
+        book=FileEnvironmentBook(state),
+        clock=clock,
+        engine_for=engine_for,
+        new_run_id=new_run_id,
+    )
+
+
+class Application:
+    """Everything vmsnap can do, for the commands. See vmsnap.cli.application for the contract of each method."""
+
+    def __init__(self, world: World, *, policies: PolicyBook) -> None:
+        self._world = world
+        self._policies = policies
+
+    def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
+        """Back up a guest once."""
+        policy = self._policies.get(guest)
+        return Backup(self._world, policy=policy, progress=progress, cancel=cancel).run()
+
+    def provision(
+        self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel
+    ) -> ProvisionReport:
+        """Make a test VM of a snapshot."""
+        snapshot = self._world.store.find(reference)
+        policy = self._environment_policy(snapshot.manifest.guest)
+        provision = Provision(self._world, options=options, policy=policy, progress=progress, cancel=cancel)
+        return provision.run(snapshot.id)
+
+    def _environment_policy(self, guest: str) -> EnvironmentPolicy:
+        """Return what the policy says of environments; a snapshot outlives its guest's policy."""
+        try:
+            return self._policies.get(guest).environment
+        except PreconditionError:
+            return EnvironmentPolicy()
+
+    def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
+        """Apply retention to one guest or to all that have a policy."""
+        policies = (self._policies.get(guest),) if guest is not None else self._policies.all()
+        decisions: list[PruneDecision] = []
+        for policy in policies:
+            decisions.extend(prune(self._world, policy=policy, dry_run=dry_run))
+        return tuple(decisions)
+
+    def reconcile(self) -> ReconcileReport:
+        """Undo what dead runs left."""
+        return reconcile(self._world)
+
+    def doctor(self, guest: str | None) -> tuple[Finding, ...]:
+        """Look whether this host, and a guest on it, can be backed up."""
+        found = [*_attempt("libvirt", lambda: _libvirt_finding(self._world))]
+        if guest is None:
+            found.extend(_attempt("store", lambda: self._world.store.findings(needed_bytes=0)))
+            return tuple(found)
+        policy = self._policies.get(guest)
+        found.extend(_attempt("guest", lambda: self._guest_findings(policy)))
+        return tuple(found)
+
+    def _guest_findings(self, policy: Policy) -> tuple[Finding, ...]:
+        world = self._world
+        guest = world.hypervisor.inspect(policy.guest)
+        first = not world.store.snapshots(guest.name)
+        needed = sum(disk.size_bytes for disk in guest.disks) if first else 0
+        return (
+            *world.hypervisor.findings(guest, settings=settings_of(policy)),
+            *world.store.findings(needed_bytes=needed),
+        )
+
+    def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
+        """Re-read a snapshot."""
+        return verify(self._world, reference=reference, progress=progress, cancel=cancel)
+
+    def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
+        """Hold a snapshot against retention, or let it go."""
+        guest = self._world.store.find(reference).manifest.guest
+        # Under the lock, so that no prune removes what is being pinned.
+        with self._world.store.lock(guest, timeout=_LOCK_TIMEOUT):
+            snapshot = self._world.store.find(reference)
+            return self._world.store.mark(snapshot, marks=snapshot.marks.model_copy(update={"pin": pin}))
+
+    def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
+        """Return snapshots, oldest first by guest."""
+        return self._world.store.snapshots(guest)
+
+    def snapshot(self, reference: str) -> Snapshot:
+        """Return one snapshot."""
+        return self._world.store.find(reference)
+
+    def environments(self) -> tuple[EnvironmentStatus, ...]:
+        """Return all environments."""
+        return tuple(status_of(self._world, environment) for environment in self._world.book.all())
+
+    def destroy_environment(self, name: str) -> None:
+        """Remove an environment."""
+        destroy_environment(self._world, name=name)
+
+    def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
+        """Set when an environment expires."""
+        environment = replace(self._world.book.get(name), expires=expires)
+        self._world.book.replace(environment)
+        return status_of(self._world, environment)
+
+
+def _libvirt_finding(world: World) -> tuple[Finding, ...]:
+    guests = world.hypervisor.guests()
+    return (Finding(check="libvirt", severity=Severity.OK, message=f"answers, and knows {len(guests)} guests"),)
+
+
+def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Finding, ...]:
+    """Return the findings, or the error as a finding: doctor reports, it does not fail."""
+    try:
+        return look()
+    except VmsnapError as error:
+        return (Finding(check=check, severity=Severity.REFUSAL, message=error.brief, remedy=error.remedy),)
+
+
+def open_application(settings: Settings, policies: PolicyBook) -> Application:
+    """Return the application for this host's settings and policies."""
+    return Application(make_world(settings), policies=policies)

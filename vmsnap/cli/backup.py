@@ -1,0 +1,74 @@
+"""``vmsnap backup``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from vmsnap.cli.completion import complete_guest
+from vmsnap.cli.context import ConfigOption, JsonOption, begin
+from vmsnap.cli.documents import backup_document, engine_names
+from vmsnap.cli.tables import print_lines
+from vmsnap.cli.text import count, milliseconds, moment, printable, seconds, size
+
+if TYPE_CHECKING:
+    from vmsnap.model.report import BackupReport
+
+
+def backup(
+    ctx: typer.Context,
+    guest: Annotated[
+        str,
+        typer.Argument(
+            metavar="GUEST", help="The VM to back up, by its name in its policy.", autocompletion=complete_guest
+        ),
+    ],
+    *,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Back up one guest: clone it while it runs, let the clone's database finish and stop, keep its disks.
+
+    The guest runs on throughout. A snapshot is kept only if the database and every file system in it are proven clean.
+    Ctrl-C undoes what was made and leaves the guest as it was.
+
+    For example:
+
+        vmsnap backup db1
+        vmsnap backup db1 --json | jq .capture.pause_ms
+    """
+    session = begin(ctx, json=json, config=config)
+    application = session.application
+    with session.running() as (progress, cancel):
+        report = application.backup(guest, progress=progress, cancel=cancel)
+    session.show(backup_document(report), human=lambda console: _print(console, report))
+
+
+def _print(console: Console, report: BackupReport) -> None:
+    whole = (report.finished - report.started).total_seconds()
+    in_flight = sum(record.in_flight_at_start for record in report.drain)
+    finished = sum(record.finished for record in report.drain)
+    rolled_back = sum(record.rolled_back for record in report.drain)
+    address = f", address {report.isolation.address}" if report.isolation.address else ""
+    methods = ", ".join(sorted({item.method for item in report.clean.instances}))
+    clusters = count(len(report.clean.instances), thing="database instance")
+    systems = count(len(report.clean.file_systems), thing="file system")
+    captured = f"{moment(report.capture.captured)}; the guest stood still for {milliseconds(report.capture.pause_ms)}"
+    proofs = count(len(report.isolation.proof), thing="proof")
+    stored = f"{size(report.store.new_bytes)} new of {size(report.store.logical_bytes)}"
+    print_lines(
+        console,
+        [
+            f"Snapshot {report.snapshot} of {printable(report.guest)} is stored and proven clean.",
+            f"  captured  {captured}, {size(report.capture.ram_bytes)} of memory",
+            f"  isolated  {proofs}, way to an address: {report.isolation.rung.value}{address}",
+            f"  drained   {in_flight} in flight: {finished} finished, {rolled_back} rolled back",
+            f"  clean     {engine_names(report.clean)}: {clusters}, {systems} (read: {methods})",
+            f"  stored    {stored} in {seconds(report.store.seconds)}",
+            f"  took      {seconds(whole)}",
+            *(f"  pruned    {snapshot}" for snapshot in report.pruned),
+            *(f"  warning   {printable(warning)}" for warning in report.warnings),
+        ],
+    )

@@ -1,0 +1,156 @@
+"""The JSON documents that commands print. Their names are an interface: scripts depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vmsnap.cli.failures import error_fields
+
+if TYPE_CHECKING:
+    from vmsnap.config.policies import PolicyCheck
+    from vmsnap.model.guest import Finding
+    from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
+    from vmsnap.model.report import (
+        BackupReport,
+        EnvironmentStatus,
+        ProvisionReport,
+        PruneDecision,
+        ReconcileReport,
+        VerifyReport,
+    )
+
+Document = dict[str, Any]
+
+
+def backup_document(report: BackupReport) -> Document:
+    """Return the document of ``vmsnap backup``: ``drain`` is added up over instances, which are listed beside it."""
+    document = report.model_dump(mode="json")
+    document["drain"] = _drain(report.drain)
+    document["clean"] = {"engine": engine_names(report.clean), "evidence": report.clean.model_dump(mode="json")}
+    return document
+
+
+def engine_names(clean: CleanRecord) -> str:
+    """Return the name of the database engine, or of each where a guest runs several."""
+    return ", ".join(sorted({instance.engine for instance in clean.instances}))
+
+
+def _drain(records: Sequence[DrainRecord]) -> Document:
+    return {
+        "engine": ", ".join(sorted({record.engine for record in records})),
+        "in_flight_at_start": sum(record.in_flight_at_start for record in records),
+        "finished": sum(record.finished for record in records),
+        "rolled_back": sum(record.rolled_back for record in records),
+        "seconds": round(sum(record.seconds for record in records), 3),
+        "instances": [record.model_dump(mode="json") for record in records],
+    }
+
+
+def provision_document(report: ProvisionReport) -> Document:
+    """Return the document of ``vmsnap provision``."""
+    return report.model_dump(mode="json")
+
+
+def snapshot_summary(snapshot: Snapshot) -> Document:
+    """Return a snapshot as an entry of a list."""
+    manifest = snapshot.manifest
+    marks = snapshot.marks.model_dump(mode="json")
+    return {
+        "snapshot": snapshot.id,
+        "guest": manifest.guest,
+        "captured": manifest.model_dump(mode="json")["capture"]["captured"],
+        "logical_bytes": manifest.store.logical_bytes,
+        "new_bytes": manifest.store.new_bytes,
+        "pause_ms": manifest.capture.pause_ms,
+        "engine": engine_names(manifest.clean),
+        "clean": {"proven": True, "methods": sorted({item.method for item in manifest.clean.instances})},
+        "verified": marks["verification"],
+        "pin": marks["pin"],
+        "parent": manifest.parent,
+    }
+
+
+def list_document(snapshots: Sequence[Snapshot]) -> Document:
+    """Return the document of ``vmsnap list``."""
+    return {"snapshots": [snapshot_summary(snapshot) for snapshot in snapshots]}
+
+
+def snapshot_document(snapshot: Snapshot) -> Document:
+    """Return the document of ``vmsnap show``: the manifest and the marks, whole."""
+    return snapshot.model_dump(mode="json")
+
+
+def prune_document(decisions: Sequence[PruneDecision], *, dry_run: bool) -> Document:
+    """Return the document of ``vmsnap prune``."""
+    return {
+        "dry_run": dry_run,
+        "decisions": [
+            {
+                **snapshot_summary(decision.snapshot),
+                "keep": decision.keep,
+                "reasons": list(decision.reasons),
+                "removed_bytes": decision.removed_bytes,
+            }
+            for decision in decisions
+        ],
+    }
+
+
+def verify_document(report: VerifyReport) -> Document:
+    """Return the document of ``vmsnap verify``."""
+    return {**report.model_dump(mode="json"), "intact": not report.defects}
+
+
+def environment_document(status: EnvironmentStatus) -> Document:
+    """Return one environment and how it is."""
+    dumped = status.model_dump(mode="json")
+    environment = dumped["environment"]
+    return {
+        "environment": environment.pop("name"),
+        **environment,
+        "state": dumped["state"],
+        "overlay_bytes": dumped["overlay_bytes"],
+    }
+
+
+def environments_document(statuses: Sequence[EnvironmentStatus]) -> Document:
+    """Return the document of ``vmsnap env list``."""
+    return {"environments": [environment_document(status) for status in statuses]}
+
+
+def reconcile_document(report: ReconcileReport) -> Document:
+    """Return the document of ``vmsnap reconcile``."""
+    return {**report.model_dump(mode="json"), "complete": report.complete}
+
+
+def doctor_document(findings: Sequence[Finding], *, guest: str | None, ready: bool) -> Document:
+    """Return the document of ``vmsnap doctor``."""
+    return {
+        "guest": guest,
+        "ready": ready,
+        "findings": [
+            {
+                "check": finding.check,
+                "severity": finding.severity.value,
+                "message": finding.message,
+                "remedy": finding.remedy,
+            }
+            for finding in findings
+        ],
+    }
+
+
+def policy_check_document(checks: Sequence[PolicyCheck]) -> Document:
+    """Return the document of ``vmsnap policy check``."""
+    return {
+        "files": [
+            {
+                "file": str(check.path),
+                "guest": check.guest,
+                "ok": check.error is None,
+                "error": None if check.error is None else error_fields(check.error),
+            }
+            for check in checks
+        ]
+    }

@@ -1,0 +1,152 @@
+"""``vmsnap env``: environments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from vmsnap.cli.completion import complete_environment
+from vmsnap.cli.context import ConfigOption, JsonOption, begin
+from vmsnap.cli.documents import environment_document, environments_document
+from vmsnap.cli.tables import print_lines, print_table, print_tree
+from vmsnap.cli.text import minute, moment, printable, size
+from vmsnap.cli.times import parse_span, parse_time
+from vmsnap.errors import ConfigError, EnvironmentNotFoundError
+
+if TYPE_CHECKING:
+    from vmsnap.model.report import EnvironmentStatus
+
+_HEADER = ("ENVIRONMENT", "STATE", "GUEST", "SNAPSHOT", "CREATED", "EXPIRES", "NETWORK", "OVERLAY")
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="The environment's name.", autocompletion=complete_environment)
+]
+
+environments = typer.Typer(no_args_is_help=True, help="List, look at, keep longer and destroy test VMs.")
+
+
+@environments.command("list")
+def list_environments(ctx: typer.Context, *, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """List environments and how they are now.
+
+    OVERLAY is what an environment wrote. Each holds its snapshot: retention does not remove it meanwhile.
+
+    For example:
+
+        vmsnap env list
+        vmsnap env list --json | jq -r '.environments[].environment'
+    """
+    session = begin(ctx, json=json, config=config)
+    statuses = session.application.environments()
+    session.show(environments_document(statuses), human=lambda console: _print(console, statuses))
+
+
+@environments.command("show")
+def show_environment(
+    ctx: typer.Context, name: NameArgument, *, json: JsonOption = False, config: ConfigOption = None
+) -> None:
+    """Show one environment.
+
+    It says which snapshot it is of, until when it stays, where it is attached, and how it is now.
+
+    For example:
+
+        vmsnap env show db1-test
+        vmsnap env show db1-test --json | jq -r .state
+    """
+    session = begin(ctx, json=json, config=config)
+    statuses = session.application.environments()
+    status = next((status for status in statuses if status.environment.name == name), None)
+    if status is None:
+        known = ", ".join(f"'{status.environment.name}'" for status in statuses)
+        none = "no environment exists; 'vmsnap provision' makes one"
+        raise EnvironmentNotFoundError(
+            f"there is no environment '{name}'", remedy=f"environments that exist: {known}" if known else none
+        )
+    document = environment_document(status)
+    session.show(document, human=lambda console: print_tree(console, document))
+
+
+@environments.command("extend")
+def extend_environment(
+    ctx: typer.Context,
+    name: NameArgument,
+    *,
+    ttl: Annotated[str | None, typer.Option("--ttl", metavar="SPAN", help='From now on this long: "2d".')] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="Up to this time.")] = None,
+    forever: Annotated[bool, typer.Option("--forever", help="Until it is destroyed.")] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Say how long an environment stays.
+
+    The time counts from now, not from its present end. It may become shorter as well.
+
+    For example:
+
+        vmsnap env extend db1-test --ttl 2d
+        vmsnap env extend db1-test --until 2026-12-01T00:00Z
+    """
+    session = begin(ctx, json=json, config=config)
+    if sum((ttl is not None, until is not None, forever)) != 1:
+        raise ConfigError("say how long: --ttl, --until or --forever, one of them", remedy="for example --ttl 2d")
+    expires = None
+    if ttl is not None:
+        expires = session.now() + parse_span(ttl, option="--ttl")
+    elif until is not None:
+        expires = parse_time(until, option="--until")
+        if expires <= session.now():
+            raise ConfigError(f"--until: {moment(expires)} is past", remedy=f"'vmsnap env destroy {name}' removes it")
+    status = session.application.extend_environment(name, expires=expires)
+    end = moment(status.environment.expires, none="")
+    session.show(
+        environment_document(status),
+        human=lambda console: print_lines(
+            console, [f"Environment {printable(name)} stays until {end or 'it is destroyed'}."]
+        ),
+    )
+
+
+@environments.command("destroy")
+def destroy_environment(
+    ctx: typer.Context, name: NameArgument, *, json: JsonOption = False, config: ConfigOption = None
+) -> None:
+    """Remove an environment and everything it wrote.
+
+    Its snapshot stays as it was, and is held no longer. The environment is not asked to shut down.
+
+    For example:
+
+        vmsnap env destroy db1-test
+        vmsnap env list --json | jq -r '.environments[].environment' | xargs -n1 vmsnap env destroy
+    """
+    session = begin(ctx, json=json, config=config)
+    application = session.application
+    with session.unstoppable():
+        application.destroy_environment(name)
+    session.show(
+        {"environment": name, "destroyed": True},
+        human=lambda console: print_lines(console, [f"Environment {printable(name)} is gone."]),
+    )
+
+
+def _print(console: Console, statuses: Sequence[EnvironmentStatus]) -> None:
+    if not statuses:
+        print_lines(console, ["No environments. 'vmsnap provision GUEST' makes one."])
+        return
+    rows = [
+        (
+            status.environment.name,
+            status.state.value if status.state else "GONE",
+            status.environment.guest,
+            status.environment.snapshot,
+            minute(status.environment.created),
+            minute(status.environment.expires, none="never"),
+            status.environment.network or "fenced",
+            size(status.overlay_bytes),
+        )
+        for status in statuses
+    ]
+    print_table(console, header=_HEADER, rows=rows, spare=("CREATED", "NETWORK", "OVERLAY"))

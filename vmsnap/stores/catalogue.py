@@ -1,0 +1,94 @@
+"""Reading what a store holds: manifests and marks. Nothing here changes anything."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from vmsnap.model.ids import folder_name
+from vmsnap.model.manifest import Manifest, Marks, Pin, Snapshot
+from vmsnap.stores.layout import HOLDS, MANIFEST, MARKS, REMOVED, Layout
+from vmsnap.stores.references import by_age
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A folder that cannot be read as a snapshot. It is reported and left alone."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """Everything in a store."""
+
+    snapshots: tuple[Snapshot, ...]
+    damaged: tuple[Damage, ...]
+
+
+def take_inventory(layout: Layout, *, guest: str | None = None) -> Inventory:
+    """Read every snapshot, or those of one guest, oldest first by guest. Raises DriverError for the store itself."""
+    snapshots: list[Snapshot] = []
+    damaged: list[Damage] = []
+    for folder in layout.snapshot_folders():
+        if guest is not None and folder.parent.name != folder_name(guest):
+            continue
+        found = read_snapshot(folder)
+        if isinstance(found, Snapshot):
+            snapshots.append(found)
+        elif found is not None:
+            damaged.append(found)
+            _log.warning("%s: %s; it is left alone", found.folder, found.reason)
+    return Inventory(snapshots=by_age(snapshots), damaged=tuple(damaged))
+
+
+def read_snapshot(folder: Path) -> Snapshot | Damage | None:
+    """Return the snapshot in a folder; None where there is none because it is being removed or already is."""
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None if is_half_removed(folder) else Damage(folder=folder, reason="there is no manifest.json")
+    except OSError as error:
+        return Damage(folder=folder, reason=f"manifest.json cannot be read: {error.strerror}")
+    except ValidationError as error:
+        return Damage(folder=folder, reason=f"manifest.json is damaged: {_first_line(error)}")
+    if manifest.id != folder.name or folder_name(manifest.guest) != folder.parent.name:
+        return Damage(
+            folder=folder, reason=f"manifest.json is of snapshot {manifest.id} of guest {manifest.guest!r}, not of this"
+        )
+    return Snapshot(manifest=manifest, marks=_marks(folder, manifest=manifest))
+
+
+def is_half_removed(folder: Path) -> bool:
+    """Tell whether a removal of this snapshot began and did not end: the manifest is gone or renamed by us."""
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError:
+        return not folder.exists()
+    return MANIFEST not in names and (REMOVED in names or names <= {HOLDS})
+
+
+def _marks(folder: Path, *, manifest: Manifest) -> Marks:
+    try:
+        return Marks.model_validate_json((folder / MARKS).read_bytes())
+    except FileNotFoundError:
+        return Marks()
+    except (OSError, ValidationError) as error:
+        # Whether somebody pinned it cannot be told any more, so it counts as pinned.
+        reason = f"marks.json cannot be read: {_first_line(error)}"
+        _log.warning("%s: %s; the snapshot counts as pinned", folder, reason)
+        return Marks(pin=Pin(owner="vmsnap", reason=reason, since=manifest.created))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}" if where else str(first["msg"])
+    return str(error)

@@ -1,0 +1,160 @@
+"""From a staging folder to a snapshot: stage, write, and publish by one rename."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmsnap.errors import BugError, ConfigError, SafetyError
+from vmsnap.model.drain import CleanShutdown
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.manifest import DiskRecord, Manifest, Snapshot
+from vmsnap.ports.disks import DiskView
+from vmsnap.ports.store import Staging
+from vmsnap.stores.blocks import DIGEST_BYTES, Scope, block_count, file_digest
+from vmsnap.stores.layout import (
+    HOLDS,
+    MANIFEST,
+    MARKS,
+    REMOVED,
+    Layout,
+    digests_name,
+    image_name,
+    make_folder,
+    sync_folder,
+    write_new_file,
+)
+from vmsnap.stores.writer import DiskFiles, write_disk
+
+_log = logging.getLogger(__name__)
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}\Z")
+_READ_ONLY = 0o400
+_RESERVED = frozenset({MANIFEST, REMOVED, MARKS, HOLDS})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publisher:
+    """Makes snapshots in one store. Its methods raise OSError, which the store translates."""
+
+    layout: Layout
+
+    def stage(self, run: RunId, *, guest: str) -> None:
+        """Make the staging folder. Raises BugError where the run has one."""
+        make_folder(self.layout.guest(guest))
+        folder = self.layout.staging(guest, run=run)
+        try:
+            folder.mkdir(mode=0o711)
+        except FileExistsError:
+            raise BugError(
+                f"run {run} has a staging folder already: {folder}", remedy="run 'vmsnap reconcile'"
+            ) from None
+
+    def write_disk(self, staging: Staging, *, view: DiskView, base: Snapshot | None, scope: Scope) -> DiskRecord:
+        """Write one disk over ``base``, where that has the disk and is sound, and return its record."""
+        folder = self._folder(staging)
+        files = DiskFiles(image=folder / image_name(view.target), digests=folder / digests_name(view.target))
+        base_files = None if base is None else self._sound_base(base, target=view.target)
+        written = write_disk(view, files=files, base=base_files, scope=scope)
+        return DiskRecord(
+            target=view.target,
+            image=files.image.name,
+            digests=files.digests.name,
+            digests_sha256=written.digests_sha256,
+            size_bytes=scope.size_bytes,
+            data_bytes=written.data_bytes,
+            new_bytes=written.new_bytes,
+        )
+
+    def add_file(self, staging: Staging, *, name: str, source: Path) -> None:
+        """Copy a small file into the staging folder."""
+        if not _FILE_NAME.match(name) or name in _RESERVED or name.endswith((".raw", ".digests")):
+            raise ConfigError(f"{name!r} cannot be the name of a file in a snapshot", remedy="use letters and digits")
+        target = self._folder(staging) / name
+        with source.open("rb") as data:
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _READ_ONLY)
+            with os.fdopen(descriptor, "wb") as file:
+                shutil.copyfileobj(data, file)
+                file.flush()
+                os.fsync(descriptor)
+
+    def publish(self, staging: Staging, *, manifest: Manifest, clean: CleanShutdown) -> Snapshot:
+        """Write the manifest into the staging folder, put everything on the disk and rename the folder."""
+        folder = self._folder(staging)
+        _check_evidence(staging, manifest=manifest, clean=clean)
+        _check_disks(folder, manifest=manifest)
+        write_new_file(folder / MANIFEST, data=manifest.model_dump_json(indent=2).encode() + b"\n", mode=_READ_ONLY)
+        sync_folder(folder)
+        folder.rename(self.layout.snapshot(staging.guest, snapshot=manifest.id))
+        sync_folder(folder.parent)
+        return Snapshot(manifest=manifest)
+
+    def _folder(self, staging: Staging) -> Path:
+        folder = self.layout.staging(staging.guest, run=staging.run)
+        if not folder.is_dir():
+            raise BugError(f"run {staging.run} has no staging folder", remedy="report it")
+        return folder
+
+    def _sound_base(self, base: Snapshot, *, target: str) -> DiskFiles | None:
+        """Return the disk in the snapshot before, or None where it is new or its digests are not to be trusted."""
+        record = next((disk for disk in base.manifest.disks if disk.target == target), None)
+        if record is None:
+            return None
+        folder = self.layout.snapshot(base.manifest.guest, snapshot=base.id)
+        files = DiskFiles(image=folder / record.image, digests=folder / record.digests)
+        try:
+            with files.digests.open("rb") as digests:
+                sound = (
+                    files.image.stat().st_size == record.size_bytes
+                    and os.fstat(digests.fileno()).st_size == block_count(record.size_bytes) * DIGEST_BYTES
+                    and file_digest(digests.fileno()) == record.digests_sha256
+                )
+            reason = "they are not what its manifest vouches for"
+        except OSError as error:
+            sound, reason = False, error.strerror or str(error)
+        if not sound:
+            _log.warning(
+                "the image or digests of %s in snapshot %s cannot be built upon (%s): the disk is written whole; "
+                "run 'vmsnap verify %s'",
+                *(target, base.id, reason, base.id),
+            )
+            return None
+        return files
+
+
+def _check_evidence(staging: Staging, *, manifest: Manifest, clean: CleanShutdown) -> None:
+    runs = {staging.run, manifest.run, RunId(manifest.id), clean.run}
+    if len(runs) > 1 or manifest.guest != staging.guest or manifest.clean.made != clean.made:
+        raise SafetyError(
+            f"the evidence of a clean shutdown of run {clean.run} is not of run {staging.run}: nothing is published",
+            details=f"manifest: snapshot {manifest.id}, run {manifest.run}, guest {manifest.guest!r}",
+            remedy="report it",
+        )
+
+
+def _check_disks(folder: Path, *, manifest: Manifest) -> None:
+    staged = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
+    listed = {disk.image: disk.size_bytes for disk in manifest.disks}
+    listed |= {disk.digests: block_count(disk.size_bytes) * DIGEST_BYTES for disk in manifest.disks}
+    images = {name: size for name, size in staged.items() if name.endswith((".raw", ".digests"))}
+    if images != listed:
+        raise SafetyError(
+            f"the manifest of snapshot {manifest.id} does not list the disks that were stored",
+            details=f"stored: {images}; listed: {listed}",
+            remedy="report it",
+        )
+    if manifest.machine.nvram is not None and manifest.machine.nvram not in staged:
+        raise SafetyError(f"snapshot {manifest.id} lacks the file {manifest.machine.nvram}", remedy="report it")
+
+
+def usable_base(snapshots: tuple[Snapshot, ...]) -> SnapshotId | None:
+    """Return the newest snapshot to build upon: one that is known to have bad blocks is passed over."""
+    for snapshot in reversed(snapshots):
+        verification = snapshot.marks.verification
+        if verification is None or verification.bad_blocks == 0:
+            return snapshot.id
+    return None

@@ -1,0 +1,167 @@
+"""Writing one disk: what differs from the snapshot before is written, the rest stays shared with it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmsnap.ports.disks import DiskView
+from vmsnap.stores.blocks import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    HOLE,
+    Scope,
+    Stretch,
+    block_count,
+    digest_of,
+    file_digest,
+    for_each,
+    read_digests,
+    read_into,
+    stretches,
+)
+from vmsnap.stores.reflink import clone, punch_hole
+
+_READ_ONLY = 0o400
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskFiles:
+    """The two files of a stored disk."""
+
+    image: Path
+    digests: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What writing a disk came to. ``data_bytes`` are not zero, ``new_bytes`` were written, the rest was there."""
+
+    data_bytes: int
+    new_bytes: int
+    digests_sha256: str
+
+
+def write_disk(view: DiskView, *, files: DiskFiles, base: DiskFiles | None, scope: Scope) -> Written:
+    """Write a disk and its digests to new files, fsync them and make them read-only.
+
+    ``base`` is the same disk in the snapshot before, whose blocks are shared; its digests must have been checked.
+    Its size may differ. Raises OSError, DriverError, CancelledError.
+    """
+    with (
+        _opened(view.path, os.O_RDONLY) as source,
+        _opened(files.image, os.O_RDWR | os.O_CREAT | os.O_EXCL) as image,
+        _opened(files.digests, os.O_RDWR | os.O_CREAT | os.O_EXCL) as digests,
+    ):
+        if base is not None:
+            with _opened(base.image, os.O_RDONLY) as old_image, _opened(base.digests, os.O_RDONLY) as old_digests:
+                clone(source=old_image, target=image)
+                clone(source=old_digests, target=digests)
+        # A new file is all holes, and so are its digests: without a base, everything but zeroes differs.
+        os.ftruncate(image, scope.size_bytes)
+        os.ftruncate(digests, block_count(scope.size_bytes) * DIGEST_BYTES)
+        writer = _Writer(source=source, image=image, digests=digests)
+        for_each(stretches(view.extents(), size_bytes=scope.size_bytes), scope=scope, task=writer.store)
+        for descriptor in (image, digests):
+            os.fchmod(descriptor, _READ_ONLY)
+            os.fsync(descriptor)
+        return Written(data_bytes=writer.data_bytes, new_bytes=writer.new_bytes, digests_sha256=file_digest(digests))
+
+
+class _Writer:
+    def __init__(self, *, source: int, image: int, digests: int) -> None:
+        self._source = source
+        self._image = image
+        self._digests = digests
+        self._lock = threading.Lock()
+        self.data_bytes = 0
+        self.new_bytes = 0
+
+    def store(self, stretch: Stretch, buffer: memoryview) -> None:
+        """Store one stretch. Different stretches may be stored at the same time."""
+        before = read_digests(self._digests, stretch=stretch)
+        if stretch.data:
+            read_into(self._source, buffer=buffer, offset=stretch.first * BLOCK_BYTES)
+            now = b"".join(
+                digest_of(buffer[start : start + BLOCK_BYTES]) for start in range(0, len(buffer), BLOCK_BYTES)
+            )
+        else:
+            now = bytes(len(before))
+        new_bytes = 0
+        if now != before:
+            for start, count, hole in _changes(before, now=now):
+                offset = (stretch.first + start) * BLOCK_BYTES
+                if hole:
+                    punch_hole(self._image, offset=offset, length=count * BLOCK_BYTES)
+                else:
+                    changed = buffer[start * BLOCK_BYTES : (start + count) * BLOCK_BYTES]
+                    new_bytes += self._write_changed_pages(changed, offset=offset)
+            _write(self._digests, data=memoryview(now), offset=stretch.first * DIGEST_BYTES)
+        data_bytes = sum(
+            len(buffer[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+            for index in range(stretch.count if stretch.data else 0)
+            if now[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] != HOLE
+        )
+        with self._lock:
+            self.new_bytes += new_bytes
+            self.data_bytes += data_bytes
+
+    def _write_changed_pages(self, data: memoryview, *, offset: int) -> int:
+        """Write what differs from the image as it is, in pages: a database changes 8 KiB here and there."""
+        old = self._present(len(data), offset=offset)
+        new = bytes(data)
+        written, position = 0, 0
+        while position < len(new):
+            end = position
+            while end < len(new) and old[end : end + _PAGE_BYTES] != new[end : end + _PAGE_BYTES]:
+                end += _PAGE_BYTES
+            if end > position:
+                written += _write(self._image, data=data[position:end], offset=offset + position)
+            position = end + _PAGE_BYTES
+        return written
+
+    def _present(self, length: int, *, offset: int) -> bytes:
+        """Return what the image holds there now; nothing where it cannot be read, so that all of it is written."""
+        old = bytearray(length)
+        try:
+            read_into(self._image, buffer=memoryview(old), offset=offset)
+        except OSError:
+            return b""
+        return bytes(old)
+
+
+def _changes(before: bytes, *, now: bytes) -> Iterator[tuple[int, int, bool]]:
+    """Yield (first, count, whether holes) for runs of blocks whose digests differ."""
+    first, count, hole = 0, 0, False
+    for index in range(len(now) // DIGEST_BYTES):
+        digest = now[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        changed = digest != before[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        if changed and count and hole == (digest == HOLE):
+            count += 1
+            continue
+        if count:
+            yield first, count, hole
+        first, count, hole = index, int(changed), digest == HOLE
+    if count:
+        yield first, count, hole
+
+
+def _write(descriptor: int, *, data: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+    return done
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

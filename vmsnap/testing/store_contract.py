@@ -1,0 +1,545 @@
+"""What every ``SnapshotStore`` must do. Subclass ``StoreContract`` and give it a fixture ``store``.
+
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        def store(self, tmp_path: Path) -> SnapshotStore: ...
+
+The suite writes a few megabytes below ``tmp_path``.
+"""
+# ruff: noqa: D102, FBT001, S101
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from vmsnap.errors import BusyError, CancelledError, HeldError, SafetyError, SnapshotNotFoundError, VmsnapError
+from vmsnap.model.capture import CaptureMode
+from vmsnap.model.drain import CleanShutdown, FileSystemState, InstanceEvidence
+from vmsnap.model.guest import Severity
+from vmsnap.model.ids import RunId, SnapshotId, new_run_id
+from vmsnap.model.isolation import Rung
+from vmsnap.model.manifest import (
+    CaptureRecord,
+    CleanRecord,
+    DiskRecord,
+    FileSystemRecord,
+    InstanceRecord,
+    IsolationRecord,
+    MachineRecord,
+    Manifest,
+    Marks,
+    Pin,
+    Snapshot,
+    StoreRecord,
+    Verification,
+)
+from vmsnap.ports.store import SnapshotStore, Staging
+from vmsnap.testing.fake_disks import FakeDiskView
+
+BLOCK = 64 * 1024
+GUEST = "db1"
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+STRANGE_NAMES = ("two words", "a/b", "../up", "o'neil\"<x>&", "däta", "a@b", "@", ".", "%41", "x" * 255)
+
+
+class NeverCancelled:
+    """A run that nobody stops."""
+
+    def is_set(self) -> bool:
+        """Tell that nobody asked."""
+        return False
+
+    def check(self) -> None:
+        """Return."""
+
+
+class CancelledAtOnce:
+    """A run that somebody stopped."""
+
+    def is_set(self) -> bool:
+        """Tell that somebody asked."""
+        return True
+
+    def check(self) -> None:
+        """Raise CancelledError."""
+        raise CancelledError("stopped")
+
+
+def no_progress(_done: int, _total: int) -> None:
+    """Take no notice."""
+
+
+def sample_clean(run: RunId, *, made: datetime = NOON) -> CleanShutdown:
+    """Return evidence of a clean shutdown, made up."""
+    return CleanShutdown(
+        run=run,
+        made=made,
+        guest_shut_down_by="agent",
+        instances=(
+            InstanceEvidence(
+                engine="postgresql",
+                instance="15/main",
+                data_directory="/var/lib/postgresql/15/main",
+                method="disk",
+                clean=True,
+                observed=(("state", "shut down"),),
+            ),
+        ),
+        file_systems=(FileSystemState(disk="vda", kind="ext4", uuid="u", clean=True, observed="state clean"),),
+    )
+
+
+def sample_manifest(
+    run: RunId,
+    *,
+    guest: str = GUEST,
+    disks: tuple[DiskRecord, ...],
+    captured: datetime = NOON,
+    nvram: str | None = None,
+) -> Manifest:
+    """Return the manifest of a snapshot with these disks, otherwise made up."""
+    clean = sample_clean(run)
+    return Manifest(
+        id=SnapshotId(run),
+        run=run,
+        guest=guest,
+        created=captured + timedelta(minutes=1),
+        parent=None,
+        machine=MachineRecord(
+            hypervisor="fake", definition="<domain/>", uuid="u", memory_bytes=1 << 30, vcpus=1, nvram=nvram
+        ),
+        capture=CaptureRecord(mode=CaptureMode.LIVE, captured=captured, pause_ms=20.0, ram_bytes=1 << 20),
+        isolation=IsolationRecord(rung=Rung.NONE, address=None, seconds=0.1, proof=()),
+        drain=(),
+        clean=CleanRecord(
+            made=clean.made,
+            guest_shut_down_by=clean.guest_shut_down_by,
+            instances=(
+                InstanceRecord(
+                    engine="postgresql",
+                    instance="15/main",
+                    data_directory="/var/lib/postgresql/15/main",
+                    method="disk",
+                    observed={"state": "shut down"},
+                ),
+            ),
+            file_systems=(FileSystemRecord(disk="vda", kind="ext4", uuid="u", observed="state clean"),),
+        ),
+        disks=disks,
+        store=StoreRecord(
+            logical_bytes=sum(disk.size_bytes for disk in disks),
+            new_bytes=sum(disk.new_bytes for disk in disks),
+            seconds=1.0,
+        ),
+        steps=(),
+        vmsnap_version="0",
+    )
+
+
+def blocks(*numbers: int, seed: int = 0) -> dict[int, bytes]:
+    """Return random blocks at these places, by byte offset."""
+    return {number * BLOCK: random.Random(seed * 100_000 + number).randbytes(BLOCK) for number in numbers}  # noqa: S311
+
+
+class StoreContract:
+    """The suite. ``store`` begins empty."""
+
+    @pytest.fixture
+    def make_view(self, tmp_path: Path) -> Callable[..., FakeDiskView]:
+        """Return a maker of views: content by offset, size in bytes, target."""
+        counter = iter(range(1000))
+
+        def make(content: Mapping[int, bytes], *, size_bytes: int = 64 * BLOCK, target: str = "vda") -> FakeDiskView:
+            path = tmp_path / f"source-{next(counter)}"
+            return FakeDiskView.make(path, content=content, size_bytes=size_bytes, target=target)
+
+        return make
+
+    def save(
+        self, store: SnapshotStore, *views: FakeDiskView, guest: str = GUEST, captured: datetime = NOON
+    ) -> Snapshot:
+        """Store a snapshot of these disks."""
+        run = new_run_id()
+        staging = store.stage(run, guest=guest)
+        return self.publish(store, staging, *views, captured=captured)
+
+    def publish(
+        self, store: SnapshotStore, staging: Staging, *views: FakeDiskView, captured: datetime = NOON
+    ) -> Snapshot:
+        """Write the disks and publish."""
+        records = tuple(
+            store.write_disk(staging, view=view, progress=no_progress, cancel=NeverCancelled()) for view in views
+        )
+        manifest = sample_manifest(staging.run, guest=staging.guest, disks=records, captured=captured)
+        return store.publish(staging, manifest=manifest, clean=sample_clean(staging.run))
+
+    def read(self, store: SnapshotStore, snapshot: Snapshot, *, target: str = "vda") -> bytes:
+        """Return a stored disk's bytes."""
+        return next(Path(image.path) for image in store.images(snapshot) if image.target == target).read_bytes()
+
+    def assert_sound(self, store: SnapshotStore, snapshot: Snapshot) -> None:
+        """Check that a snapshot verifies."""
+        _, defects = store.verify(snapshot, progress=no_progress, cancel=NeverCancelled())
+        assert defects == ()
+
+    # What is stored comes back.
+
+    def test_a_stored_disk_reads_back(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        view = make_view(blocks(0, 3, 63))
+        snapshot = self.save(store, view)
+        assert self.read(store, snapshot) == view.path.read_bytes()
+        (image,) = store.images(snapshot)
+        assert (image.target, image.image_format, image.size_bytes) == ("vda", "raw", view.size_bytes)
+        (record,) = snapshot.manifest.disks
+        assert (record.size_bytes, record.data_bytes, record.new_bytes) == (64 * BLOCK, 3 * BLOCK, 3 * BLOCK)
+        self.assert_sound(store, snapshot)
+
+    def test_a_disk_of_zeroes_takes_no_room(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        view = make_view({0: bytes(BLOCK)}, size_bytes=1 << 30)
+        snapshot = self.save(store, view)
+        (record,) = snapshot.manifest.disks
+        assert (record.data_bytes, record.new_bytes) == (0, 0)
+        assert Path(store.images(snapshot)[0].path).stat().st_blocks == 0
+        self.assert_sound(store, snapshot)
+
+    @pytest.mark.parametrize("size_bytes", [1, 512, BLOCK - 1, BLOCK, BLOCK + 512, 200 * BLOCK + 7])
+    def test_any_size_works(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], size_bytes: int
+    ) -> None:
+        content = random.Random(size_bytes).randbytes(size_bytes)  # noqa: S311
+        view = make_view({0: content}, size_bytes=size_bytes)
+        snapshot = self.save(store, view)
+        assert self.read(store, snapshot) == content
+        self.assert_sound(store, snapshot)
+
+    def test_several_disks_and_strange_targets(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        views = [make_view(blocks(index, seed=index), target=name) for index, name in enumerate(("vda", "sd/b", "é x"))]
+        snapshot = self.save(store, *views)
+        for view in views:
+            assert self.read(store, snapshot, target=view.target) == view.path.read_bytes()
+
+    def test_a_small_file_comes_back(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], tmp_path: Path
+    ) -> None:
+        (tmp_path / "vars").write_bytes(b"firmware")
+        run = new_run_id()
+        staging = store.stage(run, guest=GUEST)
+        store.add_file(staging, name="nvram.fd", source=tmp_path / "vars")
+        snapshot = self.publish(store, staging, make_view(blocks(1)))
+        assert store.file(snapshot, name="nvram.fd").read_bytes() == b"firmware"
+        with pytest.raises(SnapshotNotFoundError):
+            store.file(snapshot, name="other")
+
+    # A later snapshot stores what changed, and stands on its own.
+
+    def test_a_second_snapshot_stores_changed_blocks_only(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], shares_blocks: bool
+    ) -> None:
+        first_view = make_view(blocks(*range(40)))
+        first = self.save(store, first_view)
+        content = {**blocks(*range(40)), **blocks(7, 8, 50, seed=1), 3 * BLOCK: bytes(BLOCK)}
+        view = make_view(content)
+        second = self.save(store, view, captured=NOON + SECOND)
+        assert self.read(store, second) == view.path.read_bytes()
+        assert self.read(store, first) == first_view.path.read_bytes()
+        (record,) = second.manifest.disks
+        assert record.data_bytes == 40 * BLOCK
+        assert record.new_bytes == (3 if shares_blocks else 40) * BLOCK
+        self.assert_sound(store, first)
+        self.assert_sound(store, second)
+
+    def test_trimmed_blocks_become_holes(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        self.save(store, make_view(blocks(*range(32))))
+        view = make_view(blocks(5))
+        second = self.save(store, view, captured=NOON + SECOND)
+        assert self.read(store, second) == view.path.read_bytes()
+        assert Path(store.images(second)[0].path).stat().st_blocks * 512 == BLOCK
+        self.assert_sound(store, second)
+
+    @pytest.mark.parametrize("size_bytes", [BLOCK // 2, 10 * BLOCK + 100, 64 * BLOCK, 64 * BLOCK + 512, 200 * BLOCK])
+    @pytest.mark.parametrize("before_bytes", [64 * BLOCK, 10 * BLOCK + 512])
+    def test_a_disk_may_change_its_size(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], size_bytes: int, before_bytes: int
+    ) -> None:
+        before = b"".join(blocks(*range(64)).values())[:before_bytes]
+        self.save(store, make_view({0: before}, size_bytes=before_bytes))
+        content = (before + bytes(BLOCK) + blocks(66, seed=1)[66 * BLOCK])[:size_bytes]
+        view = make_view({0: content}, size_bytes=size_bytes)
+        second = self.save(store, view, captured=NOON + SECOND)
+        assert self.read(store, second) == view.path.read_bytes()
+        self.assert_sound(store, second)
+
+    def test_a_new_disk_is_stored_whole_beside_the_old(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        self.save(store, make_view(blocks(1)))
+        added = make_view(blocks(2), target="vdb")
+        second = self.save(store, make_view(blocks(1)), added, captured=NOON + SECOND)
+        assert self.read(store, second, target="vdb") == added.path.read_bytes()
+
+    def test_a_snapshot_outlives_the_one_before_it(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        first = self.save(store, make_view(blocks(*range(20))))
+        view = make_view({**blocks(*range(20)), **blocks(4, seed=1)})
+        second = self.save(store, view, captured=NOON + SECOND)
+        store.remove(first)
+        assert self.read(store, second) == view.path.read_bytes()
+        self.assert_sound(store, second)
+        third = self.save(store, view, captured=NOON + 2 * SECOND)
+        assert self.read(store, third) == view.path.read_bytes()
+
+    def test_the_newest_snapshot_is_built_upon(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        assert store.stage(new_run_id(), guest=GUEST).previous is None
+        first = self.save(store, make_view(blocks(1)))
+        assert store.stage(new_run_id(), guest=GUEST).previous == first.id
+        assert store.stage(new_run_id(), guest="another").previous is None
+
+    # It exists whole or not at all.
+
+    def test_nothing_exists_before_it_is_published(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        run = new_run_id()
+        staging = store.stage(run, guest=GUEST)
+        store.write_disk(staging, view=make_view(blocks(1)), progress=no_progress, cancel=NeverCancelled())
+        assert store.snapshots() == ()
+        assert store.guests() == ()
+        with pytest.raises(SnapshotNotFoundError):
+            store.find(run)
+
+    def test_publishing_refuses_evidence_of_another_run(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        run = new_run_id()
+        staging = store.stage(run, guest=GUEST)
+        record = store.write_disk(staging, view=make_view(blocks(1)), progress=no_progress, cancel=NeverCancelled())
+        mine, other = sample_manifest(run, disks=(record,)), sample_manifest(new_run_id(), disks=(record,))
+        stolen = sample_manifest(run, guest="another", disks=(record,))
+        for manifest, clean in (
+            (mine, sample_clean(new_run_id())),
+            (other, sample_clean(run)),
+            (other, sample_clean(other.run)),
+            (stolen, sample_clean(run)),
+        ):
+            with pytest.raises(SafetyError):
+                store.publish(staging, manifest=manifest, clean=clean)
+        assert store.snapshots() == ()
+        assert store.publish(staging, manifest=mine, clean=sample_clean(run)) == store.find(run)
+
+    def test_publishing_refuses_a_manifest_of_other_disks(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        run = new_run_id()
+        staging = store.stage(run, guest=GUEST)
+        records = [
+            store.write_disk(
+                staging, view=make_view(blocks(1), target=name), progress=no_progress, cancel=NeverCancelled()
+            )
+            for name in ("vda", "vdb")
+        ]
+        with pytest.raises(SafetyError):
+            store.publish(staging, manifest=sample_manifest(run, disks=(records[0],)), clean=sample_clean(run))
+        assert store.snapshots() == ()
+
+    def test_a_run_can_be_cancelled(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        run = new_run_id()
+        staging = store.stage(run, guest=GUEST)
+        with pytest.raises(CancelledError):
+            store.write_disk(staging, view=make_view(blocks(1)), progress=no_progress, cancel=CancelledAtOnce())
+        store.release(store.staging_resource(run, guest=GUEST), deadline=SECOND)
+        assert store.owned() == ()
+
+    def test_progress_ends_at_the_size(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        seen: list[tuple[int, int]] = []
+        staging = store.stage(new_run_id(), guest=GUEST)
+        view = make_view(blocks(1, 30), size_bytes=300 * BLOCK)
+        store.write_disk(
+            staging, view=view, progress=lambda done, total: seen.append((done, total)), cancel=NeverCancelled()
+        )
+        assert seen[-1] == (view.size_bytes, view.size_bytes)
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+    # What a run made can be found and removed.
+
+    def test_staging_is_owned_and_released(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        run = new_run_id()
+        resource = store.staging_resource(run, guest=GUEST)
+        assert resource.kind in store.kinds
+        store.release(resource, deadline=SECOND)
+        staging = store.stage(run, guest=GUEST)
+        store.write_disk(staging, view=make_view(blocks(1)), progress=no_progress, cancel=NeverCancelled())
+        assert store.owned() == (resource,)
+        store.release(store.owned()[0], deadline=SECOND)
+        assert store.owned() == ()
+        store.release(resource, deadline=SECOND)
+
+    def test_releasing_the_staging_of_a_published_run_keeps_the_snapshot(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        snapshot = self.save(store, make_view(blocks(1)))
+        store.release(store.staging_resource(snapshot.manifest.run, guest=GUEST), deadline=SECOND)
+        assert store.snapshots() == (snapshot,)
+        self.assert_sound(store, snapshot)
+        assert store.owned() == ()
+
+    @pytest.mark.parametrize("guest", STRANGE_NAMES)
+    def test_any_guest_name_works(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], guest: str
+    ) -> None:
+        run = new_run_id()
+        staging = store.stage(run, guest=guest)
+        assert [item.run for item in store.owned()] == [run]
+        snapshot = self.publish(store, staging, make_view(blocks(1)))
+        assert store.guests() == (guest,)
+        assert store.find(f"{guest}@latest") == snapshot
+        assert store.snapshots(guest) == (snapshot,)
+        hold = store.hold_resource(run, snapshot=snapshot)
+        store.hold(hold)
+        for resource in store.owned():
+            store.release(resource, deadline=SECOND)
+        assert store.owned() == ()
+        assert store.remove(snapshot) > 0
+        assert store.guests() == ()
+
+    # Holds, removal, locks.
+
+    def test_a_held_snapshot_is_not_removed(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        snapshot = self.save(store, make_view(blocks(1)))
+        run = new_run_id()
+        hold = store.hold_resource(run, snapshot=snapshot)
+        assert hold.kind in store.kinds
+        store.release(hold, deadline=SECOND)
+        store.hold(hold)
+        store.hold(hold)
+        assert store.holders(snapshot) == (run,)
+        assert hold in store.owned()
+        with pytest.raises(HeldError, match=run):
+            store.remove(snapshot)
+        assert store.find(snapshot.id) == snapshot
+        store.release(hold, deadline=SECOND)
+        store.release(hold, deadline=SECOND)
+        assert store.holders(snapshot) == ()
+        store.remove(snapshot)
+        with pytest.raises(SnapshotNotFoundError):
+            store.hold(hold)
+        store.release(hold, deadline=SECOND)
+
+    def test_removal_returns_the_bytes_that_were_its_own(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], shares_blocks: bool
+    ) -> None:
+        self.save(store, make_view(blocks(*range(10))))
+        second = self.save(store, make_view({**blocks(*range(10)), **blocks(2, 3, seed=1)}), captured=NOON + SECOND)
+        assert store.remove(second) == (2 if shares_blocks else 10) * BLOCK
+        assert len(store.snapshots()) == 1
+
+    def test_a_removed_snapshot_is_gone(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        snapshot = self.save(store, make_view(blocks(1)))
+        store.remove(snapshot)
+        assert store.snapshots() == ()
+        assert store.owned() == ()
+        actions: tuple[Callable[[], object], ...] = (
+            lambda: store.find(snapshot.id),
+            lambda: store.images(snapshot),
+            lambda: store.holders(snapshot),
+            lambda: store.remove(snapshot),
+            lambda: store.mark(snapshot, marks=Marks()),
+            lambda: store.verify(snapshot, progress=no_progress, cancel=NeverCancelled()),
+        )
+        for action in actions:
+            with pytest.raises(SnapshotNotFoundError):
+                action()
+
+    def test_a_guest_is_locked_once(self, store: SnapshotStore) -> None:
+        with store.lock(GUEST, timeout=SECOND), store.lock("another", timeout=SECOND):
+            problems: list[VmsnapError] = []
+
+            def try_it() -> None:
+                try:
+                    with store.lock(GUEST, timeout=timedelta(milliseconds=100)):
+                        pass
+                except VmsnapError as error:
+                    problems.append(error)
+
+            thread = threading.Thread(target=try_it)
+            thread.start()
+            thread.join()
+            assert [type(problem) for problem in problems] == [BusyError]
+        with store.lock(GUEST, timeout=SECOND):
+            pass
+
+    # Finding, marking, verifying.
+
+    def test_snapshots_are_listed_oldest_first_by_guest(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        late = self.save(store, make_view(blocks(1)), captured=NOON + 2 * SECOND)
+        early = self.save(store, make_view(blocks(1)), captured=NOON)
+        other = self.save(store, make_view(blocks(1)), guest="a", captured=NOON + SECOND)
+        assert [one.id for one in store.snapshots()] == [other.id, early.id, late.id]
+        assert [one.id for one in store.snapshots(GUEST)] == [early.id, late.id]
+        assert store.snapshots("nobody") == ()
+
+    def test_references(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        early = self.save(store, make_view(blocks(1)), captured=NOON)
+        late = self.save(store, make_view(blocks(2)), captured=NOON + timedelta(hours=1))
+        assert store.find(early.id) == early
+        assert store.find(late.id[:9]) == late
+        assert store.find(f"{GUEST}@latest") == late
+        assert store.find(f"{GUEST}@2026-03-01T12:30:00Z") == early
+        assert store.find(f"{GUEST}@2026-03-01T14:30:00+02:00") == early
+        assert store.find(f"{GUEST}@2026-03-01T13:00") == late
+        for wrong in (early.id[:3], f"{GUEST}@2026-02-28", "nobody@latest", f"{GUEST}@soon", GUEST, "", "@", "ffff?"):
+            with pytest.raises(SnapshotNotFoundError) as caught:
+                store.find(wrong)
+            assert caught.value.remedy
+
+    def test_marks_are_replaced(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        snapshot = self.save(store, make_view(blocks(1)))
+        marks = Marks(
+            pin=Pin(owner="ann", reason="audit", since=NOON),
+            verification=Verification(at=NOON, blocks=64, bad_blocks=0),
+        )
+        assert store.mark(snapshot, marks=marks).marks == marks
+        assert store.find(snapshot.id).marks == marks
+        store.mark(snapshot, marks=Marks())
+        assert store.find(snapshot.id) == snapshot
+
+    def test_verifying_finds_damage(
+        self,
+        store: SnapshotStore,
+        make_view: Callable[..., FakeDiskView],
+        damage: Callable[[Snapshot], None],
+    ) -> None:
+        snapshot = self.save(store, make_view(blocks(1, 2)), make_view(blocks(3), target="vdb"))
+        seen: list[tuple[int, int]] = []
+        count, defects = store.verify(
+            snapshot, progress=lambda done, total: seen.append((done, total)), cancel=NeverCancelled()
+        )
+        assert (count, defects) == (128, ())
+        assert seen[-1] == (128 * BLOCK, 128 * BLOCK)
+        damage(snapshot)
+        _, defects = store.verify(snapshot, progress=no_progress, cancel=NeverCancelled())
+        assert len(defects) == 1
+        assert "vda.raw" in defects[0]
+
+    def test_verifying_can_be_cancelled(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
+        snapshot = self.save(store, make_view(blocks(1)))
+        with pytest.raises(CancelledError):
+            store.verify(snapshot, progress=no_progress, cancel=CancelledAtOnce())
+
+    def test_findings_tell_of_room(self, store: SnapshotStore) -> None:
+        severities = {finding.severity for finding in store.findings(needed_bytes=1)}
+        assert Severity.REFUSAL not in severities
+        assert store.owned() == ()
