@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from integration.lab.guest import LabGuest
@@ -17,7 +18,7 @@ from integration.lab.lab import Lab
 from integration.lab.services import URI
 from vmsnap.engines.guestfacts import boot_id
 from vmsnap.engines.postgresql import PostgreSQL
-from vmsnap.errors import GuestUnreachableError, PreconditionError, SafetyError
+from vmsnap.errors import DriverError, GuestUnreachableError, PreconditionError, SafetyError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
 from vmsnap.hypervisors.libvirt.connection import Connection
@@ -27,6 +28,7 @@ from vmsnap.ports.guest import GuestControl
 from vmsnap.testing.fake_guest import run_procedure
 from vmsnap.testing.guest_contract import QUICK, GuestControlContract
 
+_PRIVILEGE_SEPARATION = Path("/run/sshd")  # OpenSSH's server insists on it
 KINDS = ("ed25519", "ecdsa", "rsa")
 
 
@@ -69,7 +71,9 @@ class Sshd:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+        self._made_folder = not _PRIVILEGE_SEPARATION.exists()
+        if self._made_folder:
+            _PRIVILEGE_SEPARATION.mkdir(mode=0o755)
         lines = [f"HostKey {path}" for path in self.host_keys.values()]
         lines += [f"AuthorizedKeysFile {self.key}.pub", "StrictModes no", "UsePAM no", "PidFile none"]
         lines += ["ListenAddress 127.0.0.1", f"Port {self.port}", "PermitRootLogin prohibit-password"]
@@ -94,6 +98,8 @@ class Sshd:
         self._process.terminate()
         self._process.wait(timeout=20)
         self._log.close()
+        if self._made_folder:
+            _PRIVILEGE_SEPARATION.rmdir()
 
 
 @pytest.fixture(scope="module")
@@ -171,24 +177,43 @@ def channel(guest: LabGuest) -> Iterator[LibvirtAgentChannel]:
 
 
 class TestAgentOfAGuest(GuestControlContract):
+    many_bytes = 200_000  # an agent takes and gives everything in one message
+
     @pytest.fixture
     def control(self, channel: LibvirtAgentChannel) -> GuestControl:
         return ACCESS.agent(channel)
 
     @pytest.fixture
     def lost(self, guest: LabGuest, channel: LibvirtAgentChannel) -> Iterator[GuestControl]:
-        guest.domain.suspend()
+        """An agent that stands still for a while."""
+        for after, name in ((1, "STOP"), (40, "CONT")):
+            kill = ("systemctl", "kill", f"--signal={name}", "qemu-guest-agent")
+            guest.run(["systemd-run", f"--on-active={after}", "--timer-property=AccuracySec=100ms", *kill])
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                guest.agent("guest-ping")
+            except libvirt.libvirtError:
+                break
+            assert time.monotonic() < deadline, "the agent did not stand still"
         yield ACCESS.agent(channel)
-        guest.domain.resume()
         guest.wait_for_agent()
+
+    def test_output_is_cut_at_16_mib(self, control: GuestControl) -> None:
+        """Libvirt takes 10 MiB in one answer and breaks the line at more, so ours is the smaller bound."""
+        with pytest.raises(DriverError, match="10485760"):
+            control.run(Command(argv=("head", "-c", str(16 << 20), "/dev/zero")), timeout=QUICK)
 
     def test_commands_run_as_another_account(self, control: GuestControl) -> None:
         result = control.run(Command(argv=("id", "-un"), user="postgres"), timeout=QUICK)
         assert result.stdout == b"postgres\n"
 
     def test_an_agent_that_was_restarted_forgot_the_command(self, guest: LabGuest, control: GuestControl) -> None:
-        restart = Command(argv=("systemctl", "restart", "--no-block", "qemu-guest-agent"))
-        control.run(restart, timeout=QUICK)
+        restart = ("systemctl", "restart", "qemu-guest-agent")
+        control.run(
+            Command(argv=("systemd-run", "--on-active=2", "--timer-property=AccuracySec=100ms", *restart)),
+            timeout=QUICK,
+        )
         with pytest.raises(GuestUnreachableError):
             control.run(Command(argv=("sleep", "40")), timeout=timedelta(seconds=60))
         guest.wait_for_agent()

@@ -132,6 +132,19 @@ def test_unchanged_blocks_and_digests_are_shared_on_the_disk(store: ImagesStore,
         assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 512 * 32
 
 
+def test_only_pages_that_differ_are_written(store: ImagesStore, tmp_path: Path) -> None:
+    content = blocks(*range(64))
+    save(store, FakeDiskView.make(tmp_path / "one", content=content, size_bytes=128 * BLOCK))
+    pages = {place * BLOCK + 8192 * (place % 8): random.Random(place).randbytes(8192) for place in range(0, 64, 4)}
+    view = FakeDiskView.make(tmp_path / "two", content={**content, **pages, 100 * BLOCK: b"x"}, size_bytes=128 * BLOCK)
+    second = save(store, view, number=1)
+    assert second.manifest.disks[0].new_bytes == 16 * 8192 + 4096
+    image = Path(store.images(second)[0].path)
+    assert image.read_bytes() == view.path.read_bytes()
+    assert exclusive_bytes(image) == 16 * 8192 + 4096
+    assert defects(store, second) == ()
+
+
 def test_stored_files_are_for_reading_and_folders_for_passing_through(store: ImagesStore, tmp_path: Path) -> None:
     snapshot = save(store, FakeDiskView.make(tmp_path / "one", content=blocks(1), size_bytes=4 * BLOCK))
     folder = Path(store.images(snapshot)[0].path).parent

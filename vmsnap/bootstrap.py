@@ -44,7 +44,6 @@ from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.verify import verify
 from vmsnap.workflow.world import World
 
-
 _LOCK_TIMEOUT = timedelta(minutes=1)
 
 

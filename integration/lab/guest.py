@@ -218,7 +218,15 @@ class LabGuest:
     def start_pgbench(self, *, clients: int = 4) -> None:
         """Start pgbench inside the guest as a service of its own, until stopped."""
         properties = [f"--property=StandardError=truncate:{PGBENCH_LOG}", "--property=User=postgres"]
-        load = [f"{POSTGRESQL_BIN}/pgbench", f"--client={clients}", "--jobs=1", "--time=86400", "--progress=1", "--no-vacuum", "bench"]
+        load = [
+            f"{POSTGRESQL_BIN}/pgbench",
+            f"--client={clients}",
+            "--jobs=1",
+            "--time=86400",
+            "--progress=1",
+            "--no-vacuum",
+            "bench",
+        ]
         self.run(["systemd-run", f"--unit={PGBENCH_UNIT}", "--collect", *properties, *load])
 
     def pgbench_progress(self) -> list[Progress]:

@@ -119,9 +119,20 @@ def test_other_versions_are_refused(version: int) -> None:
         read_header(io.BytesIO(image(version=version)))
 
 
-@given(st.binary(max_size=400))
-def test_garbage_behind_a_good_beginning_never_raises_anything_else(garbage: bytes) -> None:
+@given(data_len=st.integers(0, 300), cookie_offset=st.integers(0, 300), garbage=st.binary(max_size=300))
+def test_garbage_behind_a_good_beginning_never_raises_anything_else(
+    data_len: int, cookie_offset: int, garbage: bytes
+) -> None:
+    numbers = struct.pack("=5I", 2, data_len, 0, 0, cookie_offset)
     try:
-        read_header(io.BytesIO(FINISHED + struct.pack("=I", 2) + garbage))
+        header = read_header(io.BytesIO(FINISHED + numbers + bytes(56) + garbage))
     except DriverError as error:
         assert "memory image" in error.brief
+    else:
+        assert header.xml.encode() == garbage.partition(b"\0")[0]
+
+
+def test_xml_that_is_no_text_is_refused() -> None:
+    numbers = struct.pack("=5I", 2, 4, 0, 0, 0)
+    with pytest.raises(DriverError, match="UTF-8"):
+        read_header(io.BytesIO(FINISHED + numbers + bytes(56) + b"<\xff>\0"))

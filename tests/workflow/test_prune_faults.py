@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import Outcome, Trial, backup, invoke, provision, pruning, recovers, succeed
+from tests.workflow.invocations import Outcome, Trial, backup, provision, pruning, recovers, simply, succeed
 from vmsnap.model.policy import Policy, RetentionPolicy
 from vmsnap.testing.faults import Mode
 from vmsnap.testing.world import FakeWorld
@@ -30,7 +30,7 @@ def test_any_fault_while_pruning(tmp_path: Path, mode: Mode) -> None:
 
     def afterwards(lab: FakeWorld, outcome: Outcome) -> list[str]:
         wrong = recovers(lab)
-        invoke(lab, pruning(KEEP_ONE))
+        simply(lab, pruning(KEEP_ONE))
         (environment,) = lab.state.environments.all()
         ids = [snapshot.id for snapshot in lab.store.snapshots("db")]
         if len(ids) != 2 or ids[0] != environment.snapshot:

@@ -10,13 +10,13 @@ import pytest
 from tests.workflow.invocations import (
     Outcome,
     Trial,
-    Work,
     backup,
     destroy,
     invoke,
     provision,
     reconciling,
     recovers,
+    simply,
     succeed,
 )
 from vmsnap.model.ids import RunId
@@ -38,18 +38,21 @@ DEATHS = {
 }
 
 
-def _after_death(work: Work, name: str) -> Callable[[Path], FakeWorld]:
+def _after_death(folder: Path, *, where: str) -> Callable[[Path], FakeWorld]:
+    work, name = DEATHS[where]
+
     def ready(folder: Path) -> FakeWorld:
         lab = FakeWorld(folder)
         succeed(lab, backup())
         succeed(lab, provision(name="other"))
-        if work is DEATHS["in destroying"][0]:
+        if where == "in destroying":
             succeed(lab, provision())
         return lab
 
+    calls = invoke(ready(folder / "to die"), work).calls
+    number = next(call.number for call in calls if call.name == name)
+
     def prepare(folder: Path) -> FakeWorld:
-        calls = invoke(ready(folder / "good"), work).calls
-        number = next(call.number for call in calls if call.name == name)
         lab = ready(folder)
         assert invoke(lab, work, Fault(call=number, mode=Mode.DIE_BEFORE)).hit
         return lab
@@ -60,13 +63,13 @@ def _after_death(work: Work, name: str) -> Callable[[Path], FakeWorld]:
 @pytest.mark.parametrize("mode", [Mode.FAIL_BEFORE, Mode.FAIL_AFTER, Mode.BUG_BEFORE, Mode.DIE_BEFORE, Mode.DIE_AFTER])
 @pytest.mark.parametrize("where", list(DEATHS))
 def test_any_fault_while_reconciling(tmp_path: Path, where: str, mode: Mode) -> None:
-    trial = Reconciling(prepare=_after_death(*DEATHS[where]), work=reconciling)
+    trial = Reconciling(prepare=_after_death(tmp_path, where=where), work=reconciling)
 
     def afterwards(lab: FakeWorld, outcome: Outcome) -> list[str]:
         wrong = recovers(lab)
         if [environment.name for environment in lab.state.environments.all()] != ["other"]:
             wrong.append("an environment that was kept is gone, or one is back")
-        following = invoke(lab, backup())
+        following = simply(lab, backup())
         return wrong if following.error is None else [*wrong, f"the following backup failed: {following.error!r}"]
 
     trial.every(tmp_path, mode, after=afterwards)
@@ -91,7 +94,7 @@ class Reconciling(Trial):
 
 
 def test_it_says_what_it_undid_in_the_order_of_undoing(tmp_path: Path) -> None:
-    lab = _after_death(*DEATHS["before publishing"])(tmp_path)
+    lab = _after_death(tmp_path, where="before publishing")(tmp_path / "lab")
     report = invoke(lab, reconciling).result
     assert isinstance(report, ReconcileReport)
     assert report.complete

@@ -25,8 +25,8 @@ from vmsnap.ports.guest import AgentChannel
 
 _FIRST_WAIT = timedelta(milliseconds=20)
 _LONGEST_WAIT = timedelta(milliseconds=250)
-_REQUEST_TIMEOUT = timedelta(seconds=15)
-_SILENCE = timedelta(seconds=30)
+_REQUEST_TIMEOUT = timedelta(seconds=30)
+_SILENCE = timedelta(seconds=60)
 _CANNOT_RUN = 126
 _NOT_FOUND = 127
 _SIGNALLED = 128
@@ -93,21 +93,21 @@ class AgentControl:
             raise GuestUnreachableError("the guest agent answers nonsense", details=error.brief) from error
 
     def run(self, command: Command, *, timeout: timedelta) -> CommandResult:
-        """Run a command to its end. See ``GuestControl.run``.
+        """Run a command to its end. See ``GuestControl.run``. Time counts from when the agent has started the program.
+
+        Whole streams travel in one answer, and libvirt breaks the line to an agent whose answer has more than 10 MiB:
+        commands that print more than some megabytes do not belong here.
 
         Exit status 127 stands for a program that is not there and 126 for one that cannot be run, as in a shell.
         """
         limit = command.timeout or timeout
-        end = self._clock.monotonic() + limit.total_seconds()
         argv = command.argv if command.user in {None, "root"} else ("runuser", "-u", command.user, "--", *command.argv)
         arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
         if command.stdin:
             arguments["input-data"] = base64.b64encode(command.stdin).decode("ascii")
         _log.debug("running %s in the guest", argv)
         try:
-            started = _parse(
-                _Started, self._ask("guest-exec", arguments=arguments, timeout=min(limit, _REQUEST_TIMEOUT))
-            )
+            started = _parse(_Started, self._ask("guest-exec", arguments=arguments, timeout=_REQUEST_TIMEOUT))
         except GuestCommandError as error:
             # GLib's words for a program that the agent could not start; QEMU passes them on.
             words = f"{error.brief}\n{error.details}"
@@ -115,14 +115,15 @@ class AgentControl:
                 raise
             status = _NOT_FOUND if "No such file or directory" in words else _CANNOT_RUN
             return CommandResult(exit_status=status, stderr=words.encode())
-        return self._wait(started.pid, command=command, limit=limit, end=end)
+        return self._wait(started.pid, command=command, limit=limit)
 
     def close(self) -> None:
         """Do nothing: the channel belongs to the hypervisor."""
 
-    def _wait(self, pid: int, *, command: Command, limit: timedelta, end: float) -> CommandResult:
+    def _wait(self, pid: int, *, command: Command, limit: timedelta) -> CommandResult:
         pause = _FIRST_WAIT
         heard = self._clock.monotonic()
+        end = heard + limit.total_seconds()
         while True:
             if self._cancel is not None:
                 self._cancel.check()

@@ -78,31 +78,36 @@ class SshControl:
         Raises GuestUnreachableError where it does not answer, SafetyError for another host key, PreconditionError
         where it refuses our key: waiting mends none of the last two.
         """
-        result = self.run(Command(argv=("true",), timeout=timeout), timeout=timeout)
+        result = self._run(Command(argv=("true",)), limit=timeout, connect_limit=timeout)
         if result.exit_status != 0:
             raise GuestUnreachableError(f"{self._address} runs no commands", details=result.error_text[:500])
 
     def run(self, command: Command, *, timeout: timedelta) -> CommandResult:
-        """Run a command to its end. See ``GuestControl.run``. Also raises what ``ping`` raises."""
-        limit = command.timeout or timeout
-        end = self._clock.monotonic() + limit.total_seconds()
-        argv = self._as_user(command)
-        _log.debug("running %s in the guest", argv)
-        with _translated(self._address):
-            channel = self._connected(limit).open_session(
-                timeout=min(limit, self._login.connect_timeout).total_seconds()
-            )
-            try:
-                channel.exec_command(join((*_RUN, *argv)))
-                return self._converse(channel, command=command, limit=limit, end=end)
-            finally:
-                channel.close()
+        """Run a command to its end. See ``GuestControl.run``. Time counts from when the connection is there.
+
+        Connecting has the login's own limit. Also raises what ``ping`` raises.
+        """
+        return self._run(command, limit=command.timeout or timeout, connect_limit=self._login.connect_timeout)
 
     def close(self) -> None:
         """Close the connection. May be repeated."""
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+    def _run(self, command: Command, *, limit: timedelta, connect_limit: timedelta) -> CommandResult:
+        argv = self._as_user(command)
+        _log.debug("running %s in the guest", argv)
+        connect_limit = min(connect_limit, self._login.connect_timeout)
+        with _translated(self._address):
+            with self._opening:
+                transport = self._connected(connect_limit)
+            channel = transport.open_session(timeout=connect_limit.total_seconds())
+            try:
+                channel.exec_command(join((*_RUN, *argv)))
+                return self._converse(channel, command=command, limit=limit)
+            finally:
+                channel.close()
 
     def _as_user(self, command: Command) -> tuple[str, ...]:
         if command.user in {None, self._login.user}:
@@ -120,7 +125,7 @@ class SshControl:
             address=self._address,
             port=login.port,
             connector=self._connector,
-            timeout=min(limit, login.connect_timeout),
+            timeout=limit,
             host_key=self._host_key,
         )
         try:
@@ -140,7 +145,8 @@ class SshControl:
         self._transport = transport
         return transport
 
-    def _converse(self, channel: paramiko.Channel, *, command: Command, limit: timedelta, end: float) -> CommandResult:
+    def _converse(self, channel: paramiko.Channel, *, command: Command, limit: timedelta) -> CommandResult:
+        end = self._clock.monotonic() + limit.total_seconds()
         rest = memoryview(command.stdin)
         streams = _Streams(channel)
         fed = False

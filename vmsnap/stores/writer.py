@@ -113,26 +113,29 @@ class _Writer:
 
     def _write_changed_pages(self, data: memoryview, *, offset: int) -> int:
         """Write what differs from the image as it is, in pages: a database changes 8 KiB here and there."""
-        old = self._present(len(data), offset=offset)
-        new = bytes(data)
-        written, position = 0, 0
-        while position < len(new):
-            end = position
-            while end < len(new) and old[end : end + _PAGE_BYTES] != new[end : end + _PAGE_BYTES]:
-                end += _PAGE_BYTES
-            if end > position:
-                written += _write(self._image, data=data[position:end], offset=offset + position)
-            position = end + _PAGE_BYTES
-        return written
+        written, first, end = 0, 0, 0
+        for page in self._changed_pages(data, offset=offset):
+            if page != end:
+                written += _write(self._image, data=data[first:end], offset=offset + first)
+                first = page
+            end = min(page + _PAGE_BYTES, len(data))
+        return written + _write(self._image, data=data[first:end], offset=offset + first)
+
+    def _changed_pages(self, data: memoryview, *, offset: int) -> Iterator[int]:
+        # Block by block: large copies would cost more than all the comparing.
+        for start in range(0, len(data), BLOCK_BYTES):
+            new = bytes(data[start : start + BLOCK_BYTES])
+            old = self._present(len(new), offset=offset + start)
+            for page in range(0, len(new), _PAGE_BYTES):
+                if old[page : page + _PAGE_BYTES] != new[page : page + _PAGE_BYTES]:
+                    yield start + page
 
     def _present(self, length: int, *, offset: int) -> bytes:
         """Return what the image holds there now; nothing where it cannot be read, so that all of it is written."""
-        old = bytearray(length)
         try:
-            read_into(self._image, buffer=memoryview(old), offset=offset)
+            return os.pread(self._image, length, offset)
         except OSError:
             return b""
-        return bytes(old)
 
 
 def _changes(before: bytes, *, now: bytes) -> Iterator[tuple[int, int, bool]]:

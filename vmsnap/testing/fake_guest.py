@@ -199,14 +199,14 @@ def _sleep(argv: tuple[str, ...], *, limit: timedelta) -> CommandResult:
 
 
 def _script(command: Command) -> CommandResult:
-    known: dict[tuple[str, ...], CommandResult] = {
-        ENDS_BY_SIGNAL: CommandResult(exit_status=137),
-        BOTH_STREAMS_AND_STATUS: CommandResult(exit_status=3, stdout=b"out\n", stderr=b"err\n"),
-        BUSY_ON_BOTH_STREAMS: CommandResult(
-            exit_status=0, stdout=bytes(3_000_000) + command.stdin, stderr=bytes(3_000_000)
-        ),
-    }
-    return known.get(command.argv, CommandResult(exit_status=127, stderr=b"sh: unknown script\n"))
+    if command.argv == ENDS_BY_SIGNAL:
+        return CommandResult(exit_status=137)
+    if command.argv == BOTH_STREAMS_AND_STATUS:
+        return CommandResult(exit_status=3, stdout=b"out\n", stderr=b"err\n")
+    if command.argv[:-1] == BUSY_ON_BOTH_STREAMS:
+        zeroes = bytes(int(command.argv[-1]))
+        return CommandResult(exit_status=0, stdout=zeroes + command.stdin, stderr=zeroes)
+    return CommandResult(exit_status=127, stderr=b"sh: unknown script\n")
 
 
 def _findmnt() -> CommandResult:

@@ -35,11 +35,14 @@ HARD_ARGUMENTS = (
 EVERY_BYTE = bytes(range(256)) * 256
 ENDS_BY_SIGNAL = ("sh", "-c", "kill -9 $$")
 BOTH_STREAMS_AND_STATUS = ("sh", "-c", "echo out; echo err >&2; exit 3")
-BUSY_ON_BOTH_STREAMS = ("sh", "-c", "head -c 3000000 /dev/zero >&2; head -c 3000000 /dev/zero; cat")
+BUSY_ON_BOTH_STREAMS = ("sh", "-c", 'head -c "$1" /dev/zero >&2; head -c "$1" /dev/zero; cat', "sh")
+"""Followed by a number of bytes."""
 
 
 class GuestControlContract:
-    """The suite."""
+    """The suite. ``many_bytes``: more than fits any buffer between a program and us."""
+
+    many_bytes = 3_000_000
 
     @pytest.fixture
     def control(self) -> GuestControl:
@@ -87,12 +90,14 @@ class GuestControlContract:
         assert control.run(Command(argv=("cat",)), timeout=QUICK).stdout == b""
 
     def test_input_nobody_reads_is_no_error(self, control: GuestControl) -> None:
-        result = control.run(Command(argv=("true",), stdin=b"x" * 3_000_000), timeout=QUICK)
+        result = control.run(Command(argv=("true",), stdin=b"x" * self.many_bytes), timeout=QUICK)
         assert result.exit_status == 0
 
     def test_a_program_busy_on_all_streams_does_not_stop_everything(self, control: GuestControl) -> None:
-        result = control.run(Command(argv=BUSY_ON_BOTH_STREAMS, stdin=b"x" * 1_000_000), timeout=QUICK)
-        assert (len(result.stdout), len(result.stderr), result.truncated) == (4_000_000, 3_000_000, False)
+        much = self.many_bytes
+        command = Command(argv=(*BUSY_ON_BOTH_STREAMS, str(much)), stdin=b"x" * much)
+        result = control.run(command, timeout=QUICK)
+        assert (len(result.stdout), len(result.stderr), result.truncated) == (2 * much, much, False)
 
     def test_output_is_cut_at_16_mib(self, control: GuestControl) -> None:
         size = 16 << 20

@@ -171,10 +171,11 @@ class Provision:
             journal.unkeep()
         except Exception as error:  # noqa: BLE001 - whatever it is, the rest is undone
             errors.append(as_vmsnap_error(error, doing="the journal"))
-        errors.extend(run.release_all())
+        left = run.release_all()
+        errors.extend(left)
         try:
             _forget(self._world, name=plan.name, run=plan.run)
-            if not errors:
+            if not left:
                 journal.finish()
         except Exception as error:  # noqa: BLE001 - it must not hide why provisioning failed
             errors.append(as_vmsnap_error(error, doing="the end of the run"))

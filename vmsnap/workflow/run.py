@@ -34,6 +34,7 @@ _RELEASE_DEADLINE = timedelta(seconds=60)
 # clone is only a copy, and production comes home whatever becomes of it.
 _USED_BY = {
     ResourceKind.FENCE: (ResourceKind.CLONE, ResourceKind.ENVIRONMENT),
+    ResourceKind.CLONE_OVERLAYS: (ResourceKind.CLONE,),
     ResourceKind.ENVIRONMENT_DISKS: (ResourceKind.ENVIRONMENT,),
     ResourceKind.HOLD: (ResourceKind.ENVIRONMENT,),
 }

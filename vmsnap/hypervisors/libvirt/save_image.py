@@ -62,6 +62,10 @@ def read_header(file: BinaryIO) -> SaveImageHeader:
     xml, separator, _ = data.partition(b"\0")
     if not separator:
         raise DriverError("the XML of the memory image is not ended by a zero byte")
+    try:
+        text = xml.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DriverError(f"the XML of the memory image is not UTF-8: {error}") from error
     cookie = None
     if cookie_offset:
         if cookie_offset >= data_len:
@@ -71,7 +75,7 @@ def read_header(file: BinaryIO) -> SaveImageHeader:
         fields=tuple(fields),
         data_len=data_len,
         was_running=bool(was_running),
-        xml=xml.decode("utf-8"),
+        xml=text,
         cookie=cookie,
     )
 
