@@ -24,6 +24,8 @@ from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import FencePlan
 
 _CLONE_NEWNET = 0x40000000
+# IPv6 addresses that can be used at once, instead of after a second or two.
+_NO_DUPLICATE_DETECTION = ("net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,6 +44,7 @@ def fresh_network() -> Iterator[None]:
     assert _libc.unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
     try:
         sh("ip", "link", "set", "lo", "up")
+        sh("sysctl", "-w", *_NO_DUPLICATE_DETECTION)
         yield
     finally:
         assert _libc.setns(home, _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
@@ -75,6 +78,7 @@ class StandIn:
         self.namespace = name or f"vt-{secrets.token_hex(4)}"
         sh("ip", "netns", "add", self.namespace)
         self.run("ip", "link", "set", "lo", "up")
+        self.run("sysctl", "-w", *_NO_DUPLICATE_DETECTION)
         self.plugged: list[str] = []
 
     def plug(self, ours: str, *, mac: str | None = None, bridge: str | None = None, interface: str = "eth0") -> None:

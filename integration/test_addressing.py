@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from integration.conftest import MakeGuest
+from integration.lab.domain import GuestSpec
+from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
 from integration.networld import (
     RealClock,
     StandIn,
@@ -158,11 +162,9 @@ class Dhcpcd(Client):
         config.write_text("noarp\nnoipv6\nnohook resolv.conf, hostname, timesyncd\n")
         # Its lease and pid files stand at fixed places: each run gets private ones.
         script = (
-            "mount -t tmpfs none /var/lib/dhcpcd && mount -t tmpfs none /run/dhcpcd && "
+            "mount -t tmpfs none /run && mount -t tmpfs none /var/lib && mkdir /run/dhcpcd /var/lib/dhcpcd && "
             f"exec /usr/sbin/dhcpcd -4 -B -f {config} eth0"
         )
-        Path("/var/lib/dhcpcd").mkdir(exist_ok=True)
-        Path("/run/dhcpcd").mkdir(exist_ok=True)
         return self.clone.start("unshare", "--mount", "sh", "-c", script)
 
 
@@ -392,3 +394,53 @@ def test_the_connector_says_what_is_wrong(worlds: Worlds) -> None:
     worlds.fence.release(worlds.fence.resource(world.plan), deadline=timedelta(seconds=10))
     with pytest.raises(GuestUnreachableError, match="cannot enter"):
         connect("10.9.8.77", PORT, timedelta(seconds=0.5))
+
+
+# --- real guests: their kernels, their virtio cards with unfinished checksums, libvirt's way to pull a cable
+
+
+class VirshCables:
+    def __init__(self, domain: str) -> None:
+        self._domain = domain
+
+    def set_link(self, *, mac: str, up: bool) -> None:
+        sh("virsh", "domif-setlink", self._domain, mac, "up" if up else "down")
+
+
+def move_into_fence(guest: LabGuest, plan: FencePlan) -> None:
+    """Turn a running guest's tap into the fence's, as if libvirt had restored a clone there."""
+    tap = sh("virsh", "domiflist", guest.name).split()[-5]
+    sh("ip", "link", "set", tap, "name", plan.ports[0].tap)
+    sh("ip", "link", "set", plan.ports[0].tap, "master", plan.ports[0].bridge)
+
+
+@pytest.mark.parametrize("static", [None, "10.77.0.55/24"], ids=["networkd", "static"])
+def test_real_guests_are_reached(static: str | None, make_guest: MakeGuest, lab: Lab) -> None:
+    guest = make_guest(GuestSpec(static_address=static))
+    old = OldAddress(interface=IPv4Interface(f"{guest.address()}/24"), gateway=IPv4Address("10.77.0.1"))
+    rung = Rung.LINK_FLAP if static is None else Rung.OLD_ADDRESS
+    plan = plan_for(macs=guest.spec.macs)
+    fence = NetworkFence()
+    fence.build(plan)
+    try:
+        move_into_fence(guest, plan)
+        fence.prove(plan)
+        request = AddressRequest(
+            fence=plan, ladder=(rung,), old_addresses=(old,), probe_port=22,
+            rung_deadline=timedelta(seconds=20 * lab.time_factor),
+        )  # fmt: skip
+        with NetworkAddressing(clock=RealClock()) as addressing:
+            moved = addressing.move(request, links=VirshCables(guest.name), cancel=SwitchCancel())
+            print(f"real guest, {rung}: {moved.seconds:.2f} s, {moved.address}")
+            assert moved.address is not None
+            assert (moved.address == str(old.interface.ip)) is (rung is Rung.OLD_ADDRESS)
+            connection = fence.connector(plan)(moved.address, 22, timedelta(seconds=5 * lab.time_factor))
+            with connection:
+                connection.settimeout(5 * lab.time_factor)
+                assert connection.recv(64).startswith(b"SSH-2.0")
+            counts = fence.counts(plan)
+            assert all(
+                counts[f"elsewhere to {link}"].packets == 0 for link in (plan.ports[0].tap, plan.ports[0].veth_host)
+            )
+    finally:
+        fence.release(fence.resource(plan), deadline=timedelta(seconds=10))

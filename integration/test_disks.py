@@ -183,6 +183,27 @@ def test_a_chain_of_overlays_reads_as_one_disk(open_images: OpenImages, tmp_path
         assert one.data or not any(expected[one.offset : one.offset + one.length])
 
 
+@pytest.mark.parametrize("over_it", [False, True])
+def test_a_block_device_and_an_overlay_over_one(
+    open_images: OpenImages,
+    tmp_path: Path,
+    over_it: bool,  # noqa: FBT001
+) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(MIB) + bytes(MIB))
+    device = Path(run("losetup", "--find", "--show", "--read-only", path).strip())
+    try:
+        image = image_of(device, image_format="raw")
+        if over_it:
+            image = image_of(tmp_path / "top.qcow2")
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-b", device, "-F", "raw", image.path)
+        (view,) = open_images(image)
+        assert view.path.read_bytes() == path.read_bytes()
+        assert sum(one.length for one in view.extents()) == 2 * MIB
+    finally:
+        run("losetup", "--detach", device)
+
+
 def test_a_view_cannot_be_written_and_is_for_root_alone(open_images: OpenImages, tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(MIB))

@@ -166,11 +166,14 @@ def test_what_is_left_behind_is_noticed(lab: Lab, define_guest: MakeGuest) -> No
     run(["nft", "add", "table", "bridge", "leak-table"])
     (Path("/run") / "leak-dir").mkdir()
     run(["mount", "-t", "tmpfs", "leak", "/run/leak-dir"])
+    handle = (lab.guests / "leak-file").open("w")
     made = define_guest(GuestSpec(name="leak-domain", disks=(DiskSpec(content="blank", format="block"),)))
     try:
         new, gone = left_behind(lab, before, patience_s=0)
     finally:
         made.remove()
+        handle.close()
+        (lab.guests / "leak-file").unlink()
         run(["umount", "/run/leak-dir"])
         (Path("/run") / "leak-dir").rmdir()
         run(["nft", "delete", "table", "bridge", "leak-table"])
@@ -185,6 +188,7 @@ def test_what_is_left_behind_is_noticed(lab: Lab, define_guest: MakeGuest) -> No
         "mount: /run/leak-dir",
         "'leak-domain'",
         "loop device",
+        "open file: " + handle.name,
     ):
         assert trace in report
     assert str(made.disks[0].file) in report

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,15 @@ def hierarchies() -> list[Hierarchy]:
 
 def enter(name: str) -> list[Hierarchy]:
     """Move this process into new groups `name` and make them the root of its cgroup namespace. Call once, before threads."""
-    entered = hierarchies()
-    for hierarchy in entered:
+    entered = []
+    for hierarchy in hierarchies():
         group = hierarchy.parent / name
-        group.mkdir()
+        try:
+            group.mkdir()
+        except OSError as error:  # in a container, for instance
+            print(f"lab: guests run without limits of {hierarchy.mount}: {error.strerror}", file=sys.stderr)
+            continue
+        entered.append(hierarchy)
         if "cpuset" in hierarchy.options.split(","):
             for setting in ("cpuset.cpus", "cpuset.mems"):  # empty in a new group, which then takes no process
                 (group / setting).write_text((hierarchy.parent / setting).read_text())

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from integration.lab import cgroups, kvm
@@ -57,10 +57,11 @@ def run_in_lab(command: Sequence[str]) -> int:
 
 def sweep() -> None:
     """Remove scratch folders and control groups of labs that are no longer alive. Repeatable."""
-    for folder in _parent().glob(f"{PREFIX}*"):
-        with _alone(folder) as gained:
-            if gained:
-                _clear(folder)
+    with _alone(_parent(), wait=True):
+        for folder in _parent().glob(f"{PREFIX}*"):
+            with _alone(folder) as gained:
+                if gained:
+                    _clear(folder)
 
 
 def _check_host() -> None:
@@ -76,15 +77,18 @@ def _check_host() -> None:
 
 def _parent() -> Path:
     # Not the checkout: QEMU runs as a user of its own and must be able to walk to the disks.
-    return Path(os.environ.get("VMSNAP_LAB_DIR") or "/var/tmp")
+    folder = Path(os.environ.get("VMSNAP_LAB_DIR") or "/var/tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    _parent().mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent()))
-    folder.chmod(0o755)
-    with _alone(folder):
+    with ExitStack() as stack:
+        with _alone(_parent(), wait=True):  # against a sweep between making the folder and locking it
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent()))
+            folder.chmod(0o755)
+            stack.enter_context(_alone(folder))
         try:
             yield folder
         finally:
@@ -96,12 +100,12 @@ def _scratch() -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Hold the lock that says a lab is alive; yields whether it could be had."""
+def _alone(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the folder's lock (on a lab's own folder: it is alive); yields whether it could be had."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

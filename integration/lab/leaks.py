@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def look(lab: Lab) -> Belongings:
         "loop device": _loops,
         "process": _processes,
         "file": _files,
+        "open file": _open_files,
     }
     return Belongings(frozenset(f"{kind}: {thing}" for kind, lister in kinds.items() for thing in lister(lab)))
 
@@ -123,3 +125,12 @@ def _files(lab: Lab) -> list[str]:
     kept = Path("/var/lib/libvirt/qemu")
     found += [str(path) for part in ("nvram", "save", "snapshot", "ram") for path in (kept / part).glob("*")]
     return found
+
+
+def _open_files(lab: Lab) -> list[str]:
+    # This process's own: what it opened below the lab's folders and never closed.
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the handle on the folder itself
+            found.append(str(entry.readlink()))
+    return [path for path in found if path.startswith((str(lab.scratch), f"{RUN}/", "/dev/loop", "/dev/net/"))]

@@ -198,7 +198,9 @@ PARTS: dict[str, Part] = {
     "parallel dev": Part(xml="<parallel type='dev'><source path='/dev/parport0'/><target port='0'/></parallel>"),
     "vsock": Part(xml="<vsock model='virtio'><cid auto='yes' address='3'/></vsock>", breach=False),
     "tablet": Part(xml="<input type='tablet' bus='usb'/><input type='mouse' bus='ps2'/>", breach=False),
-    "sound to the host": Part(xml="<sound model='ich9'/><audio id='1' type='pulseaudio' serverName='/run/pulse/native'/>"),
+    "sound to the host": Part(
+        xml="<sound model='ich9'/><audio id='1' type='pulseaudio' serverName='/run/pulse/native'/>"
+    ),
     "qxl": Part(xml="<video><model type='qxl' ram='65536' heads='1' primary='yes'/></video>", breach=False),
     "rng": Part(
         xml="<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>",

@@ -58,7 +58,7 @@ def test_a_read_only_disk_and_an_empty_floppy_are_not_captured() -> None:
 
 
 @pytest.mark.parametrize(("state", "expected"), [("connected", True), ("disconnected", False)])
-def test_an_agent_counts_when_it_opened_its_end(state: str, expected: bool) -> None:
+def test_an_agent_counts_when_it_opened_its_end(state: str, *, expected: bool) -> None:
     domain = parse(domain_xml("agent").replace("state='connected'", f"state='{state}'"))
     assert agent_is_connected(domain) is expected
     assert agent_is_connected(parse(domain_xml("spice channel"))) is False
@@ -73,7 +73,11 @@ def test_units_of_memory(unit: str | None, number: int, expected: int) -> None:
     assert memory_bytes(parse(f"<domain><memory{attribute}>{number}</memory></domain>")) == expected
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff"), min_size=1))
+@given(
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"), exclude_characters="\ufffe\uffff"), min_size=1
+    )
+)
 def test_a_tag_survives_libvirts_text_whatever_the_guest_is_called(name: str) -> None:
     domain = parse(domain_xml())
     tag = Tag(run=RUN, kind="clone", guest=name)

@@ -34,9 +34,11 @@ from vmsnap.model.isolation import FencePlan
 
 # Attributes by which libvirt names things of the host, wherever they stand.
 NAMING = frozenset(
-    "file dev path dir bridge network portgroup portid host service socket address port tlsPort websocket tty filter "
-    "interfaceid passwd serverName log evdev".split()
-)
+    {
+        "file", "dev", "path", "dir", "bridge", "network", "portgroup", "portid", "host", "service", "socket", "address",
+        "port", "tlsPort", "websocket", "tty", "filter", "interfaceid", "passwd", "serverName", "log", "evdev",
+    }
+)  # fmt: skip
 READ_ONLY = "os/loader", "os/kernel", "os/initrd", "devices/emulator", "devices/rng"
 parts_of_guests = st.lists(st.sampled_from(CLONABLE), unique=True).filter(
     lambda chosen: len({"spice", "vnc", "vnc on a socket"} & set(chosen)) <= 1
@@ -58,7 +60,7 @@ def names_of_production(xml: str) -> frozenset[str]:
     found = set()
     for element in root.iter():
         # A device's address and a port in the guest's eyes ('target') are not the host's.
-        if element.tag in ("address", "mac", "controller") or (element.tag == "target" and element.get("bus")):
+        if element.tag in ("address", "mac", "controller", "boot") or (element.tag == "target" and element.get("bus")):
             continue
         if element.tag == "target" and "port" in element.attrib:
             continue
@@ -113,10 +115,11 @@ def test_the_audit_objects_to_each_part_by_itself(part: str) -> None:
     assert len(breaches_of(live, original=original)) > plain
 
 
-@pytest.mark.parametrize("part", sorted(REFUSED))
+# A NIC and a CID are made the clone's own even where preflight had refused them.
+@pytest.mark.parametrize("part", sorted(REFUSED - {"macvtap", "fixed vsock"}))
 def test_what_preflight_refuses_would_not_pass_the_audit_either(part: str) -> None:
     original = domain_xml(part)
-    assert breaches_of(rewritten(original) if part != "macvtap" else original, original=original)
+    assert breaches_of(rewritten(original), original=original)
 
 
 def live_clone(**changes: str) -> str:
@@ -186,7 +189,9 @@ def test_what_the_guest_sees_stays() -> None:
             for name in kept:
                 if tag == "interface" and name == "target":
                     continue
-                assert [unparse(e).strip() for e in old.findall(name)] == [unparse(e).strip() for e in new.findall(name)]
+                assert [unparse(e).strip() for e in old.findall(name)] == [
+                    unparse(e).strip() for e in new.findall(name)
+                ]
     for path in ("memory", "currentMemory", "vcpu", "iothreads", "features", "clock", "os/type", "os/boot"):
         assert [unparse(e) for e in original.findall(path)] == [unparse(e) for e in clone.findall(path)]
 

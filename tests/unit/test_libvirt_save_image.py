@@ -18,7 +18,7 @@ UNFINISHED = b"LibvirtQemudPart"
 STREAM = b"QEVM\0\0\0\3 and the pages of the guest"
 
 # XML never holds a zero byte; surrogates cannot be encoded.
-texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=200)
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
 cookies = st.none() | st.binary(max_size=80).map(lambda raw: raw.replace(b"\0", b"x"))
 
 
@@ -126,10 +126,9 @@ def test_garbage_behind_a_good_beginning_never_raises_anything_else(
     numbers = struct.pack("=5I", 2, data_len, 0, 0, cookie_offset)
     try:
         header = read_header(io.BytesIO(FINISHED + numbers + bytes(56) + garbage))
-    except DriverError as error:
-        assert "memory image" in error.brief
-    else:
-        assert header.xml.encode() == garbage.partition(b"\0")[0]
+    except DriverError:
+        return
+    assert header.xml.encode() == garbage.partition(b"\0")[0]
 
 
 def test_xml_that_is_no_text_is_refused() -> None:

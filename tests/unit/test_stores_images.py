@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from datetime import timedelta
 from pathlib import Path
 
@@ -268,3 +271,19 @@ def test_the_manifest_on_the_disk_is_plain_json(snapshot: Snapshot, folder: Path
     assert manifest["format_version"] == 1
     assert manifest["id"] == snapshot.id
     assert manifest["disks"][0]["block_bytes"] == 65536
+
+
+def test_the_written_format_is_enough_to_check_a_snapshot(snapshot: Snapshot, folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    script = textwrap.dedent(page.partition("## Checking a snapshot without vmsnap")[2])
+
+    def check() -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", script, str(folder)]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+
+    assert check().returncode == 0
+    (folder / "vda.raw").chmod(0o600)
+    with (folder / "vda.raw").open("r+b") as image:
+        image.seek(3 * BLOCK)
+        image.write(b"damage")
+    assert "vda.raw: block 3" in check().stderr

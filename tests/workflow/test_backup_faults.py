@@ -8,7 +8,7 @@ import pytest
 
 from tests.workflow.invocations import POLICY, Outcome, Trial, backup, invoke, recovers, simply, succeed
 from vmsnap.engines.pg_control import ClusterState
-from vmsnap.errors import CancelledError, CleanupError, ExitCode, NotCleanError, VmsnapError
+from vmsnap.errors import CancelledError, CleanupError, ExitCode, GuestCommandError, NotCleanError, VmsnapError
 from vmsnap.model.policy import DatabasePolicy
 from vmsnap.testing.faults import DEATHS, Fault, Mode
 from vmsnap.testing.world import FakeWorld
@@ -57,20 +57,31 @@ def test_the_following_backup_needs_no_reconcile_by_hand(tmp_path: Path) -> None
         succeed(lab, backup())
 
 
+# Runs that fail: with the clone off, at the proof; and with the clone running, at a command of the policy's.
+FAILING = {
+    NotCleanError: (POLICY, ".judge"),
+    GuestCommandError: (POLICY.model_copy(update={"database": DatabasePolicy(before_drain=(("false",),))}), ".send"),
+}
+
+
 @pytest.mark.parametrize("mode", [Mode.FAIL_BEFORE, Mode.BUG_BEFORE])
-def test_an_error_of_the_clean_up_never_hides_why_the_run_failed(tmp_path: Path, mode: Mode) -> None:
-    failed = invoke(_dirty(tmp_path / "good"), backup())
-    assert isinstance(failed.error, NotCleanError)
+@pytest.mark.parametrize("why", list(FAILING))
+def test_an_error_of_the_clean_up_never_hides_why_the_run_failed(
+    tmp_path: Path, why: type[VmsnapError], mode: Mode
+) -> None:
+    policy, last_call = FAILING[why]
+    failed = invoke(_dirty(tmp_path / "good"), backup(policy))
+    assert isinstance(failed.error, why)
     assert failed.error.also == []
-    judged = max(call.number for call in failed.calls if call.name.endswith(".judge"))
+    went_wrong = max(call.number for call in failed.calls if call.name.endswith(last_call))
     problems, count = [], 0
-    for call in failed.calls[judged + 1 :]:
+    for call in failed.calls[went_wrong + 1 :]:
         if call.inside or call.name.endswith((".close", ".exit")):
             continue
         lab = _dirty(tmp_path / f"{call.number}")
-        error = invoke(lab, backup(), Fault(call=call.number, mode=mode)).error
+        error = invoke(lab, backup(policy), Fault(call=call.number, mode=mode)).error
         count += 1
-        if not isinstance(error, NotCleanError) or not error.also:
+        if not isinstance(error, why) or not error.also:
             problems.append(f"{call.name}: {error!r}, also {getattr(error, 'also', None)}")
         elif lab.unfinished() == ():
             problems.append(f"{call.name}: the journal says that nothing was left")
@@ -105,7 +116,7 @@ def test_production_comes_home_whatever_else_cannot_be_removed(tmp_path: Path, r
 
 
 def test_a_fence_stays_as_long_as_its_clone_could_not_be_ended(tmp_path: Path) -> None:
-    policy = POLICY.model_copy(update={"database": DatabasePolicy(before_drain=(("false",),))})
+    policy, _ = FAILING[GuestCommandError]
     good = invoke(FakeWorld(tmp_path / "good"), backup(policy))
     call = next(call for call in good.calls if call.name == "hypervisor.release clone")
     lab = FakeWorld(tmp_path / "lab")

@@ -154,7 +154,7 @@ class QemuExport:
                 )
         folder = self._folder(run)
         try:
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)  # QEMU passes through to other parts
             folder.mkdir(mode=0o700)
             served = [
                 ServedImage(node=_node(image), path=folder / f"{index}-{folder_name(image.target)}.raw")

@@ -11,14 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 
 from vmsnap.errors import BusyError
+from vmsnap.stores.layout import disk_failure
 
 _POLL_SECONDS = 0.05
 
 
 @contextmanager
 def locked(path: Path, *, guest: str, timeout: timedelta) -> Iterator[None]:
-    """Hold the lock, waiting at most ``timeout`` for it. Raises BusyError that names the process, OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    """Hold the lock, waiting at most ``timeout`` for it. Raises BusyError that names the process, DriverError."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise disk_failure(error, doing=f"open the lock {path}") from error
     try:
         end = time.monotonic() + timeout.total_seconds()
         while not _take(descriptor):

@@ -55,7 +55,7 @@ class OverlayName:
 
 def parse_name(path: str) -> OverlayName | None:
     """Return what an overlay's file name says, or None for any other file."""
-    match = _NAME.search(Path(path).name)
+    match = _NAME.match(Path(path).name)
     if match is None:
         return None
     return OverlayName(run=RunId(match["run"]), target=match["target"], role=match["role"])

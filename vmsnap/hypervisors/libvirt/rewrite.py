@@ -99,9 +99,9 @@ def privatise_host_ends(domain: ET.Element) -> None:
         _privatise_graphics(graphics)
     for audio in parts.findall("audio"):
         if audio.get("type") != "spice":
-            audio.attrib.pop("dev", None)
-            audio.set("type", "none")
-            audio[:] = []
+            number = audio.get("id", "1")
+            audio.clear()
+            audio.attrib.update({"id": number, "type": "none"})
     for cid in parts.findall("vsock/cid"):
         cid.attrib.pop("address", None)
         cid.set("auto", "yes")

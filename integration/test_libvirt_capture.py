@@ -1,0 +1,224 @@
+"""A real guest with one qcow2 disk: captured, cloned, and put back on its own disk; captures that are given up."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
+from integration.libvirt_runs import (
+    DEADLINE,
+    HASTY,
+    PATIENT,
+    Cancel,
+    DriverRun,
+    capture_job_runs,
+    definitions,
+    is_running,
+    memory_writer,
+    read_file_from_disk,
+    run_of,
+    write_file,
+)
+from vmsnap.errors import (
+    BugError,
+    CancelledError,
+    DeadlineError,
+    GuestCommandError,
+    GuestNotFoundError,
+    NotCleanError,
+    NotConvergingError,
+)
+from vmsnap.hypervisors.libvirt.capture import LiveCapture
+from vmsnap.hypervisors.libvirt.convergence import Convergence
+from vmsnap.model.capture import CaptureSettings, OnNoConvergence
+from vmsnap.model.guest import GuestState, Severity
+from vmsnap.model.journal import ResourceKind
+
+BEFORE, MEANWHILE = "/var/tmp/before", "/var/tmp/meanwhile"
+SHUTDOWN = timedelta(seconds=120)
+
+
+def is_in_clone(run: DriverRun, *, domain: str, path: str) -> bool:
+    """Whether a file is in the clone, by its agent's word."""
+    request = json.dumps({"execute": "guest-file-open", "arguments": {"path": path, "mode": "r"}})
+    try:
+        run.driver.agent(domain).send(request, timeout=timedelta(seconds=30))
+    except GuestCommandError as error:
+        if "No such file" not in str(error):
+            raise
+        return False
+    return True
+
+
+def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, guest: LabGuest) -> None:
+    before = definitions(guest)
+    downtime_ms = guest.domain.migrateGetMaxDowntime()
+    boot_id = guest.run(["cat", "/proc/sys/kernel/random/boot_id"])
+    write_file(guest, BEFORE, "written before the capture")
+    guest.run(["rm", "-f", MEANWHILE])
+    with run_of(lab, guest) as run:
+        refused = [f for f in run.driver.findings(run.plan.guest, settings=PATIENT) if f.severity is Severity.REFUSAL]
+        assert refused == []
+        run.prepare()
+        capture = run.capture()
+        assert 0 < capture.pause_ms < PATIENT.max_pause.total_seconds() * 1000
+        assert capture.captured < capture.resumed
+        assert 0 < capture.ram_bytes <= run.plan.guest.memory_bytes
+        assert is_running(guest)
+        assert not run.driver.source_is_home(run.plan.guest)
+        numbers = "".join(f"{number}\n" for number in range(200_000))
+        write_file(guest, MEANWHILE, numbers)
+
+        clone = run.restore()
+        assert run.driver.clone_state(clone) is GuestState.PAUSED
+        assert {resource.kind for resource in run.driver.owned()} == {
+            ResourceKind.CLONE, ResourceKind.CLONE_OVERLAYS, ResourceKind.SOURCE_OVERLAYS, ResourceKind.MEMORY,
+        }  # fmt: skip
+        assert list(Path("/run/vmsnap").glob("*/memory/ram.save")) == []
+        assert guest.name in run.driver.guests()
+        assert clone.name not in run.driver.guests()
+
+        run.resume()
+        assert is_in_clone(run, domain=clone.name, path=BEFORE)
+        assert not is_in_clone(run, domain=clone.name, path=MEANWHILE)
+        assert run.driver.shut_down_clone(clone, agent_answers=True, deadline=SHUTDOWN) == "guest agent"
+        with pytest.raises(GuestNotFoundError):
+            run.driver.clone_state(clone)
+        run.release()
+
+        assert run.overlay_files() == []
+        assert run.driver.source_is_home(run.plan.guest)
+        assert definitions(guest) == before
+        assert guest.domain.migrateGetMaxDowntime() == downtime_ms
+        assert read_file_from_disk(guest, MEANWHILE) == numbers
+        assert guest.run(["cat", "/proc/sys/kernel/random/boot_id"]) == boot_id
+
+
+def test_links_of_a_clone_can_be_pulled_and_of_a_guest_not(lab: Lab, guest: LabGuest) -> None:
+    with run_of(lab, guest) as run:
+        (nic,) = run.plan.guest.nics
+        with pytest.raises(BugError, match="tag"):
+            run.driver.set_link(guest.name, mac=nic.mac, up=False)
+        assert "<link state='down'/>" not in guest.domain.XMLDesc()
+        run.prepare()
+        run.capture()
+        clone = run.restore()
+        domain = guest.connection.lookupByName(clone.name)
+        run.driver.set_link(clone.name, mac=nic.mac.upper(), up=False)
+        assert "<link state='down'/>" in domain.XMLDesc()
+        run.driver.set_link(clone.name, mac=nic.mac, up=True)
+        assert "<link state='down'/>" not in domain.XMLDesc()
+
+        # A clone that was killed before it was asked to shut down is no clean one.
+        domain.destroy()
+        with pytest.raises(NotCleanError, match="before it was asked"):
+            run.driver.shut_down_clone(clone, agent_answers=True, deadline=SHUTDOWN)
+
+
+def test_a_clone_killed_while_it_shuts_down_is_not_clean(lab: Lab, guest: LabGuest) -> None:
+    with run_of(lab, guest) as run:
+        run.prepare()
+        run.capture()
+        clone = run.restore()
+        domain = guest.connection.lookupByName(clone.name)
+        # Paused, it cannot answer the power button.
+        with pytest.raises(DeadlineError):
+            run.driver.shut_down_clone(clone, agent_answers=False, deadline=timedelta(seconds=1))
+        killer = threading.Timer(1.5, domain.destroy)
+        killer.start()
+        with pytest.raises(NotCleanError, match="not by a shutdown of its guest"):
+            run.driver.shut_down_clone(clone, agent_answers=False, deadline=SHUTDOWN)
+        killer.join()
+
+
+def expect_home(run: DriverRun, guest: LabGuest, definitions_before: tuple[str, str]) -> None:
+    """The capture was given up: the guest runs on its own disk, and nothing was switched."""
+    assert is_running(guest)
+    assert run.driver.source_is_home(run.plan.guest)
+    assert definitions(guest) == definitions_before
+    assert guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
+    assert guest.run(["echo", "alive"]) == "alive\n"
+
+
+def test_a_cancelled_capture_leaves_the_guest_at_home(lab: Lab, guest: LabGuest) -> None:
+    before = definitions(guest)
+    with memory_writer(guest), run_of(lab, guest, HASTY) as run:
+        run.prepare()
+        with pytest.raises(CancelledError):
+            run.capture(Cancel(when=lambda: capture_job_runs(guest)))
+        expect_home(run, guest, before)
+        # Nothing is half done: a second attempt of the same run may follow.
+        with pytest.raises(CancelledError):
+            run.capture(Cancel(when=lambda: True))
+        expect_home(run, guest, before)
+        assert guest.domain.migrateGetMaxDowntime() == 300
+
+
+@pytest.mark.parametrize("mode", list(OnNoConvergence))
+def test_a_guest_that_does_not_converge_is_left_alone(lab: Lab, guest: LabGuest, mode: OnNoConvergence) -> None:
+    before = definitions(guest)
+    settings = CaptureSettings(max_pause=HASTY.max_pause, on_no_convergence=mode, min_overlay_free_bytes=1 << 20)
+    with memory_writer(guest), run_of(lab, guest, settings) as run:
+        run.prepare()
+        with pytest.raises(NotConvergingError) as caught:
+            run.capture()
+        assert caught.value.remedy is not None
+        assert "capture.max_pause" in caught.value.remedy
+        expect_home(run, guest, before)
+
+
+def give_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the watcher suspend the guest at the first pass, as it does when nothing else helped."""
+    hopeless = Convergence(ceiling_ms=1, downtime_ms=1, raised_at_pass=-9)
+    monkeypatch.setattr(Convergence, "for_settings", staticmethod(lambda _settings: hopeless))
+    monkeypatch.setattr(LiveCapture, "_fits", lambda *_arguments: True)
+
+
+def test_a_guest_suspended_for_the_rest_is_captured_and_runs_on(
+    lab: Lab, guest: LabGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_up_at_once(monkeypatch)
+    settings = CaptureSettings(
+        max_pause=timedelta(seconds=30), on_no_convergence=OnNoConvergence.SUSPEND, min_overlay_free_bytes=1 << 20
+    )
+    with memory_writer(guest), run_of(lab, guest, settings) as run:
+        run.prepare()
+        capture = run.capture()
+        assert 0 < capture.pause_ms < settings.max_pause.total_seconds() * 1000
+        assert is_running(guest)
+        run.driver.release(run.driver.memory_resource(run.plan), deadline=DEADLINE)
+
+
+def test_a_guest_suspended_for_too_long_is_let_go_on(
+    lab: Lab, guest: LabGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = definitions(guest)
+    give_up_at_once(monkeypatch)
+    settings = CaptureSettings(
+        max_pause=timedelta(milliseconds=1), on_no_convergence=OnNoConvergence.SUSPEND, min_overlay_free_bytes=1 << 20
+    )
+    with memory_writer(guest), run_of(lab, guest, settings) as run:
+        run.prepare()
+        began = time.monotonic()
+        with pytest.raises(NotConvergingError):
+            run.capture()
+        assert time.monotonic() - began < 30
+        expect_home(run, guest, before)
+
+
+def test_a_deadline_ends_the_capture(lab: Lab, guest: LabGuest) -> None:
+    before = definitions(guest)
+    settings = CaptureSettings(timeout=timedelta(seconds=0), min_overlay_free_bytes=1 << 20)
+    with memory_writer(guest), run_of(lab, guest, settings) as run:
+        run.prepare()
+        with pytest.raises(DeadlineError, match="did not end within"):
+            run.capture()
+        expect_home(run, guest, before)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmsnap.model.capture import CaptureSettings, DiskImage
+from vmsnap.ports.hypervisor import Hypervisor
+from vmsnap.testing.fake_host import DISK_BYTES
+from vmsnap.testing.fake_hypervisor import FakeHypervisor
+from vmsnap.testing.fake_network import FakeFence
+from vmsnap.testing.hypervisor_contract import HypervisorContract, HypervisorHarness
+from vmsnap.testing.world import FakeWorld
+
+
+class FakeHarness:
+    """A fake host with one guest of two disks."""
+
+    guest = "db"
+    settings = CaptureSettings()
+
+    def __init__(self, folder: Path) -> None:
+        self.lab = FakeWorld(folder, disks=2)
+        self.hypervisor: Hypervisor = self.another_process()
+        self.fence = FakeFence(self.lab.network)
+
+    def another_process(self) -> Hypervisor:
+        return FakeHypervisor(self.lab.host, clock=self.lab.clock)
+
+    def stored_images(self) -> tuple[DiskImage, ...]:
+        return tuple(
+            DiskImage(target=target, path=f"/store/{target}.raw", image_format="raw", size_bytes=DISK_BYTES)
+            for target in ("vda", "vdb")
+        )
+
+
+class TestFakeHypervisor(HypervisorContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
+        harness = FakeHarness(tmp_path)
+        yield harness
+        assert harness.lab.host.harm() == []
+        assert harness.lab.leftovers() == ()
