@@ -10,7 +10,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import libvirt
 import pytest
 
 from integration.lab.guest import LabGuest
@@ -177,7 +176,8 @@ def channel(guest: LabGuest) -> Iterator[LibvirtAgentChannel]:
 
 
 class TestAgentOfAGuest(GuestControlContract):
-    many_bytes = 200_000  # an agent takes and gives everything in one message
+    much_input = 48 << 10
+    much_output = 1_000_000  # emulated guests are slow
 
     @pytest.fixture
     def control(self, channel: LibvirtAgentChannel) -> GuestControl:
@@ -186,17 +186,19 @@ class TestAgentOfAGuest(GuestControlContract):
     @pytest.fixture
     def lost(self, guest: LabGuest, channel: LibvirtAgentChannel) -> Iterator[GuestControl]:
         """An agent that stands still for a while."""
-        for after, name in ((1, "STOP"), (40, "CONT")):
+        for after, name in ((1, "STOP"), (60, "CONT")):
             kill = ("systemctl", "kill", f"--signal={name}", "qemu-guest-agent")
             guest.run(["systemd-run", f"--on-active={after}", "--timer-property=AccuracySec=100ms", *kill])
         deadline = time.monotonic() + 30
+        control = ACCESS.agent(channel)
         while True:
             try:
-                guest.agent("guest-ping")
-            except libvirt.libvirtError:
+                control.ping(timeout=timedelta(seconds=1))
+            except GuestUnreachableError:
                 break
             assert time.monotonic() < deadline, "the agent did not stand still"
-        yield ACCESS.agent(channel)
+            time.sleep(0.2)
+        yield control
         guest.wait_for_agent()
 
     def test_output_is_cut_at_16_mib(self, control: GuestControl) -> None:

@@ -195,7 +195,7 @@ def test_what_is_left_behind_is_noticed(lab: Lab, define_guest: MakeGuest) -> No
 
 
 def _start_inner_lab(folder: Path, *command: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "VMSNAP_LAB_DIR": str(folder)}
+    environment = {**os.environ, "VMSNAP_LAB_DIR": str(folder), "VMSNAP_LAB_KEEP_LOGS": ""}
     return subprocess.Popen([sys.executable, "-m", "integration.lab", "run", "--", *command], env=environment)
 
 

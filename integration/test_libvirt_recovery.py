@@ -23,6 +23,7 @@ from integration.libvirt_runs import (
     capture_job_runs,
     child_of_run,
     definitions,
+    drop_caches,
     is_running,
     memory_writer,
     new_driver,
@@ -240,7 +241,7 @@ def test_a_full_overlay_file_system_pauses_the_guest_until_it_is_home(lab: Lab, 
             wait_until(
                 lambda: guest.exec(["test", "-s", f"{MEANWHILE}.sum"]).exit_status == 0, "the end of the writing"
             )
-            guest.run(["sh", "-c", "echo 3 >/proc/sys/vm/drop_caches"])
+            drop_caches(guest)
             script = f"sha256sum <{MEANWHILE} | cmp - {MEANWHILE}.sum && rm {MEANWHILE} {MEANWHILE}.sum"
             guest.run(["sh", "-c", script])
     finally:

@@ -93,9 +93,12 @@ def _tables(_lab: Lab) -> list[str]:
     return run(["nft", "list", "tables"]).splitlines()
 
 
-def _mounts(_lab: Lab) -> list[str]:
+def _mounts(lab: Lab) -> list[str]:
+    # Mounts elsewhere are the host's, and come and go without the tests.
+    mine = (str(lab.scratch), str(RUN), "/var/lib/libvirt")
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [f"{line.split()[4]} ({line.split(' - ', 1)[1].split()[0]})" for line in lines]
+    found = [f"{line.split()[4]} ({line.split(' - ', 1)[1].split()[0]})" for line in lines]
+    return [mount for mount in found if mount.startswith(mine)]
 
 
 def _loops(lab: Lab) -> list[str]:

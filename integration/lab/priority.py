@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CPU_GROUP = Path("/sys/fs/cgroup/cpu")  # version 1; in version 2 the nice value counts only within the guest's own group
+_CPU_GROUP = Path(
+    "/sys/fs/cgroup/cpu"
+)  # version 1; in version 2 the nice value counts only within the guest's own group
 _SHARES = 1 << 18
 _HIGHEST = -20
 

@@ -41,6 +41,8 @@ class TestFakeGuest(GuestControlContract):
 
 
 class TestAgentControl(GuestControlContract):
+    much_input = 48 << 10
+
     @pytest.fixture
     def control(self) -> Iterator[GuestControl]:
         agent = LocalAgent()

@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmsnap.dhcp.arp import ArpOperation, ArpPacket, ArpPolicy, MalformedArpError
@@ -35,6 +35,7 @@ networks = st.tuples(st.integers(0, 2**17 - 1), st.integers(15, 32)).map(
 )
 
 
+@settings(deadline=None)
 @given(packets, st.binary(max_size=20))
 def test_packets_are_read_back_and_scapy_agrees(packet: ArpPacket, padding: bytes) -> None:
     assert ArpPacket.decode(packet.encode() + padding) == packet
@@ -44,6 +45,7 @@ def test_packets_are_read_back_and_scapy_agrees(packet: ArpPacket, padding: byte
     assert bytes.fromhex(seen.hwdst.replace(":", "")) == packet.target_mac
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_packet_or_malformed(data: bytes) -> None:
     try:
@@ -86,6 +88,7 @@ def test_without_a_gateway_everything_is_answered() -> None:
     assert ArpPolicy().answer(ask(stranger), mac=OURS) is None
 
 
+@settings(deadline=None)
 @given(runs, st.integers(0, 4), st.lists(networks, max_size=6))
 def test_networks_overlap_nothing_that_is_in_use(run: RunId, count: int, avoid: list[IPv4Network]) -> None:
     free = sum(not any(net.overlaps(other) for other in avoid) for net in DEFAULT_POOL.subnets(new_prefix=24))

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmsnap.dhcp.message import (
@@ -58,6 +58,7 @@ def raw(options: bytes, *, sname: bytes = b"", file: bytes = b"") -> bytes:
     return head + COOKIE + options
 
 
+@settings(deadline=None)
 @given(messages)
 def test_what_is_written_is_read_back(message: DhcpMessage) -> None:
     data = encode(message)
@@ -65,6 +66,7 @@ def test_what_is_written_is_read_back(message: DhcpMessage) -> None:
     assert decode(data) == message
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=600))
 def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
     for candidate in (data, raw(data)):
@@ -74,6 +76,7 @@ def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
             continue
 
 
+@settings(deadline=None)
 @given(messages, st.integers(0, 1200), st.integers(0, 255))
 def test_a_damaged_message_is_a_message_or_malformed(message: DhcpMessage, position: int, value: int) -> None:
     data = bytearray(encode(message))
@@ -85,11 +88,13 @@ def test_a_damaged_message_is_a_message_or_malformed(message: DhcpMessage, posit
             continue
 
 
+@settings(deadline=None)
 @given(messages)
 def test_what_is_read_can_be_written_again(message: DhcpMessage) -> None:
     assert decode(encode(decode(encode(message)))) == message
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from([12, 43, 60, 61, 77, 125]), st.binary(min_size=1, max_size=255), max_size=5),
     addresses,
@@ -111,6 +116,7 @@ def test_scapy_reads_what_is_written(found: dict[int, bytes], yiaddr: IPv4Addres
         assert bytes([code, len(data)]) + data in after_cookie
 
 
+@settings(deadline=None)
 @given(addresses, addresses, st.integers(0, 2**32 - 1), st.integers(1, 8))
 def test_what_scapy_writes_is_read(requested: IPv4Address, ciaddr: IPv4Address, xid: int, kind: int) -> None:
     names = ["discover", "offer", "request", "decline", "ack", "nak", "release", "inform"]

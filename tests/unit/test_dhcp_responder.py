@@ -277,7 +277,7 @@ steps = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(steps, max_size=40))
 def test_no_order_of_messages_gives_one_address_twice_or_a_foreign_one(
     found: list[tuple[MessageType, bytes, IPv4Address, IPv4Address | None, IPv4Address | None, IPv4Address, float]],

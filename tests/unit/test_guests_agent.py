@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmsnap.errors import CancelledError, DeadlineError, GuestCommandError, GuestUnreachableError, VmsnapError
+from vmsnap.errors import BugError, CancelledError, DeadlineError, GuestCommandError, GuestUnreachableError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.guests.limits import ANSWER_CHARACTERS, OUTPUT_BYTES
 from vmsnap.model.command import Command, CommandResult
@@ -125,6 +125,13 @@ def test_output_beyond_the_limit_is_cut() -> None:
     answer = {"exited": True, "exitcode": 0, "out-data": encoded(bytes(OUTPUT_BYTES + 1))}
     result = run(PID, json.dumps({"return": answer}))
     assert (len(result.stdout), result.truncated) == (OUTPUT_BYTES, True)
+
+
+def test_input_that_could_hang_the_agent_is_never_sent() -> None:
+    channel = Channel(PID, ENDED)
+    with pytest.raises(BugError):
+        control(channel).run(Command(argv=("cat",), stdin=bytes((48 << 10) + 1)), timeout=LIMIT)
+    assert channel.requests == []
 
 
 def test_waits_grow_to_a_quarter_of_a_second() -> None:

@@ -137,6 +137,13 @@ def disk(
         (disk(inside="<transient/>"), "transient", "<transient/>"),
         (disk(inside="<encryption format='luks'/>"), "encrypted", "inside the guest"),
         (disk(bus="nvme"), "NVMe", "virtio"),
+        (
+            disk(image="raw").replace(
+                "db1.img'/>", "db1.img'><slices><slice type='storage' offset='512'/></slices></source>"
+            ),
+            "slice",
+            "file of its own",
+        ),
         (disk(image="vmdk"), "'vmdk'", "convert"),
         (
             disk().replace("/srv/images/db1.img", "/srv/images/vmsnap-0123456789-vda.source.qcow2"),

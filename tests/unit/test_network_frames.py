@@ -7,7 +7,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmsnap.network.frames import Datagram, Frame, MalformedFrameError, internet_checksum, parse_mac
@@ -32,16 +32,19 @@ frames = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(frames)
 def test_frames_are_read_back(frame: Frame) -> None:
     assert Frame.decode(frame.encode()) == frame
 
 
+@settings(deadline=None)
 @given(datagrams, st.binary(max_size=20))
 def test_datagrams_are_read_back_whatever_pads_the_frame(datagram: Datagram, padding: bytes) -> None:
     assert Datagram.decode(datagram.encode() + padding) == datagram
 
 
+@settings(deadline=None)
 @given(datagrams)
 def test_scapy_finds_both_checksums_correct(datagram: Datagram) -> None:
     data = datagram.encode()
@@ -55,6 +58,7 @@ def test_scapy_finds_both_checksums_correct(datagram: Datagram) -> None:
     assert (seen[UDP].sport, seen[UDP].dport) == (datagram.source_port, datagram.destination_port)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 4095))
 def test_what_scapy_writes_is_read(data: bytes, vlan: int) -> None:
     packet: Any = (
@@ -70,6 +74,7 @@ def test_what_scapy_writes_is_read(data: bytes, vlan: int) -> None:
     assert (datagram.destination_port, datagram.data) == (67, data)
 
 
+@settings(deadline=None)
 @given(datagrams, st.integers(0, 65535))
 def test_an_unfinished_checksum_is_no_obstacle(datagram: Datagram, checksum: int) -> None:
     data = bytearray(datagram.encode())
@@ -77,6 +82,7 @@ def test_an_unfinished_checksum_is_no_obstacle(datagram: Datagram, checksum: int
     assert Datagram.decode(bytes(data)) == datagram
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80))
 def test_any_bytes_are_read_or_malformed(data: bytes) -> None:
     for reader in (Frame.decode, Datagram.decode):

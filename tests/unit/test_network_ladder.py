@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmsnap.errors import BugError, CancelledError, DeadlineError, DriverError, IsolationError, VmsnapError
@@ -156,6 +156,7 @@ def test_a_timer_waits_no_longer_than_it_has() -> None:
         Timer(clock=clock, cancel=Switch(on=True), end=1000).wait(1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**32 - 2), st.integers(1, 32))
 def test_an_unknown_gateway_is_replaced_by_a_neighbour_that_is_not_the_guest(address: int, prefix: int) -> None:
     interface = IPv4Interface((address, prefix))

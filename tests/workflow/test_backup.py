@@ -15,6 +15,7 @@ from vmsnap.engines.pg_control import ClusterState
 from vmsnap.errors import (
     BusyError,
     CancelledError,
+    CleanupError,
     DeadlineError,
     ExitCode,
     GuestCommandError,
@@ -43,6 +44,7 @@ from vmsnap.model.policy import (
 from vmsnap.model.report import BackupReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.testing.fake_disks import FakeDiskInspector
+from vmsnap.testing.fake_host import ImageFile
 from vmsnap.testing.fake_network import FakeAddressing, RungOutcome
 from vmsnap.testing.fake_postgresql import FakeCluster
 from vmsnap.testing.world import FakeWorld, QuietProgress
@@ -445,6 +447,53 @@ def test_a_signal_in_any_step_is_obeyed(tmp_path: Path, step: str) -> None:
     assert outcome.error.exit_code is ExitCode.DEADLINE
     assert order(lab) == []
     assert lab.store.snapshots() == ()
+
+
+# Meanwhile, in production
+
+
+def test_a_snapshot_that_somebody_else_took_meanwhile_loses_nothing(tmp_path: Path) -> None:
+    """The guest is on a foreign overlay over ours: ours stays, and the run says what is left."""
+    lab = FakeWorld(tmp_path)
+    source = lab.host.machines["db"]
+
+    def take(_domain: str, _command: Command) -> None:
+        lab.host.before_command = lambda _domain, _command: None
+        lab.host.files["/images/foreign.qcow2"] = ImageFile(path="/images/foreign.qcow2", backing=source.live["vda"])
+        source.live["vda"] = source.persistent["vda"] = "/images/foreign.qcow2"
+
+    lab.host.before_command = take
+    outcome = simply(lab, backup())
+    assert isinstance(outcome.error, CleanupError)
+    assert "foreign.qcow2" in (outcome.error.details or "")
+    assert {item.kind for item in lab.leftovers()} == {"source-overlays"}
+    assert lab.host.violations == []
+    assert source.promised <= lab.host.content(source.live["vda"])
+    assert lab.unfinished() != ()
+
+
+def test_a_guest_that_is_not_on_its_own_disks_at_the_end_is_reported(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+
+    def edit(_domain: str, _command: Command) -> None:
+        lab.host.machines["db"].persistent["vda"] = "/images/moved.qcow2"
+
+    lab.host.before_command = edit
+    outcome = simply(lab, backup())
+    assert isinstance(outcome.error, CleanupError)
+    assert "'db' is not on its own disks" in (outcome.error.details or "")
+    assert len(lab.store.snapshots("db")) == 1
+
+
+def test_a_guest_that_stops_meanwhile_keeps_what_it_wrote(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+
+    def stop(_domain: str, _command: Command) -> None:
+        lab.host.machines["db"].state = GuestState.SHUT_OFF
+
+    lab.host.before_command = stop
+    assert simply(lab, backup()).error is None
+    assert order(lab) == ["db is shut off"]
 
 
 def test_publishing_refuses_evidence_of_another_run(tmp_path: Path) -> None:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import Outcome, Trial, backup, provision, pruning, recovers, simply, succeed
+from tests.workflow.invocations import Outcome, Trial, backup, invoke, provision, pruning, recovers, simply, succeed
+from vmsnap.model.ids import RunId
+from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy, RetentionPolicy
-from vmsnap.testing.faults import Mode
+from vmsnap.model.report import BackupReport
+from vmsnap.testing.faults import Fault, Mode
+from vmsnap.testing.memory_store import MemoryStore
 from vmsnap.testing.world import FakeWorld
+from vmsnap.workflow.prune import prune
 
 KEEP_ONE = Policy(guest="db", retention=RetentionPolicy(keep_last=1))
 
@@ -21,6 +26,12 @@ def _with_four_snapshots(folder: Path) -> FakeWorld:
         succeed(lab, backup())
         if number == 1:
             succeed(lab, provision())
+    return lab
+
+
+def _with_one_snapshot(folder: Path) -> FakeWorld:
+    lab = FakeWorld(folder)
+    succeed(lab, backup())
     return lab
 
 
@@ -41,10 +52,52 @@ def test_any_fault_while_pruning(tmp_path: Path, mode: Mode) -> None:
     assert trial.count > 8
 
 
-def test_pruning_after_a_good_backup_is_a_warning_at_worst(tmp_path: Path) -> None:
+def test_pruning_that_fails_after_a_good_backup_is_a_warning(tmp_path: Path) -> None:
+    good = invoke(_with_one_snapshot(tmp_path / "good"), backup(KEEP_ONE))
+    discarded = max(call.number for call in good.calls if call.name.endswith(".finish"))
+    pruning_calls = [call for call in good.calls[discarded + 1 :] if call.name.startswith("store.")]
+    assert len(pruning_calls) > 5
+    for call in pruning_calls:
+        for mode in (Mode.FAIL_BEFORE, Mode.BUG_BEFORE):
+            lab = _with_one_snapshot(tmp_path / f"{call.number} {mode}")
+            outcome = invoke(lab, backup(KEEP_ONE), Fault(call=call.number, mode=mode))
+            assert isinstance(outcome.result, BackupReport), call.name
+            assert f"injected at call {call.number}" in " ".join(outcome.result.warnings)
+            assert lab.store.find(outcome.result.snapshot)
+
+
+def test_a_dry_run_removes_nothing_and_says_the_same(tmp_path: Path) -> None:
+    lab = _with_four_snapshots(tmp_path)
+    said = prune(lab.process(), policy=KEEP_ONE, dry_run=True)
+    assert [decision.keep for decision in said] == [False, True, False, True]
+    assert [decision.removed_bytes for decision in said] == [None] * 4
+    assert len(lab.store.snapshots("db")) == 4
+    done = prune(lab.process(), policy=KEEP_ONE, dry_run=False)
+    assert [decision.reasons for decision in done] == [decision.reasons for decision in said]
+    assert [decision.removed_bytes is not None for decision in done] == [True, False, True, False]
+
+
+def test_a_snapshot_that_was_taken_into_use_since_the_decision_stays(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
-    lab.store.capacity_bytes = None
-    first = succeed(lab, backup(KEEP_ONE))
-    succeed(lab, backup(KEEP_ONE))
-    assert len(lab.store.snapshots("db")) == 1
-    assert first.result not in lab.store.snapshots("db")
+    succeed(lab, backup())
+    succeed(lab, backup())
+    oldest = lab.store.snapshots("db")[0]
+    lab.store = _HeldAtTheLastMoment.over(lab.store)
+    (decision, _) = prune(lab.process(), policy=KEEP_ONE, dry_run=False)
+    assert decision.keep
+    assert "00000000a1" in decision.reasons[0]
+    assert lab.store.find(oldest.id)
+
+
+class _HeldAtTheLastMoment(MemoryStore):
+    """Somebody provisions from a snapshot between the decision and its removal."""
+
+    @staticmethod
+    def over(store: MemoryStore) -> _HeldAtTheLastMoment:
+        held = _HeldAtTheLastMoment(Path("/nowhere"))
+        vars(held).update(vars(store))
+        return held
+
+    def remove(self, snapshot: Snapshot) -> int:
+        self.hold(self.hold_resource(RunId("00000000a1"), snapshot=snapshot))
+        return super().remove(snapshot)

@@ -87,8 +87,9 @@ class FakeHost:
     """Everything outside vmsnap's process that a hypervisor's driver can touch.
 
     ``between`` is called inside operations that change several things, with a name of the place: a process may die
-    there. ``before_command`` is called with a domain's name before each command in it. ``gone_wrong`` and ``free_bytes``
-    are a test's to set.
+    there. ``before_command`` is called with a domain's name before each command in it. A test may set ``findings``,
+    ``free_bytes``, ``shutdown`` (how a clone ends: ``in order``, ``hangs``, or in any other word's way) and
+    ``environments_answer``.
     """
 
     def __init__(self, *, network: NetworkWorld) -> None:
@@ -105,6 +106,7 @@ class FakeHost:
         self.findings: list[Finding] = []
         self.free_bytes = 100 << 30
         self.shutdown = "in order"
+        self.environments_answer = True
         self.pause = timedelta(milliseconds=25)
         self._clock_of_writes = 0
 
@@ -199,11 +201,12 @@ class FakeHost:
         """Remove an image. Content where it is gone; a violation where a guest of production needs it."""
         for machine in self.sources():
             for used in (*machine.live.values(), *machine.persistent.values()):
-                if path in self._chain(used):
+                if path in self.chain(used):
                     self.violations.append(f"{path} was removed although {machine.name} is on it: data loss")
         self.files.pop(path, None)
 
-    def _chain(self, path: str | None) -> Iterator[str]:
+    def chain(self, path: str | None) -> Iterator[str]:
+        """Yield an image and all that it is over."""
         while path is not None:
             yield path
             file = self.files.get(path)

@@ -341,10 +341,12 @@ class FakeHypervisor:
             raise PreconditionError(f"the snapshot is of {machine.hypervisor}")
         prefix = f"/environments/{plan.run}/"
         live = {path.removeprefix(prefix)[:3]: path for path in self._host.files if path.startswith(prefix)}
+        guest = FakeGuest()
+        guest.answers = self._host.environments_answer
         self._host.machines[plan.name] = Machine(
             name=plan.name,
             uuid=plan.uuid,
-            guest=FakeGuest(),
+            guest=guest,
             live=live,
             persistent=dict(live),
             macs=plan.macs,
@@ -431,13 +433,16 @@ class FakeHypervisor:
     def _commit(self, source: Machine, *, target: str, path: str) -> None:
         host = self._host
         overlay = host.files.get(path)
+        if path in tuple(host.chain(source.live[target]))[1:]:
+            raise SafetyError(f"{target} of {source.name!r} is on {source.live[target]}, which no run made")
         if overlay is None or overlay.backing is None or path not in {source.live[target], source.persistent[target]}:
             return
         host.files[overlay.backing].writes |= overlay.writes
         host.between(f"{target} is committed")
-        source.live[target] = overlay.backing
-        host.between(f"{target} is back, live")
-        source.persistent[target] = overlay.backing
+        for definition, name in ((source.live, "live"), (source.persistent, "persistent")):
+            if definition[target] == path:
+                definition[target] = overlay.backing
+            host.between(f"{target} is back, {name}")
         host.live_on()
 
     def owned(self) -> tuple[Resource, ...]:

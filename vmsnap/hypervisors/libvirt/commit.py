@@ -154,7 +154,9 @@ class SourceReturn:
                 remedy="wait for it, or end it with 'virsh blockjob'; then run 'vmsnap reconcile'",
             )
         if not on_overlay and disk_source(element) != disk.base:
-            offline.refuse_foreign(disk, guest=self._guest, source=disk_source(element))
+            below = {source.get("file") for source in element.iter("source")}
+            if disk.overlay in below or overlays.holds_data(disk.overlay):
+                offline.refuse_foreign(disk, guest=self._guest, source=disk_source(element))
         return on_overlay
 
     def _require_empty(self, disk: OverlayDetail, *, why: str) -> None:

@@ -76,9 +76,10 @@ def merge(domain: Any, *, guest: str, detail: OverlaysDetail, until: float) -> N
         source = "" if element is None else disk_source(element)
         if source == disk.overlay:
             _merge_one(domain, guest=guest, disk=disk, until=until)
-        elif overlays.holds_data(disk.overlay):
-            if element is not None and source != disk.base:
+        elif element is not None and source != disk.base:
+            if overlays.holds_data(disk.overlay) or overlays.is_below(source, overlay=disk.overlay):
                 refuse_foreign(disk, guest=guest, source=source)
+        elif overlays.holds_data(disk.overlay):
             raise SafetyError(
                 f"{guest!r} is off and {disk.target} is not on {disk.overlay}, which holds data; "
                 "whether that was merged before cannot be told",

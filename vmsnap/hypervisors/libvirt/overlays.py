@@ -154,6 +154,15 @@ def holds_data(path: str) -> bool:
     return any(extent["depth"] == 0 for extent in mapped)
 
 
+def is_below(path: str, *, overlay: str) -> bool:
+    """Tell whether an image stands on an overlay, directly or over others. Raises ToolError where it cannot be told."""
+    if not Path(overlay).exists():
+        return False
+    argv = ("qemu-img", "info", "-U", "--backing-chain", "--output=json", path)
+    chain = json.loads(run_tool(argv))
+    return any(overlay in (image["filename"], image.get("full-backing-filename")) for image in chain)
+
+
 # QEMU locks bytes of an image it has open (block/file-posix.c): 100 + n while it uses permission n, 200 + n while it
 # denies it to others.
 _QEMU_LOCKS = range(100, 300)

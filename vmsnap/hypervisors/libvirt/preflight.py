@@ -177,6 +177,10 @@ def _check_disk(disk: ET.Element, settings: CaptureSettings) -> Iterator[Finding
         yield _refusal(check, "it is transient", "take <transient/> away")
     if disk.find("encryption") is not None or disk.find("source/encryption") is not None:
         yield _refusal(check, "it is encrypted by QEMU", "encrypt inside the guest instead")
+    if disk.find("source/slices") is not None:
+        yield _refusal(
+            check, "it is a slice of a larger file, which an overlay cannot stand on", "give it a file of its own"
+        )
     target_element = disk.find("target")
     if target_element is not None and target_element.get("bus") == "nvme":
         yield _refusal(check, "emulated NVMe cannot be migrated", "use virtio or SCSI")

@@ -1,0 +1,180 @@
+"""How a clone ends: what counts as a clean stop, and that nothing but a run's own clone is ever ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import libvirt
+import pytest
+
+from tests.unit.libvirt_domains import RUN, domain_xml
+from vmsnap.errors import BugError, DeadlineError, DriverError, NotCleanError
+from vmsnap.hypervisors.libvirt.clones import Clones, clone_of
+from vmsnap.hypervisors.libvirt.connection import Connection, translate
+from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
+from vmsnap.model.ids import RunId
+from vmsnap.model.isolation import IsolationProof
+
+CLONE = clone_of(RUN, guest="db1")
+SHUTDOWN, STOPPED = libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_STOPPED
+BY_GUEST = (SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST)
+ENDED = (STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
+SECOND = timedelta(seconds=1)
+
+
+def error_of(code: int) -> libvirt.libvirtError:
+    error = libvirt.libvirtError("no")
+    error.err = (code, 10, "no", 2, "", None, None, -1, -1)
+    return error
+
+
+class FakeClone:
+    """A domain that, asked to shut down, sends these events and is gone where it stopped."""
+
+    def __init__(
+        self, *, events: Sequence[tuple[int, int]] = (), tag: Tag | None = None, refusal: int | None = None
+    ) -> None:
+        self.events = events
+        self.refusal = refusal
+        self.modes: list[int] = []
+        self.ended: list[str] = []
+        self.gone = False
+        self.listener: Callable[..., None] | None = None
+        root = parse(domain_xml())
+        if tag is not None:
+            set_tag(root, tag)
+        self.text = unparse(root)
+
+    def name(self) -> str:
+        return CLONE.name
+
+    def shutdownFlags(self, mode: int) -> None:  # noqa: N802 - libvirt's names
+        self.modes.append(mode)
+        assert self.listener is not None, "nobody listens yet"
+        for event, detail in self.events:
+            self.listener(None, self, event, detail, None)
+            self.gone = self.gone or event == STOPPED
+        if self.refusal is not None:
+            raise error_of(self.refusal)
+
+    def XMLDesc(self, flags: int) -> str:  # noqa: N802
+        return self.text
+
+    def destroy(self) -> None:
+        self.ended.append("destroy")
+
+    def undefineFlags(self, flags: int) -> None:  # noqa: N802
+        raise error_of(libvirt.VIR_ERR_NO_DOMAIN)
+
+    def resume(self) -> None:
+        self.ended.append("resume")
+
+
+class FakeConnection(Connection):
+    def __init__(self, clone: FakeClone | None) -> None:
+        super().__init__("fake:///")
+        self._clone = clone
+
+    def get(self) -> Any:
+        return self
+
+    def domainEventRegisterAny(self, domain: FakeClone, event: int, call: Callable[..., None], opaque: object) -> int:  # noqa: N802
+        assert event == libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+        domain.listener = call
+        return 7
+
+    def domainEventDeregisterAny(self, handle: int) -> None:  # noqa: N802
+        assert handle == 7
+
+    def domain(self, name: str) -> Any:
+        if self._clone is None or self._clone.gone:
+            raise translate(error_of(libvirt.VIR_ERR_NO_DOMAIN), doing="look")
+        return self._clone
+
+
+def shut_down(clone: FakeClone | None, *, agent_answers: bool = True, deadline: timedelta = SECOND) -> str:
+    return Clones(FakeConnection(clone)).shut_down(CLONE, agent_answers=agent_answers, deadline=deadline)
+
+
+@pytest.mark.parametrize(
+    ("agent_answers", "mode", "by"),
+    [
+        (True, libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT, "guest agent"),
+        (False, libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN, "ACPI"),
+    ],
+)
+def test_a_guest_that_powers_off_is_clean(*, agent_answers: bool, mode: int, by: str) -> None:
+    clone = FakeClone(events=[BY_GUEST, ENDED])
+    assert shut_down(clone, agent_answers=agent_answers) == by
+    assert clone.modes == [mode]
+
+
+@pytest.mark.parametrize("code", [libvirt.VIR_ERR_AGENT_UNRESPONSIVE, 112, libvirt.VIR_ERR_OPERATION_INVALID])
+def test_an_agent_that_goes_away_while_it_obeys_is_no_failure(code: int) -> None:
+    assert shut_down(FakeClone(events=[BY_GUEST, ENDED], refusal=code)) == "guest agent"
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [ENDED],
+        [(STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED)],
+        [(STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED)],
+        [(STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED)],
+        [BY_GUEST, (STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED)],
+        [(SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST), ENDED],
+        [(SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_FINISHED), ENDED],
+        [(SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST), BY_GUEST, ENDED],
+    ],
+)
+def test_any_other_end_is_not_clean(events: list[tuple[int, int]]) -> None:
+    with pytest.raises(NotCleanError) as caught:
+        shut_down(FakeClone(events=events))
+    assert caught.value.details
+
+
+def test_a_clone_that_ended_before_is_not_clean() -> None:
+    with pytest.raises(NotCleanError, match="before it was asked"):
+        shut_down(None)
+
+
+def test_a_clone_that_stays_is_late() -> None:
+    with pytest.raises(DeadlineError) as caught:
+        shut_down(FakeClone(events=[BY_GUEST]), deadline=timedelta(0))
+    assert caught.value.remedy
+
+
+def test_libvirts_other_errors_are_told() -> None:
+    with pytest.raises(DriverError, match="ask the clone"):
+        shut_down(FakeClone(refusal=libvirt.VIR_ERR_INTERNAL_ERROR))
+
+
+def test_only_a_proof_of_its_own_run_resumes_a_clone() -> None:
+    clone = FakeClone()
+    clones = Clones(FakeConnection(clone))
+    other = IsolationProof(run=RunId("ffffffffff"), made=datetime.now(UTC), points=())
+    with pytest.raises(BugError, match="proof"):
+        clones.resume(CLONE, proof=other)
+    assert clone.ended == []
+
+
+@pytest.mark.parametrize("tag", [None, Tag(run=RunId("ffffffffff"), kind="clone", guest="db1")])
+def test_a_domain_without_the_runs_tag_is_never_ended(tag: Tag | None) -> None:
+    clone = FakeClone(tag=tag)
+    with pytest.raises(BugError, match="left alone"):
+        Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    assert clone.ended == []
+
+
+def test_the_runs_own_clone_is_ended_and_may_be_gone_already() -> None:
+    clone = FakeClone(tag=Tag(run=RUN, kind="clone", guest="db1"))
+    Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    assert clone.ended == ["destroy"]
+    Clones(FakeConnection(None)).destroy(CLONE.name, run=RUN)
+
+
+def test_a_clone_has_the_same_name_and_uuid_every_time() -> None:
+    assert clone_of(RUN, guest="db1") == CLONE
+    assert clone_of(RunId("ffffffffff"), guest="db1").uuid != CLONE.uuid
