@@ -179,15 +179,24 @@ def wait_until(condition: Callable[[], bool], what: str, *, limit_s: float = 60)
         time.sleep(0.02)
 
 
-def restart_libvirtd() -> None:
+def restart_libvirtd(guest: LabGuest) -> None:
     """Kill the lab's libvirtd, as a crash would, and start another; guests run on."""
     stop_libvirtd(kill=True)
     start_libvirt()
+    wait_until(lambda: _answers(guest), "an answer about the guest")
+
+
+def _answers(guest: LabGuest) -> bool:
+    try:
+        guest.domain.state()
+    except libvirt.libvirtError:
+        return False
+    return True
 
 
 # Memory writer: copies a file on a tmpfs over and over, which rewrites pages that are neither empty nor alike.
 WRITER = "lab-memory-writer"
-_WRITER_SCRIPT = "head -c 150000000 /dev/urandom >/dev/shm/a; while :; do cp /dev/shm/a /dev/shm/b; done"
+_WRITER_SCRIPT = "head -c 150000000 /dev/vda >/dev/shm/a; while :; do cp /dev/shm/a /dev/shm/b; done"
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from vmsnap.model.guest import DiskKind, Severity
 
 # What a guest made by virt-manager has beside disks and NICs: a screen behind a password, and USB for its viewer.
 DESKTOP = (
-    "<graphics type='spice' autoport='yes' passwd='lab-secret'><listen type='address'/></graphics>",
-    "<graphics type='vnc' port='-1' autoport='yes' passwd='lab-secret'><listen type='address'/></graphics>",
+    "<graphics type='spice' autoport='yes' passwd='lab-pass'><listen type='address'/></graphics>",
+    "<graphics type='vnc' port='-1' autoport='yes' passwd='lab-pass'><listen type='address'/></graphics>",
     "<video><model type='qxl'/></video>",
     "<controller type='usb' model='qemu-xhci' ports='15'/>",
     "<input type='tablet' bus='usb'/>",
@@ -83,7 +83,7 @@ def test_all_disks_are_taken_at_one_instant_and_come_back(lab: Lab, rich_guest: 
         max_pause=PATIENT.max_pause, min_overlay_free_bytes=1 << 20, overlay_dir=str(overlay_dir)
     )
     before = definitions(rich_guest)
-    assert before[1].count("passwd='lab-secret'") == 2
+    assert before[1].count("passwd='lab-pass'") == 2
     old = write_everywhere(rich_guest)
     with run_of(lab, rich_guest, settings) as run:
         found = run.driver.findings(run.plan.guest, settings=settings)

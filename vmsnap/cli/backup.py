@@ -53,7 +53,7 @@ def _print(console: Console, report: BackupReport) -> None:
     rolled_back = sum(record.rolled_back for record in report.drain)
     address = f", address {report.isolation.address}" if report.isolation.address else ""
     methods = ", ".join(sorted({item.method for item in report.clean.instances}))
-    clusters = count(len(report.clean.instances), thing="database instance")
+    clusters = count(len({item.data_directory for item in report.clean.instances}), thing="database instance")
     systems = count(len(report.clean.file_systems), thing="file system")
     captured = f"{moment(report.capture.captured)}; the guest stood still for {milliseconds(report.capture.pause_ms)}"
     proofs = count(len(report.isolation.proof), thing="proof")

@@ -110,7 +110,8 @@ class Connection:
 
     def _is_alive(self) -> bool:
         try:
-            return bool(self._connection.isAlive())
+            # The first says what is known here; the second asks libvirtd, which may have died a moment ago.
+            return bool(self._connection.isAlive()) and bool(self._connection.getLibVersion())
         except libvirt.libvirtError:
             return False
 

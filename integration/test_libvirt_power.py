@@ -1,0 +1,64 @@
+"""A real guest that goes off while it is on an overlay, and comes back on its own disk."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
+from integration.lab.leaks import look
+from integration.libvirt_runs import DEADLINE, definitions, new_driver, run_of, wait_until, write_file
+from vmsnap.errors import DriverError
+
+MEANWHILE = "/var/tmp/meanwhile"
+
+
+@pytest.fixture(autouse=True)
+def _test_leaves_nothing(lab: Lab, guest: LabGuest) -> Iterator[None]:
+    """As for all tests, but for the guest's tap, which has another name after each start."""
+
+    def things() -> set[str]:
+        return {thing for thing in look(lab).things if not thing.startswith("link: vnet")}
+
+    before = things()
+    yield
+    wait_until(lambda: things() == before, "the end of what the test made", limit_s=10)
+
+
+def test_a_guest_saved_on_its_overlay_keeps_it_until_it_was_started(lab: Lab, guest: LabGuest) -> None:
+    with run_of(lab, guest) as run:
+        run.prepare()
+        run.capture()
+        overlays = run.overlay_files()
+        guest.domain.managedSave()
+        try:
+            with pytest.raises(DriverError, match="was saved") as caught:
+                run.driver.release(run.driver.overlays_resource(run.plan), deadline=DEADLINE)
+            assert caught.value.remedy == f"virsh start {guest.name}; then run 'vmsnap reconcile'"
+            assert run.overlay_files() == overlays
+        finally:
+            guest.start()
+        run.release()
+        assert guest.run(["echo", "alive"]) == "alive\n"
+
+
+def test_a_guest_that_is_off_is_merged_and_boots_from_its_own_disk(lab: Lab, guest: LabGuest) -> None:
+    persistent = definitions(guest)[1]
+    with run_of(lab, guest) as run:
+        run.prepare()
+        run.capture()
+        write_file(guest, MEANWHILE, "written before the power went off")
+        guest.domain.destroy()
+        assert str(run.overlay_files()[0]) in guest.domain.XMLDesc()
+        run.release(driver=new_driver(lab))
+        assert run.overlay_files() == []
+        assert definitions(guest)[1] == persistent
+        checked = subprocess.run(
+            ["qemu-img", "check", guest.disks[0].file], capture_output=True, timeout=60, check=False
+        )
+        assert checked.returncode in (0, 3), checked.stdout  # 3: unused clusters, which a killed QEMU leaves
+        guest.boot()
+        assert guest.run(["cat", MEANWHILE]) == "written before the power went off"
