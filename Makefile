@@ -13,6 +13,7 @@ demo: setup
 	$(LAB) $(PYTHON) -m integration.demo
 
 test: setup
+	bash integration/setup.sh tests
 	$(MAKE) --no-print-directory check
 	$(MAKE) --no-print-directory integration
 
@@ -29,6 +30,7 @@ unit: venv
 	.venv/bin/coverage report --skip-covered --fail-under=85
 
 integration: setup
+	bash integration/setup.sh tests
 	$(LAB) $(PYTHON) -m pytest integration -q --durations=15
 
 bench: setup

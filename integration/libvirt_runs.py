@@ -16,7 +16,7 @@ import libvirt
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.lab.services import start_libvirt, stop_libvirtd
-from vmsnap.errors import CancelledError
+from vmsnap.errors import CancelledError, GuestUnreachableError
 from vmsnap.guests.agent import AgentControl
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
@@ -102,9 +102,19 @@ class DriverRun:
         fence.build(self.fence)
 
     def resume(self) -> Clone:
+        """Prove the fence, let the clone run, and wait until its agent has opened its end of the new channel."""
         assert self.clone is not None
         self.driver.resume_clone(self.clone, proof=NetworkFence().prove(self.fence))
+        wait_until(self._clone_answers, "an answer of the clone's agent")
         return self.clone
+
+    def _clone_answers(self) -> bool:
+        assert self.clone is not None
+        try:
+            self.driver.agent(self.clone.name).send('{"execute":"guest-ping"}', timeout=timedelta(seconds=5))
+        except GuestUnreachableError:
+            return False
+        return True
 
     def release(self, *, driver: LibvirtHypervisor | None = None) -> None:
         """Undo everything, the last thing first, as a run's clean-up or reconcile does."""

@@ -1,10 +1,13 @@
 #!/bin/bash
 # Installs what vmsnap, its tests and its demonstration need on Debian 12.
-#   setup.sh system   Debian packages, as root or with sudo
+#   setup.sh system   Debian packages for vmsnap and the lab, as root or with sudo
+#   setup.sh tests    further Debian packages that only the tests need
 #   setup.sh venv     the Python environment in .venv
-# May be repeated; does nothing where everything is there.
+# May be repeated; does nothing where everything is there. No service is started: the lab and the tests start their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+POLICY=/usr/sbin/policy-rc.d
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -- "$@"; fi
@@ -12,13 +15,19 @@ as_root() {
 
 install_packages() {
     local wanted missing
-    wanted=$(grep -v '^#' integration/lab/packages.txt)
+    wanted=$(cat "$1")
     missing=$(for package in $wanted; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || echo "$package"
     done)
     [ -z "$missing" ] && return
-    echo "installing: $(echo $missing)"
+    echo "installing:" $missing
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -q update
+    # Debian's packages start their services when installed, unless this file says no (invoke-rc.d(8)).
+    if [ ! -e "$POLICY" ]; then
+        trap 'as_root rm -f "$POLICY"' EXIT
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$POLICY" >/dev/null
+        as_root chmod 755 "$POLICY"
+    fi
     # shellcheck disable=SC2086 # one argument a package
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing
 }
@@ -33,7 +42,8 @@ install_venv() {
 }
 
 case "${1:-}" in
-    system) install_packages ;;
+    system) install_packages integration/lab/packages.txt ;;
+    tests) install_packages integration/lab/packages-tests.txt ;;
     venv) install_venv ;;
-    *) echo "usage: setup.sh system|venv" >&2; exit 2 ;;
+    *) echo "usage: setup.sh system|tests|venv" >&2; exit 2 ;;
 esac

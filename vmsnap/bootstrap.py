@@ -108,7 +108,9 @@ class Application:
     def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
         """Back up a guest once."""
         policy = self._policies.get(guest)
-        return Backup(self._world, policy=policy, progress=progress, cancel=cancel).run()
+        # Commands in the clone take as long as a drain; a signal has to reach them.
+        world = replace(self._world, access=Access(clock=self._world.clock, cancel=cancel))
+        return Backup(world, policy=policy, progress=progress, cancel=cancel).run()
 
     def provision(
         self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel

@@ -55,6 +55,7 @@ class LocalSshServer:
     user = "root"
 
     def __init__(self, folder: Path) -> None:
+        self.home = folder
         self.key_file = write_key(folder / "client")
         self.client_key = paramiko.PKey.from_path(self.key_file)
         self.server_key = paramiko.PKey.from_path(write_key(folder / "server"))
@@ -109,7 +110,7 @@ class LocalSshServer:
     def execute(self, channel: paramiko.Channel, command: str) -> None:
         """Run one command as sshd does: by a shell, its streams over the channel, a signal told by name."""
         process = subprocess.Popen(  # noqa: S602 - a shell is what sshd runs too
-            command, shell=True, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, shell=True, cwd=self.home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         self._processes.append(process)
         assert process.stdin is not None

@@ -135,6 +135,18 @@ def test_a_preflight_warning_is_in_the_report(tmp_path: Path) -> None:
     assert report_of(succeed(lab, backup())).warnings == ("memory: huge pages",)
 
 
+def test_firmware_variables_are_kept_and_given_to_environments(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    variables = tmp_path / "db_VARS.fd"
+    variables.write_bytes(b"boot order")
+    lab.host.machines["db"].nvram = str(variables)
+    report = report_of(succeed(lab, backup()))
+    snapshot = lab.store.find(report.snapshot)
+    assert snapshot.manifest.machine.nvram == "nvram.fd"
+    assert lab.store.file(snapshot, name="nvram.fd").read_bytes() == b"boot order"
+    succeed(lab, provision())
+
+
 def test_by_ssh_where_there_is_no_agent(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     lab.host.machines["db"].has_agent_channel = False
@@ -447,6 +459,7 @@ def test_a_signal_in_any_step_is_obeyed(tmp_path: Path, step: str) -> None:
     assert outcome.error.exit_code is ExitCode.DEADLINE
     assert order(lab) == []
     assert lab.store.snapshots() == ()
+    assert set(asking.steps[asking.steps.index(step) + 1 :]) <= {"restore clone", "prove fence", "discard"}
 
 
 # Meanwhile, in production

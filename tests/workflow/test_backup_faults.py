@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import POLICY, Outcome, Trial, backup, invoke, recovers, simply, succeed
+from tests.workflow.invocations import POLICY, Outcome, Trial, backup, invoke, order, recovers, simply, succeed
 from vmsnap.engines.pg_control import ClusterState
 from vmsnap.errors import CancelledError, CleanupError, ExitCode, GuestCommandError, NotCleanError, VmsnapError
 from vmsnap.model.policy import DatabasePolicy
@@ -104,6 +104,15 @@ def test_stored_but_not_cleaned_up_is_exit_8_and_reconcile_finishes_it(tmp_path:
         assert lab.unfinished() == (snapshot.manifest.run,)
         assert recovers(lab) == [], call.name
         assert lab.store.snapshots("db") == (snapshot,)
+
+
+def test_a_release_before_its_turn_that_could_not_be_recorded_is_made_again(tmp_path: Path) -> None:
+    good = invoke(FakeWorld(tmp_path / "good"), backup())
+    early = next(call for call in good.calls if call.name.endswith(".released memory"))
+    lab = FakeWorld(tmp_path / "lab")
+    outcome = invoke(lab, backup(), Fault(call=early.number, mode=Mode.FAIL_BEFORE))
+    assert outcome.error is not None
+    assert order(lab) == []
 
 
 @pytest.mark.parametrize("released", ["clone", "export", "fence", "clone-overlays", "staging"])

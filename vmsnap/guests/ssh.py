@@ -26,8 +26,9 @@ from vmsnap.model.guest import SshLogin
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import Connector
 
-# A shell of its own, so that a program ended by a signal becomes status 128 + number whatever the login shell is.
-_RUN = ("/bin/sh", "-c", '"$@"; exit "$?"', "sh")
+# A shell of its own, so that a program ended by a signal becomes status 128 + number whatever the login shell is. In the
+# root folder, as under the agent: the login's home is closed to the database's account.
+_RUN = ("/bin/sh", "-c", 'cd /; "$@"; exit "$?"', "sh")
 _CHUNK = 1 << 16
 _PATROL_SECONDS = 0.1
 _KEEPALIVE_SECONDS = 15

@@ -52,6 +52,10 @@ def _never_is_none(value: object) -> object:
 TimeToLive = Annotated[PositiveDuration | None, BeforeValidator(_never_is_none)]
 
 
+GuestPath = Annotated[str, Field(pattern=r"^/")]
+"""An absolute path in a guest."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -125,8 +129,8 @@ class ControlPolicy(_Section):
 class ClusterPolicy(_Section):
     """One PostgreSQL cluster, for guests where it cannot be found from its running process."""
 
-    data_directory: str
-    programs: str
+    data_directory: GuestPath
+    programs: GuestPath
     user: str = "postgres"
     port: int = Field(default=5432, ge=1, le=65535)
     socket_directory: str | None = None

@@ -42,7 +42,8 @@ class GuestControl(Protocol):
 
         ``command.timeout`` wins over ``timeout``. Raises DeadlineError where it did not end in time (it may still
         run), GuestUnreachableError where the line broke (it may have run), GuestCommandError for an answer that makes
-        no sense. Output beyond 16 MiB a stream is cut and ``truncated`` set. Never repeated by itself.
+        no sense. Output beyond 16 MiB a stream is cut and ``truncated`` set. It runs in the root folder. Never repeated
+        by itself.
         """
 
     def close(self) -> None:

@@ -111,6 +111,7 @@ class FakeGuest:
             "false": lambda: CommandResult(exit_status=1),
             "echo": lambda: _said(f"{' '.join(argv[1:])}\n"),
             "printf": lambda: _said(argv[2]),
+            "pwd": lambda: _said("/\n"),
             "head": lambda: CommandResult(exit_status=0, stdout=bytes(int(argv[2]))),
             "sleep": lambda: _sleep(argv, limit=limit),
             "sh": lambda: _script(command),

@@ -83,6 +83,10 @@ class GuestControlContract:
         assert result.exit_status == 127
         assert result.stderr
 
+    def test_programs_run_in_the_root_folder(self, control: GuestControl) -> None:
+        # Which every account may enter, unlike the home of the one that logs in.
+        assert control.run(Command(argv=("pwd",)), timeout=QUICK).stdout == b"/\n"
+
     @pytest.mark.parametrize("argument", HARD_ARGUMENTS)
     def test_arguments_arrive_as_they_are(self, control: GuestControl, argument: str) -> None:
         result = control.run(Command(argv=("printf", "%s", argument)), timeout=QUICK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -55,16 +54,3 @@ def wait_until_answers(control: GuestControl, *, deadline: timedelta, clock: Clo
             clock.sleep(_BETWEEN_PINGS)
         else:
             return
-
-
-def first_that_answers(
-    attempts: tuple[Callable[[], GuestControl], ...],
-) -> GuestControl:
-    """Return the first control that can be had. Raises the last failure."""
-    failure: VmsnapError | None = None
-    for attempt in attempts:
-        try:
-            return attempt()
-        except GuestUnreachableError as error:
-            failure = error
-    raise failure or GuestUnreachableError("there is no way to run commands in the guest")

@@ -11,8 +11,11 @@ from datetime import timedelta
 import libvirt
 import libvirt_qemu
 
-from vmsnap.errors import GuestCommandError
+from vmsnap.errors import GuestCommandError, GuestUnreachableError
 from vmsnap.hypervisors.libvirt.connection import Connection, translate
+
+# The domain is not running, or has no agent channel.
+_NOBODY_THERE = (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED)
 
 
 class LibvirtAgentChannel:
@@ -31,6 +34,8 @@ class LibvirtAgentChannel:
         except libvirt.libvirtError as error:
             doing = f"ask the guest agent of {self._domain!r}"
             # Before libvirt 11.2 an agent's refusal, or an answer that is no JSON, has no error code of its own.
+            if error.get_error_code() in _NOBODY_THERE:
+                raise GuestUnreachableError(f"the guest agent of {self._domain!r} is not there: {error}") from error
             if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
                 raise GuestCommandError(f"the guest agent of {self._domain!r} refused: {error}") from error
             raise translate(error, doing=doing) from error
