@@ -12,7 +12,16 @@ import pytest
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
-from integration.libvirt_runs import PATIENT, DriverRun, definitions, drop_caches, is_running, run_in_clone, run_of
+from integration.libvirt_runs import (
+    PATIENT,
+    Cancel,
+    DriverRun,
+    definitions,
+    drop_caches,
+    is_running,
+    run_in_clone,
+    run_of,
+)
 from vmsnap.model.capture import CaptureSettings
 from vmsnap.model.guest import DiskKind, Severity
 
@@ -99,7 +108,10 @@ def test_all_disks_are_taken_at_one_instant_and_come_back(lab: Lab, rich_guest: 
         assert run.driver.clone_nvram(run.plan) != run.plan.guest.nvram
         run.resume()
         assert clone_sums(run) == old
-        assert run.driver.shut_down_clone(clone, agent_answers=True, deadline=timedelta(seconds=180)) == "guest agent"
+        assert (
+            run.driver.shut_down_clone(clone, agent_answers=True, deadline=timedelta(seconds=180), cancel=Cancel())
+            == "guest agent"
+        )
         images = run.driver.clone_images(run.plan)
         assert [image.target for image in images] == ["vda", "vdb", "vdc"]
         assert all(Path(image.path).is_file() for image in images)

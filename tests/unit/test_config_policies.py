@@ -204,6 +204,7 @@ def test_nearest_ignores_case_and_knows_when_nothing_is_near() -> None:
 
 durations = st.integers(1, 10**9).map(lambda count: timedelta(milliseconds=count))
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+paths = texts.map(lambda text: f"/{text}")
 policies = st.builds(
     Policy,
     guest=texts,
@@ -223,7 +224,7 @@ policies = st.builds(
     control=st.builds(ControlPolicy, ssh=st.none() | st.builds(SshPolicy, key_file=texts, host_key=st.none() | texts)),
     database=st.builds(
         DatabasePolicy,
-        clusters=st.lists(st.builds(ClusterPolicy, data_directory=texts, programs=texts), max_size=2).map(tuple),
+        clusters=st.lists(st.builds(ClusterPolicy, data_directory=paths, programs=paths), max_size=2).map(tuple),
         before_drain=st.lists(st.lists(texts, max_size=3).map(tuple), max_size=2).map(tuple),
     ),
     retention=st.builds(RetentionPolicy, keep_last=st.integers(1, 99)),
@@ -316,7 +317,7 @@ def test_commented_defaults_of_sections_are_the_real_ones() -> None:
     data = tomllib.loads(_uncommented())
     ssh = SshPolicy(key_file=data["control"]["ssh"]["key_file"])
     assert {name: data["control"]["ssh"][name] for name in ("user", "port")} == {"user": ssh.user, "port": ssh.port}
-    cluster = ClusterPolicy(data_directory="x", programs="y")
+    cluster = ClusterPolicy(data_directory="/x", programs="/y")
     shown = data["database"]["clusters"][0]
     assert (shown["user"], shown["port"]) == (cluster.user, cluster.port)
 

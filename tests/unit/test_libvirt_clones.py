@@ -16,6 +16,7 @@ from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import IsolationProof
+from vmsnap.testing.hypervisor_contract import NeverCancelled
 
 CLONE = clone_of(RUN, guest="db1")
 SHUTDOWN, STOPPED = libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_STOPPED
@@ -95,7 +96,9 @@ class FakeConnection(Connection):
 
 
 def shut_down(clone: FakeClone | None, *, agent_answers: bool = True, deadline: timedelta = SECOND) -> str:
-    return Clones(FakeConnection(clone)).shut_down(CLONE, agent_answers=agent_answers, deadline=deadline)
+    return Clones(FakeConnection(clone)).shut_down(
+        CLONE, agent_answers=agent_answers, deadline=deadline, cancel=NeverCancelled()
+    )
 
 
 @pytest.mark.parametrize(

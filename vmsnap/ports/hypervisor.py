@@ -84,10 +84,11 @@ class Hypervisor(Owner, Protocol):
     def set_link(self, domain: str, *, mac: str, up: bool) -> None:
         """Pull or plug the cable of a clone's NIC. Refuses any domain that is not a clone or environment."""
 
-    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the clone's guest to power off and wait until it did. Returns who did it, for the evidence.
 
-        Raises NotCleanError where the clone ended in any other way, DeadlineError where it is still there.
+        Raises NotCleanError where the clone ended in any other way, DeadlineError where it is still there,
+        CancelledError, NoSpaceError (the guard).
         """
 
     def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:

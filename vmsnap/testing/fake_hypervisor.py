@@ -264,13 +264,14 @@ class FakeHypervisor:
             raise BugError(f"{domain!r} is not vmsnap's, or has no interface {mac}")
         machine.links[mac] = up
 
-    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the clone's guest to power off."""
         host = self._host
         host.live_on()
         machine = host.machines.get(clone.name)
         if machine is None:
             raise NotCleanError("the clone ended before it was asked to shut down")
+        cancel.check()
         if host.shutdown == "hangs":
             self._clock.sleep(deadline)
             raise DeadlineError(f"the clone did not power off within {deadline}", remedy="raise the deadline")

@@ -248,7 +248,7 @@ class HypervisorContract:
             assert hypervisor.clone_state(clone) is GuestState.RUNNING
             hypervisor.agent(clone.name).send('{"execute":"guest-ping"}', timeout=ANSWER)
             assert hypervisor.overlay_free_bytes(made.plan) > 0
-            assert hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE)
+            assert hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE, cancel=NeverCancelled())
             images = hypervisor.clone_images(made.plan)
             assert [image.target for image in images] == [disk.target for disk in made.guest.disks]
             assert not {image.path for image in images} & {disk.source for disk in made.guest.disks}
@@ -261,7 +261,7 @@ class HypervisorContract:
             made.hypervisor.resume_clone(clone, proof=harness.fence.prove(made.fence))
             made.release(made.hypervisor.clone_resource(made.plan))
             with pytest.raises(NotCleanError):
-                made.hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE)
+                made.hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE, cancel=NeverCancelled())
             with pytest.raises(GuestNotFoundError):
                 made.hypervisor.clone_state(clone)
 

@@ -268,7 +268,9 @@ class Backup:
             deadline = policy.clone.shutdown_deadline
             self._progress.waiting("the guest to power off", deadline_seconds=deadline.total_seconds())
             by_agent = control.method == "agent"
-            shut_down_by = world.hypervisor.shut_down_clone(clone, agent_answers=by_agent, deadline=deadline)
+            shut_down_by = world.hypervisor.shut_down_clone(
+                clone, agent_answers=by_agent, deadline=deadline, cancel=guard
+            )
             self._advance(Event.SHUT_DOWN)
         return _Quiesced(addressed=addressed, drains=drains, stopped=stopped, shut_down_by=shut_down_by)
 

@@ -38,7 +38,7 @@ from vmsnap.ports.clock import Cancel, Clock
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
-_ABORT_POLL_SECONDS = 0.5
+_ABORT_POLL_SECONDS = 0.1
 _RECONNECT_SECONDS = 30
 _STREAM_LIMIT = 0.97
 _FLAGS = (
@@ -176,7 +176,7 @@ class LiveCapture:
     def _reason_to_stop(self, late: bool, *, cancel: Cancel) -> VmsnapError | None:  # noqa: FBT001
         settings = self._plan.settings
         if cancel.is_set():
-            return CancelledError("the capture was cancelled; the guest runs on as before")
+            return CancelledError("the capture was cancelled; the guest runs on")
         if late:
             return DeadlineError(
                 f"the capture did not end within {settings.timeout}",

@@ -21,6 +21,7 @@ from vmsnap.model.capture import CapturePlan, Clone
 from vmsnap.model.guest import GuestState
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.ports.clock import Cancel
 
 _LOG = logging.getLogger(__name__)
 _UUIDS = uuid.UUID("6c1e2f0a-7f0b-5a55-9a53-2b8f6f1f9e11")
@@ -102,7 +103,7 @@ class Clones:
         with translated("resume the clone"):
             domain.resume()
 
-    def shut_down(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+    def shut_down(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the guest to power off and wait. See ports.hypervisor.
 
         Only a SHUTDOWN that came from the guest counts: a QEMU that was killed, or crashed, ends as 'stopped' too.
@@ -115,6 +116,7 @@ class Clones:
         with LifecycleRecorder(self._connection.get(), domain) as recorder:
             self._ask(domain, mode)
             while not recorder.wait_for(libvirt.VIR_DOMAIN_EVENT_STOPPED, timeout_seconds=1):
+                cancel.check()
                 if time.monotonic() > until:
                     raise DeadlineError(
                         f"the clone did not power off within {deadline}",
@@ -151,12 +153,16 @@ class Clones:
             _LOG.debug("shutdown request: %s", error)
 
     def destroy(self, name: str, *, run: RunId) -> None:
-        """End and forget a domain that bears this run's tag. Content where it is gone; refuses any other domain."""
+        """End and forget a domain that bears this run's tag. Content where there is none; leaves any other domain alone."""
         domain = self._connection.find_domain(name)
         if domain is None:
             return
         try:
-            self.require_tagged(domain, run=run)
+            with translated(f"describe {name!r}"):
+                tag = read_tag(parse(domain.XMLDesc(0)))
+            if tag is None or tag.run != run:
+                # The name was taken by somebody else's VM, so this run never made one.
+                return
             with translated(f"destroy {name!r}"):
                 gone(domain.destroy, codes=_NOTHING_TO_DO)
                 flags = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE

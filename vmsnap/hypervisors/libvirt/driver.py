@@ -285,9 +285,9 @@ class LibvirtHypervisor:
                     return
         raise BugError(f"{domain!r} has no interface {mac}")
 
-    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta) -> str:
+    def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the clone's guest to power off."""
-        return self._clones.shut_down(clone, agent_answers=agent_answers, deadline=deadline)
+        return self._clones.shut_down(clone, agent_answers=agent_answers, deadline=deadline, cancel=cancel)
 
     def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:
         """Return the clone's disk images."""
