@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 _CPU_GROUP = Path(
     "/sys/fs/cgroup/cpu"
@@ -21,7 +22,9 @@ _HIGHEST = -20
 
 def cpu_threads(name: str) -> list[int]:
     """The ids of a running domain's emulated CPU threads."""
-    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    # libvirt escapes the name for XML, and then uses it for this file as well.
+    escaped = escape(name, {'"': "&quot;", "'": "&apos;"})
+    pid = int(Path(f"/run/libvirt/qemu/{escaped}.pid").read_text())
     tasks = Path(f"/proc/{pid}/task")
     return [int(task.name) for task in tasks.iterdir() if (task / "comm").read_text().rstrip().endswith("/TCG")]
 

@@ -166,8 +166,7 @@ def test_only_a_proof_of_its_own_run_resumes_a_clone() -> None:
 @pytest.mark.parametrize("tag", [None, Tag(run=RunId("ffffffffff"), kind="clone", guest="db1")])
 def test_a_domain_without_the_runs_tag_is_never_ended(tag: Tag | None) -> None:
     clone = FakeClone(tag=tag)
-    with pytest.raises(BugError, match="left alone"):
-        Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
     assert clone.ended == []
 
 
