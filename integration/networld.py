@@ -14,7 +14,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +143,6 @@ class TapCables:
     def set_link(self, *, mac: str, up: bool) -> None:
         self.events.append((time.monotonic(), mac, up))
         sh("ip", "link", "set", self._taps[mac], "up" if up else "down")
-
-
-class RealClock:
-    """Time as it passes."""
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        time.sleep(duration.total_seconds())
 
 
 class SwitchCancel:

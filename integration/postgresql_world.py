@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +15,7 @@ from vmsnap.guests.access import Access
 from vmsnap.model.command import Procedure, T
 from vmsnap.model.drain import Instance
 from vmsnap.model.policy import ClusterPolicy
+from vmsnap.state.clock import SystemClock
 from vmsnap.testing.fake_guest import run_procedure
 from vmsnap.testing.local_agent import LocalAgent
 
@@ -24,17 +24,6 @@ PROGRAMS = Path(os.environ.get("VMSNAP_TEST_POSTGRESQL", "/usr/lib/postgresql/15
 USER = "postgres"
 ELSEWHERE = "192.0.2.1"  # an address of the world's own that is not loopback: its clients count as remote
 PORT = 54329
-
-
-class RealClock:
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        time.sleep(duration.total_seconds())
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class World:
     def drive(self, procedure: Procedure[T]) -> T:
         agent = LocalAgent(prefix=self.prefix)
         try:
-            return run_procedure(procedure, Access(clock=RealClock()).agent(agent))
+            return run_procedure(procedure, Access(clock=SystemClock()).agent(agent))
         finally:
             agent.close()
 

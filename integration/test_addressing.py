@@ -23,7 +23,6 @@ from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.networld import (
-    RealClock,
     StandIn,
     SwitchCancel,
     TapCables,
@@ -40,6 +39,7 @@ from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.linkflap import FLAPS, Flap
 from vmsnap.ports.network import AddressRequest
+from vmsnap.state.clock import SystemClock
 
 PORT = 2222
 MAC = "52:54:00:aa:00:01"
@@ -71,7 +71,7 @@ def network() -> Iterator[None]:
 
 @pytest.fixture
 def addressing() -> Iterator[NetworkAddressing]:
-    with NetworkAddressing(clock=RealClock()) as ready:
+    with NetworkAddressing(clock=SystemClock()) as ready:
         yield ready
 
 
@@ -257,7 +257,7 @@ def test_real_clients_are_reached(kind: str, rung: Rung, worlds: Worlds, tmp_pat
     wait_until(lambda: machine.addresses() == ["10.9.8.77"], seconds=30, what="a production lease")
     world = worlds.around(machine)  # same client, same memory, another bridge
     flaps = FLAPS if rung is Rung.LINK_FLAP else QUICK  # the others stay silent however long the flap
-    with NetworkAddressing(clock=RealClock(), flaps=flaps) as addressing:
+    with NetworkAddressing(clock=SystemClock(), flaps=flaps) as addressing:
         moved = addressing.move(
             request_for(world.plan, Rung.LINK_FLAP, Rung.OLD_ADDRESS), links=world.cables, cancel=SwitchCancel()
         )
@@ -325,7 +325,7 @@ def test_a_refused_connection_is_an_answer(worlds: Worlds, addressing: NetworkAd
 
 def test_rungs_that_fail_leave_nothing_and_say_why(worlds: Worlds) -> None:
     world = worlds.empty()
-    with NetworkAddressing(clock=RealClock(), flaps=QUICK) as addressing:
+    with NetworkAddressing(clock=SystemClock(), flaps=QUICK) as addressing:
         request = request_for(world.plan, Rung.FORCERENEW, Rung.LINK_FLAP, Rung.OLD_ADDRESS, seconds=4)
         with pytest.raises(DeadlineError) as raised:
             addressing.move(request, links=world.cables, cancel=SwitchCancel())
@@ -429,7 +429,7 @@ def test_real_guests_are_reached(static: str | None, make_guest: MakeGuest, lab:
             fence=plan, ladder=(rung,), old_addresses=(old,), probe_port=22,
             rung_deadline=timedelta(seconds=20 * lab.time_factor),
         )  # fmt: skip
-        with NetworkAddressing(clock=RealClock()) as addressing:
+        with NetworkAddressing(clock=SystemClock()) as addressing:
             moved = addressing.move(request, links=VirshCables(guest.name), cancel=SwitchCancel())
             print(f"real guest, {rung}: {moved.seconds:.2f} s, {moved.address}")
             assert moved.address is not None

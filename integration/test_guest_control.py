@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.model.command import Command
 from vmsnap.model.guest import SshLogin
 from vmsnap.ports.guest import GuestControl
+from vmsnap.state.clock import SystemClock
 from vmsnap.testing.fake_guest import run_procedure
 from vmsnap.testing.guest_contract import QUICK, GuestControlContract
 
@@ -31,18 +32,7 @@ _PRIVILEGE_SEPARATION = Path("/run/sshd")  # OpenSSH's server insists on it
 KINDS = ("ed25519", "ecdsa", "rsa")
 
 
-class RealClock:
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        time.sleep(duration.total_seconds())
-
-
-ACCESS = Access(clock=RealClock())
+ACCESS = Access(clock=SystemClock())
 
 
 def connect(address: str, port: int, timeout: timedelta) -> socket.socket:

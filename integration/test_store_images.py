@@ -22,13 +22,13 @@ from vmsnap.model.ids import new_run_id
 from vmsnap.model.manifest import Marks, Snapshot, Verification
 from vmsnap.stores.images import ImagesStore
 from vmsnap.stores.reflink import exclusive_bytes
+from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
 from vmsnap.testing.store_contract import (
     BLOCK,
     GUEST,
     NOON,
     SECOND,
-    NeverCancelled,
     StoreContract,
     blocks,
     no_progress,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from vmsnap.config.policies import PolicyBook
 from vmsnap.config.settings import Settings
@@ -16,7 +15,7 @@ from vmsnap.engines.registry import engine_for
 from vmsnap.errors import GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
-from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.guest import Finding, Guest, GuestState, Severity
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.policy import EnvironmentPolicy, Policy
@@ -33,6 +32,7 @@ from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
+from vmsnap.state.clock import SystemClock
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
@@ -40,6 +40,7 @@ from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import prune
+from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.verify import verify
 from vmsnap.workflow.world import World
@@ -47,28 +48,16 @@ from vmsnap.workflow.world import World
 _LOCK_TIMEOUT = timedelta(minutes=1)
 
 
-class SystemClock:
-    """ports.clock.Clock over the machine's clocks."""
-
-    def now(self) -> datetime:
-        """Return the wall clock."""
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        """Return the monotonic clock."""
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        """Wait."""
-        time.sleep(duration.total_seconds())
-
-
 def connect_directly(host: str, port: int, timeout: timedelta) -> socket.socket:
     """Open a TCP connection from the host, as the host's routing says. Raises GuestUnreachableError."""
     try:
         return socket.create_connection((host, port), timeout=timeout.total_seconds())
     except OSError as error:
-        raise GuestUnreachableError(f"{host} port {port} cannot be reached: {error}") from error
+        raise GuestUnreachableError(
+            f"{host} port {port} cannot be reached from this host: {error}",
+            remedy="is the address right, and the guest's SSH server running? Where this host may not reach the guest, "
+            "give host_key in the policy's [control.ssh]: only the clone is asked then",
+        ) from error
 
 
 def make_world(settings: Settings) -> World:
@@ -158,7 +147,13 @@ class Application:
         return (
             *world.hypervisor.findings(guest, settings=settings_of(policy)),
             *world.store.findings(needed_bytes=needed),
+            *(_attempt("control", lambda: self._control(policy, guest)) if guest.state is GuestState.RUNNING else ()),
         )
+
+    def _control(self, policy: Policy, guest: Guest) -> tuple[Finding, ...]:
+        login = choose(self._world, policy=policy, guest=guest)
+        way = "its guest agent" if login.agent else "SSH inside the fence"
+        return (Finding(check="control", severity=Severity.OK, message=f"the clone will be controlled by {way}"),)
 
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         """Re-read a snapshot."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,20 +10,10 @@ import pytest
 from tests.contract.ssh_server import ADDRESS, LocalSshServer
 from vmsnap.guests.access import Access
 from vmsnap.ports.guest import GuestControl
+from vmsnap.state.clock import SystemClock
 from vmsnap.testing.fake_guest import FakeGuest
 from vmsnap.testing.guest_contract import GuestControlContract
 from vmsnap.testing.local_agent import LocalAgent
-
-
-class RealClock:
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        time.sleep(duration.total_seconds())
 
 
 class TestFakeGuest(GuestControlContract):
@@ -46,12 +34,12 @@ class TestAgentControl(GuestControlContract):
     @pytest.fixture
     def control(self) -> Iterator[GuestControl]:
         agent = LocalAgent()
-        yield Access(clock=RealClock()).agent(agent)
+        yield Access(clock=SystemClock()).agent(agent)
         agent.close()
 
     @pytest.fixture
     def lost(self) -> GuestControl:
-        return Access(clock=RealClock()).agent(LocalAgent(answers=False))
+        return Access(clock=SystemClock()).agent(LocalAgent(answers=False))
 
 
 class TestSshControl(GuestControlContract):
@@ -63,11 +51,11 @@ class TestSshControl(GuestControlContract):
 
     @pytest.fixture
     def control(self, server: LocalSshServer) -> Iterator[GuestControl]:
-        control = Access(clock=RealClock()).ssh(server.login, address=ADDRESS, connector=server.connect)
+        control = Access(clock=SystemClock()).ssh(server.login, address=ADDRESS, connector=server.connect)
         yield control
         control.close()
 
     @pytest.fixture
     def lost(self, server: LocalSshServer) -> GuestControl:
         server.answers = False
-        return Access(clock=RealClock()).ssh(server.login, address=ADDRESS, connector=server.connect)
+        return Access(clock=SystemClock()).ssh(server.login, address=ADDRESS, connector=server.connect)

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from socket import socket, socketpair
 from threading import Timer
@@ -21,22 +21,12 @@ from vmsnap.guests.access import Access, load_key
 from vmsnap.model.command import Command
 from vmsnap.model.guest import SshLogin
 from vmsnap.ports.guest import GuestControl
+from vmsnap.state.clock import SystemClock
 
 LIMIT = timedelta(seconds=20)
 
 
-class RealClock:
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        time.sleep(duration.total_seconds())
-
-
-ACCESS = Access(clock=RealClock())
+ACCESS = Access(clock=SystemClock())
 
 
 @pytest.fixture
@@ -166,7 +156,7 @@ def test_a_cancelled_run_stops_waiting(server: LocalSshServer) -> None:
         def check(self) -> None:
             raise CancelledError("a signal asked the run to stop")
 
-    waiting = Access(clock=RealClock(), cancel=Cancel()).ssh(server.login, address=ADDRESS, connector=server.connect)
+    waiting = Access(clock=SystemClock(), cancel=Cancel()).ssh(server.login, address=ADDRESS, connector=server.connect)
     with pytest.raises(CancelledError):
         waiting.run(Command(argv=("sleep", "10")), timeout=LIMIT)
 

@@ -16,7 +16,7 @@ from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import IsolationProof
-from vmsnap.testing.hypervisor_contract import NeverCancelled
+from vmsnap.testing.cancels import NeverCancelled
 
 CLONE = clone_of(RUN, guest="db1")
 SHUTDOWN, STOPPED = libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_STOPPED

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from vmsnap.errors import CancelledError, DriverError
 from vmsnap.ports.disks import Extent
 from vmsnap.stores.blocks import BLOCK_BYTES, HOLE, Scope, Stretch, digest_of, for_each, read_into, stretches
-from vmsnap.testing.store_contract import CancelledAtOnce, NeverCancelled, no_progress
+from vmsnap.testing.cancels import CancelledAtOnce, NeverCancelled
+from vmsnap.testing.store_contract import (
+    no_progress,
+)
 
 
 @st.composite

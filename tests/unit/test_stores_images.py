@@ -21,11 +21,11 @@ from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import Marks, Snapshot
 from vmsnap.stores.images import ImagesStore
+from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
 from vmsnap.testing.store_contract import (
     BLOCK,
     GUEST,
-    NeverCancelled,
     blocks,
     no_progress,
     sample_clean,

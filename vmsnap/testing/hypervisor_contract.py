@@ -29,21 +29,11 @@ from vmsnap.model.isolation import FencePlan, IsolationProof, ProofPoint
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import Fence
+from vmsnap.testing.cancels import NeverCancelled
 
 DEADLINE = timedelta(minutes=2)
 ANSWER = timedelta(seconds=20)
 _PREPARED = {ResourceKind.SOURCE_OVERLAYS, ResourceKind.CLONE_OVERLAYS, ResourceKind.MEMORY}
-
-
-class NeverCancelled:
-    """The port ``Cancel``; nobody asks."""
-
-    def is_set(self) -> bool:
-        """Return False."""
-        return False
-
-    def check(self) -> None:
-        """Return."""
 
 
 class HypervisorHarness(Protocol):

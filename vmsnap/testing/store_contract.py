@@ -40,6 +40,7 @@ from vmsnap.model.manifest import (
     Verification,
 )
 from vmsnap.ports.store import SnapshotStore, Staging
+from vmsnap.testing.cancels import CancelledAtOnce, NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
 
 BLOCK = 64 * 1024
@@ -47,29 +48,6 @@ GUEST = "db1"
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
 STRANGE_NAMES = ("two words", "a/b", "../up", "o'neil\"<x>&", "däta", "a@b", "@", ".", "%41", "x" * 255)
-
-
-class NeverCancelled:
-    """A run that nobody stops."""
-
-    def is_set(self) -> bool:
-        """Tell that nobody asked."""
-        return False
-
-    def check(self) -> None:
-        """Return."""
-
-
-class CancelledAtOnce:
-    """A run that somebody stopped."""
-
-    def is_set(self) -> bool:
-        """Tell that somebody asked."""
-        return True
-
-    def check(self) -> None:
-        """Raise CancelledError."""
-        raise CancelledError("stopped")
 
 
 def no_progress(_done: int, _total: int) -> None:

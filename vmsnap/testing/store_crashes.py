@@ -22,12 +22,12 @@ from vmsnap.errors import VmsnapError
 from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.manifest import Marks, Pin, Snapshot
 from vmsnap.stores.images import ImagesStore
+from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
 from vmsnap.testing.store_contract import (
     BLOCK,
     GUEST,
     NOON,
-    NeverCancelled,
     blocks,
     no_progress,
     sample_clean,

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import libvirt
@@ -123,11 +124,13 @@ class Connection:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise translate(error, doing=f"look up the guest {name!r}") from error
-            known = ", ".join(sorted(repr(other) for other in self.names())) or "none"
+            names = self.names()
+            meant = get_close_matches(name, names, n=1)
+            hint = f"did you mean {meant[0]!r}? " if meant else ""
             raise GuestNotFoundError(
                 f"there is no guest {name!r} on {self.uri}",
-                details=f"guests there: {known}",
-                remedy="check the name with 'virsh list --all'; names are case-sensitive",
+                details=f"guests there: {', '.join(sorted(map(repr, names))) or 'none'}",
+                remedy=f"{hint}check the name with 'virsh list --all'; names are case-sensitive",
             ) from error
 
     def find_domain(self, name: str) -> Any | None:

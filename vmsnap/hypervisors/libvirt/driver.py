@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import IPv4Interface
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import libvirt
@@ -91,7 +92,8 @@ class LibvirtHypervisor:
             root = parse(domain.XMLDesc(0))
             if read_tag(root) is not None:
                 raise PreconditionError(
-                    f"{guest!r} is a clone or an environment that vmsnap made, not a guest to back up"
+                    f"{guest!r} is a clone or an environment that vmsnap made, not a guest to back up",
+                    remedy="name the guest that it was made from",
                 )
             sizes = {disk_target(disk): domain.blockInfo(disk_target(disk))[0] for disk in writable_disks(root)}
         state = state_of(domain)
@@ -149,7 +151,7 @@ class LibvirtHypervisor:
                     check="state",
                     severity=Severity.REFUSAL,
                     message=f"the guest is {guest.state}; only a running guest can be cloned",
-                    remedy=f"virsh start {guest.name}; a guest that is off is clean as it is: copy its disks",
+                    remedy=_how_to_run(guest),
                 )
             )
         if busy:
@@ -166,7 +168,7 @@ class LibvirtHypervisor:
                 check=f"disk {target}",
                 severity=Severity.REFUSAL,
                 message="a block job runs on it",
-                remedy=f"wait for it, or end it; see 'virsh blockjob {guest.name} {target}'",
+                remedy=f"wait for it, or end it; see: virsh blockjob {quote(guest.name)} {target}",
             )
             for target in pulled
         )
@@ -395,6 +397,12 @@ class LibvirtHypervisor:
             for run in self._environment_folders.runs()
         )
         return tuple(found)
+
+
+def _how_to_run(guest: Guest) -> str:
+    if guest.state is GuestState.PAUSED:
+        return f"virsh resume {quote(guest.name)}; why it is paused: virsh domstate --reason {quote(guest.name)}"
+    return f"virsh start {quote(guest.name)}; a guest that is off is clean as it is: copy its disks"
 
 
 def _agent_addresses(answer: dict[str, Any]) -> dict[str, tuple[IPv4Interface, ...]]:
