@@ -71,7 +71,7 @@ def _require_home(guest: LabGuest, *, counter: int) -> None:
     assert guest.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
     for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
         xml = guest.domain.XMLDesc(flags)
-        assert "vmsnap-" not in xml
+        assert ".source.qcow2" not in xml
         assert all(str(disk.source) in xml for disk in guest.disks)
     assert guest.psql("SELECT max(n) FROM markers") == str(counter), "every acknowledged write is there"
 

@@ -170,7 +170,7 @@ def test_a_cancelled_capture_leaves_the_guest_at_home(lab: Lab, guest: LabGuest)
 
 def give_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the watcher give up at the first pass: on a busy host any guest may converge, whatever it writes."""
-    hopeless = Convergence(ceiling_ms=1, downtime_ms=1, raised_at_pass=-9)
+    hopeless = Convergence(ceiling_ms=1, downtime_ms=1, raised_at_pass=-5)
     monkeypatch.setattr(Convergence, "for_settings", staticmethod(lambda _settings: hopeless))
 
 

@@ -107,6 +107,7 @@ def lease_of(lab: Lab, guest: LabGuest) -> str:
 def moved(moving: LabGuest, vmsnap: Installation, lab: Lab) -> Any:
     """The report of a backup whose clone was moved to an address of the fence. No host key in the policy."""
     vmsnap.policy(moving.name, ssh_policy(lab, ladder=("link-flap",)))
+    moving.address()  # waits until it has one: PostgreSQL may be up before
     lease = lease_of(lab, moving)
     report = vmsnap.ok("backup", moving.name)
     assert lease_of(lab, moving) == lease, "production's DHCP server heard nothing of the clone"

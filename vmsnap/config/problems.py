@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Sequence
+from ipaddress import AddressValueError, NetmaskValueError
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -94,7 +95,10 @@ def _explain(item: ErrorDetails, *, path: tuple[int | str, ...], model: type[Bas
     if explain is not None:
         allowed = explain(context)
     elif kind == "value_error":
-        allowed = str(context.get("error", item["msg"]))
+        error = context.get("error", item["msg"])
+        # The standard library's words for an address say what it is not.
+        known = isinstance(error, AddressValueError | NetmaskValueError)
+        allowed = f"{error}; {_ADDRESS}" if known else str(error)
     else:
         allowed = item["msg"][:1].lower() + item["msg"][1:]
     given = item["input"]
@@ -125,6 +129,7 @@ def _given_text(given: object) -> str:
     return text if len(text) <= _LONGEST_GIVEN else f"{text[: _LONGEST_GIVEN - 3]}..."
 
 
+_ADDRESS = 'an IPv4 address such as "192.0.2.1" is allowed, with its prefix in old_address: "192.0.2.10/24"'
 _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
     "enum": lambda context: f"allowed: {context['expected']}",
     "literal_error": lambda context: f"allowed: {context['expected']}",
@@ -140,8 +145,6 @@ _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
     "string_too_long": lambda context: f"at most {context['max_length']} characters are allowed",
     "tuple_type": lambda _: "a list in square brackets is allowed",
     "model_type": lambda _: "a section with keys of its own is allowed",
-    "ip_v4_address": lambda _: 'an IPv4 address such as "192.0.2.1" is allowed',
-    "ip_v4_interface": lambda _: 'an IPv4 address with its prefix such as "192.0.2.10/24" is allowed',
 }
 
 

@@ -46,7 +46,7 @@ from vmsnap.stores.verification import verify_disk
 _ROOT_REMEDY = "create it on a file system with reflinks: mkfs.xfs -m reflink=1, or btrfs, or ZFS 2.2"
 _COPIES_REMEDY = (
     "put the store on XFS (mkfs.xfs -m reflink=1), btrfs or ZFS 2.2 or newer, "
-    "or allow whole copies in the configuration (each snapshot then takes the room of all its data)"
+    "or set allow_copies = true in [store] of vmsnap.toml (each snapshot then takes the room of all its data)"
 )
 
 

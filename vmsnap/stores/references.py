@@ -14,7 +14,10 @@ SHORTEST_PREFIX = 4
 
 _PREFIX = re.compile(rf"[0-9a-f]{{1,{ID_LENGTH}}}\Z")
 _LISTED = 10
-_FORMS = "name a snapshot as an id, the first four digits of one or more, GUEST@latest or GUEST@TIME"
+_FORMS = (
+    "name a snapshot as an id, the first four digits of one or more, GUEST@latest or GUEST@TIME; "
+    "'vmsnap list' shows what there is"
+)
 
 
 def by_age(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:

@@ -152,10 +152,9 @@ class LiveCapture:
             if not worker.is_alive():
                 return None
             now = self._clock.monotonic()
-            if suspended_until is not None:
-                reason = self._not_converging(convergence) if now > suspended_until else None
-            else:
-                reason = self._reason_to_stop(now > deadline, cancel=cancel)
+            reason = self._reason_to_stop(now > deadline, cancel=cancel)
+            if reason is None and suspended_until is not None and now > suspended_until:
+                reason = self._not_converging(convergence)
             if reason is None and suspended_until is None:
                 number = _passes(domain)
                 raised = convergence.after_pass(number)
