@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
+from integration.installation import Installation
 from integration.lab.commands import LabError
 from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
@@ -141,3 +143,13 @@ def store_dir(lab: Lab) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def vmsnap(lab: Lab, store_dir: Path) -> Iterator[Installation]:
+    """An installation of vmsnap with an empty store on reflinks; all of it is removed after the test."""
+    installation = Installation(lab, name=store_dir.name, store=store_dir)
+    yield installation
+    for folder in (installation.folder, installation.runtime):
+        # A file system that a run left mounted stays, and the leak check names it.
+        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)

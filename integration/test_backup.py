@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
-
-import pytest
 
 from integration.conftest import MakeGuest
 from integration.demo.__main__ import RECOVERY_SIGNS, _last_start
@@ -17,14 +12,6 @@ from integration.lab.client import LabClient
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
-
-
-@pytest.fixture
-def vmsnap(lab: Lab, store_dir: Path) -> Iterator[Installation]:
-    installation = Installation(lab, name=store_dir.name, store=store_dir)
-    yield installation
-    for folder in (installation.folder, installation.runtime):
-        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
 
 
 def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Installation) -> None:
@@ -108,15 +95,15 @@ def test_several_disks_of_every_kind_and_firmware_variables(
 
 def test_the_second_of_two_runs_for_one_guest_is_told_to_wait(guest: LabGuest, vmsnap: Installation) -> None:
     vmsnap.policy(guest.name)
-    process = vmsnap.start("backup", guest.name)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "capture" in line:
-            break
-    second = vmsnap.run("backup", guest.name, "--json")
-    assert second.exit_code == 4, second.explain()
-    assert "backup" in json.dumps(second.document)
-    process.communicate(timeout=120 * guest.lab.time_factor)
+    with vmsnap.start("backup", guest.name) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "capture" in line:
+                break
+        second = vmsnap.run("backup", guest.name, "--json")
+        assert second.exit_code == 4, second.explain()
+        assert "backup" in json.dumps(second.document)
+        process.communicate(timeout=120 * guest.lab.time_factor)
     assert process.returncode == 0
 
 

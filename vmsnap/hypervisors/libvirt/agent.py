@@ -16,6 +16,9 @@ from vmsnap.hypervisors.libvirt.connection import Connection, translate
 
 # The domain is not running, or has no agent channel.
 _NOBODY_THERE = (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED)
+# Before libvirt 11.2 an agent's refusal, and an answer that is no JSON, have no error code of their own; an answer of
+# more than 10 MiB is ERANGE, told as an error of the system.
+_BAD_ANSWER = (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_SYSTEM_ERROR)
 
 
 class LibvirtAgentChannel:
@@ -33,10 +36,12 @@ class LibvirtAgentChannel:
             answer: str = libvirt_qemu.qemuAgentCommand(domain, request, seconds, 0)
         except libvirt.libvirtError as error:
             doing = f"ask the guest agent of {self._domain!r}"
-            # Before libvirt 11.2 an agent's refusal, or an answer that is no JSON, has no error code of its own.
             if error.get_error_code() in _NOBODY_THERE:
                 raise GuestUnreachableError(f"the guest agent of {self._domain!r} is not there: {error}") from error
-            if error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR:
-                raise GuestCommandError(f"the guest agent of {self._domain!r} refused: {error}") from error
+            if error.get_error_code() in _BAD_ANSWER:
+                raise GuestCommandError(
+                    f"the guest agent of {self._domain!r} refused, or made no sense: {error}",
+                    remedy="update or restart qemu-guest-agent in the guest, or give [control.ssh] in the policy",
+                ) from error
             raise translate(error, doing=doing) from error
         return answer

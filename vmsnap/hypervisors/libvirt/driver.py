@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
 from datetime import timedelta
-from ipaddress import IPv4Interface
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BugError, NoSpaceError, PreconditionError, VmsnapError
-from vmsnap.hypervisors.libvirt import commit, memory, overlays, preflight
+from vmsnap.hypervisors.libvirt import addresses, commit, memory, overlays, preflight
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
 from vmsnap.hypervisors.libvirt.capture import LiveCapture
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
@@ -36,10 +36,9 @@ from vmsnap.model.manifest import MachineRecord
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import AgentChannel
 
-_ADDRESS_SOURCES = (
-    libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE,
-    libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_ARP,
-)
+_LOG = logging.getLogger(__name__)
+_LEASES = libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE
+_ARP_TABLE = Path("/proc/net/arp")
 _CLONE_NVRAM = "nvram.clone.fd"
 _AGENT_TIMEOUT = timedelta(seconds=3)
 
@@ -97,29 +96,28 @@ class LibvirtHypervisor:
                 )
             sizes = {disk_target(disk): domain.blockInfo(disk_target(disk))[0] for disk in writable_disks(root)}
         state = state_of(domain)
-        addresses = self._addresses(domain, root) if state is GuestState.RUNNING else {}
-        return guest_from_xml(root, state=state, sizes=sizes, addresses=addresses)
+        known = self._addresses(domain, root) if state is GuestState.RUNNING else {}
+        return guest_from_xml(root, state=state, sizes=sizes, addresses=known)
 
-    def _addresses(self, domain: Any, root: Any) -> dict[str, tuple[IPv4Interface, ...]]:
+    def _addresses(self, domain: Any, root: Any) -> addresses.Addresses:
         """Return addresses by MAC: from the agent where one is connected, else from leases, else from ARP."""
         if agent_is_connected(root):
             try:
                 answer = json.loads(
                     self.agent(domain.name()).send('{"execute":"guest-network-get-interfaces"}', timeout=_AGENT_TIMEOUT)
                 )
-                if found := _agent_addresses(answer):
+                if found := addresses.by_agent(answer):
                     return found
             except (VmsnapError, ValueError, KeyError, TypeError):
                 # The agent is only one of three witnesses, and a guest may be busy.
                 pass
-        for source in _ADDRESS_SOURCES:
-            try:
-                interfaces = domain.interfaceAddresses(source)
-            except libvirt.libvirtError:
-                continue
-            if found := _libvirt_addresses(interfaces):
+        try:
+            if found := addresses.by_lease(domain.interfaceAddresses(_LEASES)):
                 return found
-        return {}
+        except libvirt.libvirtError as error:
+            _LOG.debug("leases of %s: %s", domain.name(), error)
+        macs = frozenset(nic_mac(interface) for interface in devices(root).findall("interface"))
+        return addresses.by_arp(_ARP_TABLE.read_text(encoding="ascii"), macs=macs)
 
     def machine(self, guest: Guest) -> MachineRecord:
         """Return the persistent definition, without secrets such as VNC passwords."""
@@ -173,6 +171,7 @@ class LibvirtHypervisor:
             for target in pulled
         )
         found.extend(preflight.check_devices(root))
+        found.extend(preflight.check_emulation(root))
         found.extend(preflight.check_memory_backing(root))
         found.extend(preflight.check_disks(root, settings=settings))
         found.extend(preflight.check_agent(root))
@@ -403,32 +402,3 @@ def _how_to_run(guest: Guest) -> str:
     if guest.state is GuestState.PAUSED:
         return f"virsh resume {quote(guest.name)}; why it is paused: virsh domstate --reason {quote(guest.name)}"
     return f"virsh start {quote(guest.name)}; a guest that is off is clean as it is: copy its disks"
-
-
-def _agent_addresses(answer: dict[str, Any]) -> dict[str, tuple[IPv4Interface, ...]]:
-    """Return IPv4 addresses by MAC from the answer of guest-network-get-interfaces (qga/qapi-schema.json)."""
-    found = {}
-    for interface in answer["return"]:
-        addresses = tuple(
-            IPv4Interface(f"{item['ip-address']}/{item['prefix']}")
-            for item in interface.get("ip-addresses", [])
-            if item["ip-address-type"] == "ipv4"
-        )
-        mac = interface.get("hardware-address", "").lower()
-        if mac and mac != "00:00:00:00:00:00" and addresses:
-            found[mac] = addresses
-    return found
-
-
-def _libvirt_addresses(interfaces: dict[str, Any]) -> dict[str, tuple[IPv4Interface, ...]]:
-    """Return IPv4 addresses by MAC from virDomainInterfaceAddresses. ARP knows no prefix: libvirt then says 0."""
-    found = {}
-    for interface in interfaces.values():
-        addresses = tuple(
-            IPv4Interface(f"{item['addr']}/{item['prefix'] or 32}")
-            for item in interface.get("addrs") or []
-            if item["type"] == libvirt.VIR_IP_ADDR_TYPE_IPV4
-        )
-        if addresses and interface.get("hwaddr"):
-            found[interface["hwaddr"].lower()] = addresses
-    return found
