@@ -25,7 +25,11 @@ class OnNoConvergence(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
-    """A policy's wishes for the capture. Times are bounds that are kept or the capture is undone."""
+    """A policy's wishes for the capture.
+
+    ``timeout`` is kept, or the capture is undone. ``max_pause`` bounds the last pass over memory, which is what grows with
+    load; what comes after it (device state, disks, resume) is measured, and a pause that was longer is reported.
+    """
 
     mode: CaptureMode = CaptureMode.LIVE
     max_pause: timedelta = timedelta(milliseconds=500)

@@ -60,7 +60,8 @@ class Hypervisor(Owner, Protocol):
         """Take RAM, device state and all disks at one instant. The source runs on when this returns or raises.
 
         Raises NotConvergingError (nothing taken), DeadlineError, CancelledError, SafetyError where the source was not
-        running afterwards and had to be resumed.
+        running afterwards and had to be resumed. After CancelledError everything may have been taken; releasing the
+        overlays brings the guest home either way.
         """
 
     def clone_resource(self, plan: CapturePlan) -> Resource:

@@ -213,7 +213,7 @@ class Backup:
         with run.step("capture"):
             capture = hypervisor.capture(plan, cancel=self._cancel)
             self._advance(Event.CAPTURE)
-            self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms")
+            self._tell_pause(capture)
         guard = OverlayGuard(
             self._cancel,
             free_bytes=lambda: hypervisor.overlay_free_bytes(plan),
@@ -242,6 +242,14 @@ class Backup:
                 if guard.reason is not None and error is not guard.reason:
                     raise guard.reason from error
                 raise
+
+    def _tell_pause(self, capture: Capture) -> None:
+        self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms")
+        promised_ms = self._policy.capture.max_pause / timedelta(milliseconds=1)
+        if capture.pause_ms > promised_ms:
+            self._warnings += (
+                f"the guest stood still for {capture.pause_ms:.0f} ms; capture.max_pause is {promised_ms:.0f} ms",
+            )
 
     def _quiesce(
         self,
