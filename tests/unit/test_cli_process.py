@@ -197,3 +197,22 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(config: str) -> None:
     assert "ENGINE" not in text.splitlines()[1]
     assert "Not shown for want of room: CLEAN, ENGINE" in text
     assert "3fa9b0c1d2  2026-11-21 02:00Z" in text
+
+
+def test_a_log_line_that_nobody_reads_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = (
+        "import logging\n"
+        "from vmsnap.cli.context import Session\n"
+        "Session().set_logging(verbose=True, debug=False)\n"
+        "for _ in range(3): logging.getLogger('vmsnap').warning('undoing')\n"
+        "print('went on')\n"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=writer, timeout=60, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stdout) == (0, b"went on\n")

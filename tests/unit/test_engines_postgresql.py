@@ -194,9 +194,11 @@ def test_a_policys_clusters_are_taken_and_no_others() -> None:
     policy = ClusterPolicy(data_directory="/srv/data", programs="/opt/pg/bin", user="pg", port=5433)
     other = FakeCluster()
     named = FakeCluster(data_directory="/srv/data", programs="/opt/pg/bin", user="pg", port=5433, pid=2000)
-    (instance,) = run_procedure(PostgreSQL(clusters=(policy,)).discover(), FakeGuest(clusters=[other, named]))
+    (instance,) = run_procedure(PostgreSQL(clusters=(policy,)).discover(), FakeGuest(clusters=[named]))
     assert (instance.data_directory, instance.programs, instance.user) == ("/srv/data", "/opt/pg/bin", "pg")
     assert instance.socket_directory == "/var/run/postgresql"
+    with pytest.raises(PreconditionError, match=f"process id {other.pid} .* does not name"):
+        run_procedure(PostgreSQL(clusters=(policy,)).discover(), FakeGuest(clusters=[other, named]))
     named.crash()
     with pytest.raises(PreconditionError, match="/srv/data"):
         run_procedure(PostgreSQL(clusters=(policy,)).discover(), FakeGuest(clusters=[other, named]))

@@ -256,7 +256,7 @@ def test_an_overlay_that_a_process_has_open_is_never_deleted(disks: Disks, *, ru
     [
         (libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, True),
         (libvirt.VIR_DOMAIN_PAUSED_SAVE, True),
-        (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, True),
+        (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, False),
         (libvirt.VIR_DOMAIN_PAUSED_IOERROR, True),
         (libvirt.VIR_DOMAIN_PAUSED_USER, False),
         (libvirt.VIR_DOMAIN_PAUSED_WATCHDOG, False),

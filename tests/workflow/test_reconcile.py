@@ -20,6 +20,7 @@ from tests.workflow.invocations import (
     succeed,
 )
 from vmsnap.model.ids import RunId
+from vmsnap.model.isolation import FencePlan
 from vmsnap.model.journal import ResourceKind, RunKind
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import ReconcileReport
@@ -148,6 +149,20 @@ def test_one_guest_only_where_asked(tmp_path: Path) -> None:
         journal.close()
     assert [item.guest for item in reconcile(world, guest="mail").undone] == ["mail"]
     assert [item.guest for item in reconcile(world).undone] == ["db"]
+
+
+def test_a_fence_without_a_guests_name_goes_with_its_own_guest_only(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    world = lab.process()
+    run = RunId("00000000a1")
+    journal = world.journals.begin(run, kind=RunKind.BACKUP, guest="db", at=world.clock.now())
+    journal.finish()
+    journal.close()
+    world.fence.build(FencePlan.for_macs(run, guest="db", macs=("52:54:00:00:00:01",)))
+    (left,) = world.fence.owned()
+    assert left.guest == ""
+    assert reconcile(world, guest="mail").undone == ()
+    assert [item.kind for item in reconcile(world, guest="db").undone] == [ResourceKind.FENCE]
 
 
 def test_one_run_that_cannot_be_undone_keeps_no_other_from_it(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class Session:
     @cached_property
     def err(self) -> Console:
         """Return the console for progress, logs and errors."""
-        return _console(sys.stderr)
+        return _Errors(file=sys.stderr, highlight=False, markup=False, emoji=False)
 
     def set_options(self, *, json: bool, config: Path | None) -> None:
         """Take the options of a command beside those given before it; the command's file wins."""
@@ -162,6 +162,12 @@ class _Console(Console):
         # The reader has seen enough ('| head'). That is no failure, and flushing at exit must not make it one.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
+
+
+class _Errors(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process here. A log line that nobody reads must end neither a run nor its undoing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def _console(stream: Any) -> Console:

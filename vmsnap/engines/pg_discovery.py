@@ -104,8 +104,12 @@ def discover_running() -> Procedure[tuple[Instance, ...]]:
 
 
 def discover_given(clusters: Sequence[ClusterPolicy]) -> Procedure[tuple[Instance, ...]]:
-    """Look whether the clusters that a policy names run. Raises PreconditionError where one does not."""
+    """Look whether the clusters that a policy names run, and no others.
+
+    Raises PreconditionError where one does not, or where another server runs, which nobody would drain or judge.
+    """
     instances = []
+    known = set()
     for cluster in clusters:
         lock = yield from read_lock_file(cluster.data_directory, user=cluster.user)
         if lock is None:
@@ -114,6 +118,7 @@ def discover_given(clusters: Sequence[ClusterPolicy]) -> Procedure[tuple[Instanc
                 details="there is no postmaster.pid in it",
                 remedy="start it, or correct data_directory in the policy's [[database.clusters]]",
             )
+        known.add(lock.pid)
         instance = yield from _with_version(
             Instance(
                 engine=ENGINE,
@@ -127,6 +132,13 @@ def discover_given(clusters: Sequence[ClusterPolicy]) -> Procedure[tuple[Instanc
             lock=lock,
         )
         instances.append(instance)
+    processes = yield Command(argv=LIST_PROCESSES)
+    others = [process for process in parse_processes(processes.text) if process.pid not in known]
+    if others:
+        raise PreconditionError(
+            f"PostgreSQL also runs with process id {others[0].pid} (as {others[0].user}), which the policy does not name",
+            remedy="name every cluster in [[database.clusters]], or none, or stop the other in the guest",
+        )
     return _with_different_names(instances)
 
 

@@ -86,7 +86,7 @@ class PostgreSQL:
                 ]
         clean = clean and version is not None
         observed.append((_VERSION_FILE, "missing" if version is None else version.decode("ascii", "replace").strip()))
-        for name, content in zip(_MUST_BE_MISSING, rest, strict=True):
+        for name, content in zip(_MUST_BE_MISSING, rest[: len(_MUST_BE_MISSING)], strict=True):
             clean = clean and content is None
             observed.append((name, "missing" if content is None else "present"))
         return InstanceEvidence(
@@ -101,7 +101,9 @@ class PostgreSQL:
     def locate(self, instance: Instance) -> Procedure[tuple[GuestPath, ...]]:
         """Find the file systems of ``evidence_paths``, in their order. See ``guest_paths.locate_files``.
 
-        Refuses a WAL folder or a tablespace that is on no disk of the guest: it would be missing in the snapshot.
+        Refuses a WAL folder or a tablespace that is on no disk of the guest: it would be missing in the snapshot. After
+        the evidence comes one path in each of these folders, so that the reader finds their file systems on the disks
+        that were captured, or fails.
         """
         links = yield from ask(
             Command(
@@ -114,6 +116,9 @@ class PostgreSQL:
             ),
             what=f"cannot list the tablespaces of {instance.name}",
         )
+        elsewhere = []
         for link in links.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]:
-            yield from locate_folder(link)
-        return (yield from locate_files(self.evidence_paths(instance)))
+            folder = yield from locate_folder(link)
+            elsewhere.append(folder.file(_VERSION_FILE))
+        evidence = yield from locate_files(self.evidence_paths(instance))
+        return (*evidence, *elsewhere)

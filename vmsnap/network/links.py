@@ -115,7 +115,11 @@ def routes() -> tuple[str, ...]:
 
 
 def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
-    """Make a bridge that is nobody's router: no address, no IPv6, no spanning tree, no host firewall; set it up."""
+    """Make a bridge that is nobody's router: no address, no IPv6, no spanning tree, no host firewall; set it up.
+
+    The host neither answers ARP there, which it otherwise does for any address of its own, nor routes what comes from
+    there: a firewall manager may flush the fence's rules long after they were proven.
+    """
     with _translated(f"make the bridge {name}"), IPRoute() as route:
         route.link("add", ifname=name, kind="bridge", **_BRIDGE_SETTINGS)
         index = route.link_lookup(ifname=name)[0]
@@ -123,6 +127,8 @@ def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
             route.link("set", index=index, mtu=mtu)
         route.link("set", index=index, ifalias=alias)
         switch_ipv6_off(name)
+        set_ipv4(f"conf/{name}/arp_ignore", value=8)
+        set_ipv4(f"conf/{name}/forwarding", value=0)
         route.link("set", index=index, state="up")
 
 

@@ -44,4 +44,7 @@ class Engine(Protocol):
         """Judge the content of ``evidence_paths`` as read from the disk; None stands for a missing file."""
 
     def locate(self, instance: Instance) -> Procedure[tuple[GuestPath, ...]]:
-        """Find the file systems that hold ``evidence_paths``, in their order. Works on a stopped instance too."""
+        """Find the file systems that hold ``evidence_paths``, in their order. Works on a stopped instance too.
+
+        More paths may follow: each only has to be on a captured disk. ``judge`` gets their content too, and ignores it.
+        """

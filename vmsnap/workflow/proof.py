@@ -70,6 +70,8 @@ def _require_clean(file_systems: tuple[FileSystemState, ...], evidence: tuple[In
     ]
     if not file_systems:
         defects.append("no file system was found on the disks")
+    if not evidence:
+        defects.append("no database instance was stopped")
     if defects:
         raise NotCleanError(
             "the clone's disks are not clean; nothing was stored",

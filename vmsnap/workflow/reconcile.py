@@ -82,11 +82,11 @@ def _undo_run(world: World, record: RunRecord) -> list[Undone] | None:
 
 def _undo_strays(world: World, *, guest: str | None) -> tuple[list[Undone], list[RunId]]:
     """Undo tagged things whose run's journal says that it is over. A run nobody here knows may be another host's."""
-    over = {record.run for record in world.journals.records() if record.closed}
+    # Not every tag names the guest, so the run's journal does: a fence must not go while its guest's clone is passed over.
+    over = {record.run for record in world.journals.records() if record.closed and guest in (None, record.guest)}
     strays: list[Resource] = []
     for owner in world.owners:
         strays.extend(resource for resource in owner.owned() if resource.run in over)
-    strays = [stray for stray in strays if guest is None or stray.guest in (guest, "")]
     strays.sort(key=lambda stray: _ORDER.index(stray.kind))
     done = [_undone(stray, error) for stray, error in release_each(world, strays, journal=None)]
     return done, sorted({stray.run for stray in strays})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from vmsnap.model.manifest import Verification
 from vmsnap.model.report import VerifyReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.workflow.world import World
+
+_LOCK_TIMEOUT = timedelta(minutes=30)
 
 
 def verify(world: World, *, reference: str, progress: Progress, cancel: Cancel) -> VerifyReport:
@@ -19,8 +23,10 @@ def verify(world: World, *, reference: str, progress: Progress, cancel: Cancel) 
     began = world.clock.monotonic()
     blocks, defects = world.store.verify(snapshot, progress=progress.bytes_done, cancel=cancel)
     verification = Verification(at=world.clock.now(), blocks=blocks, bad_blocks=len(defects))
-    current = world.store.find(snapshot.id)
-    world.store.mark(current, marks=current.marks.model_copy(update={"verification": verification}))
+    # Under the lock, so that a pin set meanwhile is not lost.
+    with world.store.lock(snapshot.manifest.guest, timeout=_LOCK_TIMEOUT):
+        current = world.store.find(snapshot.id)
+        world.store.mark(current, marks=current.marks.model_copy(update={"verification": verification}))
     return VerifyReport(
         snapshot=snapshot.id, blocks=blocks, defects=defects, seconds=round(world.clock.monotonic() - began, 3)
     )

@@ -103,13 +103,15 @@ class SourceReturn:
             _LOG.debug("abortJob on %s: %s", self._guest, error)
 
     def _resume_if_left_paused(self, domain: Any) -> None:
-        """Let the guest run where a capture left it paused. A pause for another reason is its operator's."""
+        """Let the guest run where a capture left it paused. A pause for another reason is its operator's.
+
+        After a migration the guest may run on another host: resuming it here as well would ruin its disks.
+        """
         self._resume_from(
             domain,
             reasons=(
                 libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
                 libvirt.VIR_DOMAIN_PAUSED_SAVE,
-                libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
             ),
         )
 

@@ -145,18 +145,19 @@ class Environments:
             ) from error
 
     def attach(self, plan: EnvironmentPlan, *, fence: FencePlan | None, nvram: bool) -> None:
-        """Create the environment's process, paused, and, where it has a fence, check what it could touch."""
+        """Create the environment's process, paused, and check what it could touch; its NICs only where it has a fence."""
         domain = self._connection.domain(plan.name)
         with translated(f"start the environment {plan.name!r}"):
             domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
             live = parse(domain.XMLDesc(0))
         if fence is None:
-            return
+            for interface in devices(live).findall("interface"):
+                devices(live).remove(interface)
         folder = self._folders.of(plan)
         audit.require_private(
             live,
             overlays={disk_target(disk): str(folder / f"{disk_target(disk)}.qcow2") for disk in writable_disks(live)},
-            bridges={port.mac: port.bridge for port in fence.ports},
+            bridges={} if fence is None else {port.mac: port.bridge for port in fence.ports},
             nvram=str(folder / _NVRAM) if nvram else None,
             name=f"the environment {plan.name!r}",
         )

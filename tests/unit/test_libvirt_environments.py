@@ -1,0 +1,49 @@
+"""Environments on a libvirt network: their NICs are their operator's choice, everything else is checked all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.libvirt_domains import RUN, domain_xml
+from tests.unit.libvirt_fakes import FakeConnection, FakeDomain
+from vmsnap.errors import SafetyError
+from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environments
+from vmsnap.model.environment import EnvironmentPlan
+from vmsnap.model.manifest import MachineRecord
+
+PLAN = EnvironmentPlan(
+    run=RUN,
+    guest="db1",
+    name="db1-test",
+    uuid="5f1d2b52-7a39-4d0b-8a37-3d2f0d1b8c44",
+    macs=("52:54:00:00:00:01",),
+    network="test",
+)
+
+
+class Startable(FakeDomain):
+    def createWithFlags(self, flags: int) -> None:  # noqa: N802 - libvirt's names
+        self.calls.append("create")
+
+
+def attach(folder: Path, *, definition: str) -> None:
+    machine = MachineRecord(
+        hypervisor="libvirt", definition=definition, uuid="u", memory_bytes=1, vcpus=1, nvram=None, macs=PLAN.macs
+    )
+    folders = EnvironmentFolders(folder)
+    xml = Environments(FakeConnection(), folders=folders).xml(PLAN, machine=machine, fence=None)
+    connection = FakeConnection(Startable(live=xml, definition=xml))
+    Environments(connection, folders=folders).attach(PLAN, fence=None, nvram=False)
+
+
+def test_a_network_of_the_operators_choice_is_no_breach(tmp_path: Path) -> None:
+    attach(tmp_path, definition=domain_xml())
+
+
+def test_a_folder_of_the_host_in_the_stored_definition_is(tmp_path: Path) -> None:
+    shared = "<filesystem type='mount'><source dir='/srv/production'/><target dir='share'/></filesystem>"
+    with pytest.raises(SafetyError) as caught:
+        attach(tmp_path, definition=domain_xml().replace("</devices>", f"{shared}</devices>"))
+    assert "filesystem" in str(caught.value.details)
