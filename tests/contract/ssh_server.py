@@ -73,7 +73,7 @@ class LocalSshServer:
             user=self.user,
             key_file=str(self.key_file),
             host_key=f"{self.server_key.get_name()} {self.server_key.get_base64()}",
-            connect_timeout=timedelta(seconds=10),
+            connect_timeout=timedelta(seconds=60),
         )
 
     def connect(self, address: str, port: int, timeout: timedelta) -> socket:
@@ -140,12 +140,16 @@ class LocalSshServer:
             transport.close()
 
 
+# What a line that is being torn down may raise; nobody is left to tell.
+_GONE = (OSError, EOFError, ValueError, paramiko.SSHException)
+
+
 def _pump_out(source: IO[bytes], send: Callable[[bytes], None]) -> None:
     with source:
         while chunk := source.read1(1 << 16):  # type: ignore[attr-defined]
             try:
                 send(chunk)
-            except OSError:
+            except _GONE:
                 return
 
 
@@ -155,7 +159,10 @@ def _pump_in(channel: paramiko.Channel, target: IO[bytes]) -> None:
             while chunk := channel.recv(1 << 16):
                 target.write(chunk)
                 target.flush()
-    except OSError:
+    except _GONE:
         # The program does not read any more; a server goes on taking what is sent.
-        while channel.recv(1 << 16):
-            pass
+        try:
+            while channel.recv(1 << 16):
+                pass
+        except _GONE:
+            return

@@ -16,7 +16,7 @@ from vmsnap.errors import DeadlineError, GuestUnreachableError
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.ports.guest import GuestControl
 
-QUICK = timedelta(seconds=30)
+QUICK = timedelta(seconds=120)
 HARD_ARGUMENTS = (
     "plain",
     "two words",
