@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
 NAME ?= backup
-# Under software emulation QEMU now and then copies a guest's memory wrongly, and the clone is dead: integration/lab/priority.py.
+# Under software emulation some captures are inconsistent, and the clone is dead: see integration/lab/priority.py.
 # Only a test that failed with an agent that does not answer is run again.
 RERUN := --reruns 2 --only-rerun 'did not answer by agent' --only-rerun 'Guest agent (is )?not (available|responding)'
 

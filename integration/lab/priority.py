@@ -1,10 +1,10 @@
 """Keeping an emulated guest's CPU threads from being preempted.
 
-QEMU's emulator (TCG) checks whether a page is being tracked and then stores to it, in two steps. If the host preempts the
-thread between them for as long as it takes to copy that page, the store is in no dirty bitmap and is missing from the memory
-image: the clone then dies with corrupt lists or a panic. On two overloaded cores this hit about one capture in ten. Hardware
-virtualisation has no such gap, and neither has an idle guest. Real-time priority would make it worse: its throttling stops a
-busy thread once a second. A weight far above everybody else's makes preemption rare and short.
+On overloaded hosts (load 8 and more on two cores) about one clone in ten of an emulated guest came up dead: its kernel went round
+in a corrupt list, or panicked. On the same machine at a lower load 20 of 20 came up. So the memory image was inconsistent, most
+likely because QEMU's emulator (7.2) lost track of a changed page while its CPU thread was preempted; that cause was not proven.
+Hardware virtualisation records changes in hardware. Real-time priority would make it worse: its throttling stops a busy
+thread once a second. A weight far above everybody else's makes preemption rare and short.
 """
 
 from __future__ import annotations

@@ -130,15 +130,14 @@ def _check_kinds(domain: ET.Element) -> Iterator[Finding]:
 
 
 def check_emulation(domain: ET.Element) -> Iterator[Finding]:
-    """Check for software emulation, whose record of changed pages has a gap.
+    """Check for software emulation, whose live captures are not always consistent.
 
-    QEMU's emulator tests whether a page is tracked and then stores to it; a store between the two, at the moment the
-    page is copied, is missing from the memory image. Seen as clones that came up dead on an overloaded host.
+    Seen with QEMU 7.2 on overloaded hosts: clones whose kernel came up with corrupt lists. The cause is not known for sure.
     """
     if domain.get("type") == "qemu":
         yield _warning(
             "emulation",
-            "the guest runs in software emulation; QEMU can then miss a changed page, and a clone may come up dead or wrong",
+            "the guest runs in software emulation, whose live captures are not always consistent: a clone may come up dead or wrong",
             "use KVM for anything but tests",
         )
 
