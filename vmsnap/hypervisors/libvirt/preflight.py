@@ -137,7 +137,7 @@ def check_emulation(domain: ET.Element) -> Iterator[Finding]:
     if domain.get("type") == "qemu":
         yield _warning(
             "emulation",
-            "the guest runs in software emulation, whose live captures are not always consistent: a clone may come up dead or wrong",
+            "the guest runs in software emulation, whose live captures are not always consistent (clones came up dead)",
             "use KVM for anything but tests",
         )
 
