@@ -22,14 +22,14 @@ from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
 from vmsnap.hypervisors.libvirt.overlays import create_overlay
 
-ROUNDS = 3
+ROUNDS = 2
 GUEST = "bench1"
-SETTLE_S = 15
+SETTLE_S = 8
 TIB = 1 << 40
 
 
 def measure(lab: Lab, console: Console) -> dict[str, object]:
-    """Return the figures. Takes about fifteen minutes under software emulation."""
+    """Return the figures. Takes about eight minutes under software emulation."""
     store = lab.reflink / "bench-store"
     store.mkdir()
     vmsnap = Installation(lab, name="bench", store=store)
@@ -104,7 +104,7 @@ def _throughput(guest: LabGuest, *, vmsnap: Installation, console: Console) -> d
         vmsnap.policy(GUEST, _policy(guest.lab, cpu_shares=shares))
         guest.start_pgbench(clients=4)
         began = time.monotonic()
-        time.sleep(30)
+        time.sleep(20)
         run_began = time.monotonic() - began
         vmsnap.ok("backup", GUEST)
         run_ended = time.monotonic() - began
