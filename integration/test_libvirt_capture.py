@@ -160,7 +160,8 @@ def test_a_cancelled_capture_leaves_the_guest_at_home(lab: Lab, guest: LabGuest)
         expect_home(run, guest, before)
         # Nothing is half done: a second attempt of the same run may follow. This one may be cancelled too late, when
         # all is taken already; then the release brings the guest home.
-        with pytest.raises(CancelledError):
+        # The first attempt's image may still fill the tmpfs, which is noticed as well.
+        with pytest.raises((CancelledError, NotConvergingError)):
             run.capture(Cancel(when=lambda: True))
         assert is_running(guest)
         run.release()
@@ -179,6 +180,8 @@ def test_a_guest_that_does_not_converge_is_left_alone(
     lab: Lab, guest: LabGuest, mode: OnNoConvergence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_up_at_once(monkeypatch)
+    # How much is left at the first look depends on the host's speed; here it never fits into the pause.
+    monkeypatch.setattr(LiveCapture, "_fits", lambda *_arguments: False)
     before = definitions(guest)
     settings = CaptureSettings(max_pause=HASTY.max_pause, on_no_convergence=mode, min_overlay_free_bytes=1 << 20)
     with memory_writer(guest), run_of(lab, guest, settings) as run:
