@@ -414,6 +414,13 @@ class Production:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.settimeout(0.3)
             listener.bind((any_address, 7777))
+        self._wait_for_neighbour()
+
+    def _wait_for_neighbour(self) -> None:
+        """A link drops what is sent in its first moments: silence there would prove nothing."""
+        until = time.monotonic() + 20
+        while "1 received" not in sh("ping", "-c1", "-W1", NEIGHBOUR_ADDRESS, check=False):
+            assert time.monotonic() < until, "the neighbour in production does not answer"
 
     def leaks(self, *, marker: bytes) -> set[str]:
         """Return where the marker was seen."""

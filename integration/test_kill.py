@@ -29,6 +29,8 @@ BACKUP_STEPS = (
     "store",
     "discard",
 )
+# What QEMU allows unless somebody changed it; a dead capture must not leave its own.
+MAX_DOWNTIME_MS = 300
 PROVISION_STEPS = ("define", "attach", "start")
 
 
@@ -69,6 +71,7 @@ def _write(guest: LabGuest, number: int) -> None:
 
 def _require_home(guest: LabGuest, *, counter: int) -> None:
     assert guest.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    assert guest.domain.migrateGetMaxDowntime() == MAX_DOWNTIME_MS
     for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
         xml = guest.domain.XMLDesc(flags)
         assert ".source.qcow2" not in xml

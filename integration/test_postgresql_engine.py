@@ -230,8 +230,13 @@ def test_servers_are_found_by_their_processes(world: World) -> None:
     assert {instance.data_directory: instance for instance in found} == {
         str(cluster.directory): cluster.instance() for cluster in clusters
     }
-    given = world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover())
-    assert given == (clusters[1].instance(),)
+    given = world.drive(PostgreSQL(clusters=tuple(cluster.policy() for cluster in clusters)).discover())
+    assert given == tuple(cluster.instance() for cluster in clusters)
+    # Nobody would drain or judge the server that the policy leaves out.
+    with pytest.raises(PreconditionError, match="which the policy does not name"):
+        world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover())
+    clusters[0].pg_ctl("stop", "-w")
+    assert world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover()) == (clusters[1].instance(),)
     clusters[1].pg_ctl("stop", "-w")
     with pytest.raises(PreconditionError, match="no PostgreSQL server runs on"):
         world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover())

@@ -39,6 +39,7 @@ class FakeDomain:
         self.saved = False
         self.ready_after = 1
         self.pivot_updates_definition = True
+        self.max_downtime_ms = 300
 
     def isActive(self) -> int:  # noqa: N802 - libvirt's names
         return int(self.live is not None)
@@ -78,6 +79,13 @@ class FakeDomain:
 
     def jobStats(self) -> dict[str, int]:  # noqa: N802
         return {} if self.job is None else {"operation": self.job}
+
+    def migrateGetMaxDowntime(self) -> int:  # noqa: N802
+        return self.max_downtime_ms
+
+    def migrateSetMaxDowntime(self, milliseconds: int, flags: int) -> None:  # noqa: N802
+        assert flags == 0
+        self.max_downtime_ms = milliseconds
 
     def abortJob(self) -> None:  # noqa: N802
         self.calls.append("abort job")

@@ -97,6 +97,15 @@ def test_overlays_never_used_are_simply_deleted(disks: Disks) -> None:
     assert domain.calls == []
 
 
+def test_the_longest_pause_that_a_dead_capture_left_is_given_back(disks: Disks) -> None:
+    domain = FakeDomain(live=disks.on_bases(), definition=disks.on_bases())
+    domain.max_downtime_ms = 10
+    detail = disks.detail.model_copy(update={"max_downtime_ms": 300})
+    SourceReturn(FakeConnection(domain), guest="db1", detail=detail).run(deadline=MINUTE)
+    assert domain.max_downtime_ms == 300
+    assert disks.deleted
+
+
 def test_a_running_guest_is_committed_pivoted_and_free_of_overlays(disks: Disks) -> None:
     disks.write()
     domain = FakeDomain(live=disks.on_overlays(), definition=disks.on_overlays())

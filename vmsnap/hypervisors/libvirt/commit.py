@@ -53,6 +53,7 @@ class SourceReturn:
         # Asked again: the job that was waited for may have been a save or a migration, which ends the guest here.
         if self._is_active(domain):
             self._resume_if_left_paused(domain)
+            self._give_back_downtime(domain)
             self._commit_live(domain, until)
             offline.mend_definition(domain, guest=self._guest, detail=self._detail)
         else:
@@ -121,6 +122,15 @@ class SourceReturn:
             if state == libvirt.VIR_DOMAIN_PAUSED and reason in reasons:
                 _LOG.warning("%r was left paused (reason %d); resuming it", self._guest, reason)
                 domain.resume()
+
+    def _give_back_downtime(self, domain: Any) -> None:
+        """Allow a migration the pause it was allowed before a capture that died: a busy guest needs it to converge."""
+        before = self._detail.max_downtime_ms
+        if before is None:
+            return
+        with translated(f"give back the longest pause of {self._guest!r}"):
+            if domain.migrateGetMaxDowntime() != before:
+                domain.migrateSetMaxDowntime(before, 0)
 
     def _commit_live(self, domain: Any, until: float) -> None:
         """Commit all disks: start all, wait for all, pivot all, so that they change over close together."""

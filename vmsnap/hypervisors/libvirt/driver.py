@@ -199,11 +199,16 @@ class LibvirtHypervisor:
         memory.create(self._runtime(plan.run) / "memory", ram_bytes=plan.guest.memory_bytes)
 
     def overlays_resource(self, plan: CapturePlan) -> Resource:
-        """Name the source's overlays."""
-        return self._overlays_resource(plan, role="source", kind=ResourceKind.SOURCE_OVERLAYS)
+        """Name the source's overlays, and note what else a capture changes of the source."""
+        domain = self._connection.domain(plan.guest.name)
+        with translated(f"ask for the longest pause of {plan.guest.name!r}"):
+            max_downtime_ms = int(domain.migrateGetMaxDowntime()) if domain.isActive() else None
+        detail = overlays.describe(plan, role="source").model_copy(update={"max_downtime_ms": max_downtime_ms})
+        return self._overlays_resource(plan, role="source", kind=ResourceKind.SOURCE_OVERLAYS, detail=detail)
 
-    def _overlays_resource(self, plan: CapturePlan, *, role: str, kind: ResourceKind) -> Resource:
-        detail = overlays.describe(plan, role=role)
+    def _overlays_resource(
+        self, plan: CapturePlan, *, role: str, kind: ResourceKind, detail: OverlaysDetail
+    ) -> Resource:
         return Resource(
             kind=kind,
             run=plan.run,
@@ -224,7 +229,8 @@ class LibvirtHypervisor:
 
     def clone_overlays_resource(self, plan: CapturePlan) -> Resource:
         """Name the overlays the clone will write to."""
-        return self._overlays_resource(plan, role="clone", kind=ResourceKind.CLONE_OVERLAYS)
+        detail = overlays.describe(plan, role="clone")
+        return self._overlays_resource(plan, role="clone", kind=ResourceKind.CLONE_OVERLAYS, detail=detail)
 
     def prepare_clone_overlays(self, plan: CapturePlan) -> None:
         """Make the overlays the clone will write to."""

@@ -36,12 +36,17 @@ class OverlayDetail(BaseModel):
 
 
 class OverlaysDetail(BaseModel):
-    """All overlays of one role of one run."""
+    """All overlays of one role of one run.
+
+    ``max_downtime_ms`` is what libvirt allowed a migration of the source to pause before the capture lowered it; None
+    where it is not known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uuid: str
     disks: tuple[OverlayDetail, ...]
+    max_downtime_ms: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
