@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from ipaddress import IPv4Address
 
 from vmsnap.model.guest import Guest
 from vmsnap.model.ids import RunId
@@ -23,6 +24,24 @@ class Rung(StrEnum):
     AGENT = "agent"
     HOT_PLUG = "hot-plug"
     OLD_ADDRESS = "old-address"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """The last DHCP exchange of a guest's NIC in production, as somebody saw it.
+
+    ``server`` is option 54 of the ACK, ``xid`` the transaction id of the exchange, ``nonce`` the 16 bytes of RFC 6704
+    where the server gave one, ``client`` what the client calls itself (option 60) or an empty text, ``vlan`` the tag.
+    """
+
+    mac: str
+    address: IPv4Address
+    server: IPv4Address
+    xid: int
+    seen: datetime
+    nonce: bytes | None = None
+    client: str = ""
+    vlan: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from datetime import timedelta
 from typing import Protocol
 
 from vmsnap.model.guest import OldAddress
-from vmsnap.model.isolation import Addressed, FencePlan, IsolationProof, Rung
+from vmsnap.model.isolation import Addressed, Exchange, FencePlan, IsolationProof, Rung
 from vmsnap.model.journal import Resource
 from vmsnap.ports.clock import Cancel
-from vmsnap.ports.guest import Connector
+from vmsnap.ports.guest import Connector, GuestControl
 from vmsnap.ports.owner import Owner
 
 
@@ -42,13 +42,20 @@ class LinkControl(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AddressRequest:
-    """What the ladder needs to know. ``probe_port`` is a TCP port that answers once the clone is reachable."""
+    """What the ladder needs to know. ``probe_port`` is a TCP port that answers once the clone is reachable.
+
+    ``exchanges`` are the last ones of the guest's NICs in production, where somebody saw them. ``agent`` runs commands
+    in the clone without its network, where a rung may use it. ``static_macs`` are NICs known not to use DHCP.
+    """
 
     fence: FencePlan
     ladder: tuple[Rung, ...]
     old_addresses: tuple[OldAddress, ...]
     probe_port: int
     rung_deadline: timedelta
+    exchanges: tuple[Exchange, ...] = ()
+    agent: GuestControl | None = None
+    static_macs: frozenset[str] = frozenset()
 
 
 class Addressing(Protocol):
