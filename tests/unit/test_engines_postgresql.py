@@ -39,16 +39,18 @@ INSTANCE = Instance(
     socket_directory="/var/run/postgresql",
 )
 
-# `ps -eo pid=,ppid=,user:64=,comm= -ww` on a guest with two servers, a client and a look-alike, shortened.
+# `ps -eo pid=,ppid=,state=,user:64=,comm= -ww` on a guest with two servers, a client and a look-alike, shortened.
 PROCESSES = f"""\
-      1       0 {"root":<64} systemd
-    612       1 {"postgres":<64} postgres
-    640     612 {"postgres":<64} postgres
-    641     612 {"postgres":<64} postgres
-    700       1 {"a-very-long-account-name-of-somebody":<64} postmaster
-    701     700 {"a-very-long-account-name-of-somebody":<64} postmaster
-    801       1 {"root":<64} postgres_export
-    900     801 {"app":<64} psql
+      1       0 S {"root":<64} systemd
+    612       1 S {"postgres":<64} postgres
+    640     612 S {"postgres":<64} postgres
+    641     612 S {"postgres":<64} postgres
+    700       1 S {"a-very-long-account-name-of-somebody":<64} postmaster
+    701     700 S {"a-very-long-account-name-of-somebody":<64} postmaster
+    801       1 S {"root":<64} postgres_export
+    900     801 S {"app":<64} psql
+    950       1 Z {"postgres":<64} postgres <defunct>
+    951       1 Z {"postgres":<64} postgres
 """
 # postmaster.pid of PostgreSQL 15 on Debian 12.
 LOCK_FILE = """\
@@ -150,14 +152,14 @@ def test_no_server_is_refused_with_the_policys_keys() -> None:
 
 
 def test_a_server_that_ends_while_it_is_looked_at_is_left_out() -> None:
-    processes = said(f"612 1 {'postgres':<64} postgres\n")
+    processes = said(f"612 1 S {'postgres':<64} postgres\n")
     with pytest.raises(PreconditionError, match="no PostgreSQL server runs"):
         answer(ENGINE.discover(), processes, said(status=1), said(status=1))
 
 
 def test_a_server_in_a_container_is_refused() -> None:
     links = said("/var/lib/postgresql/data\n/usr/lib/postgresql/16/bin/postgres\n")
-    processes = said(f"612 1 {'systemd-coredump':<64} postgres\n")
+    processes = said(f"612 1 S {'systemd-coredump':<64} postgres\n")
     missing = said(status=1, error="find: '/var/lib/postgresql/data': No such file or directory")
     with pytest.raises(PreconditionError, match="container"):
         answer(ENGINE.discover(), processes, links, missing, missing)
@@ -167,7 +169,7 @@ def test_the_programs_of_an_upgraded_server_are_found() -> None:
     links = said("/var/lib/postgresql/15/main\n/usr/lib/postgresql/15/bin/postgres (deleted)\n")
     (instance,) = answer(
         ENGINE.discover(),
-        said(f"612 1 {'postgres':<64} postgres\n"),
+        said(f"612 1 S {'postgres':<64} postgres\n"),
         links,
         said(LOCK_FILE),
         said("Database cluster state:               in production\n"),

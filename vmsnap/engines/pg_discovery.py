@@ -23,7 +23,8 @@ from vmsnap.model.drain import Instance
 from vmsnap.model.policy import ClusterPolicy
 
 ENGINE = "postgresql"
-LIST_PROCESSES = ("ps", "-eo", "pid=,ppid=,user:64=,comm=", "-ww")
+LIST_PROCESSES = ("ps", "-eo", "pid=,ppid=,state=,user:64=,comm=", "-ww")
+_ENDED = "Z"
 _PROGRAM_NAMES = frozenset({"postgres", "postmaster"})
 _DELETED = " (deleted)"
 _POLICY_KEYS = (
@@ -53,12 +54,18 @@ class Process:
 
 
 def parse_processes(text: str) -> tuple[Process, ...]:
-    """Return the postmasters in the output of ``LIST_PROCESSES``: server processes whose parent is not one."""
+    """Return the postmasters in the output of ``LIST_PROCESSES``: server processes whose parent is not one.
+
+    One that has ended, and whose parent has not taken note (state Z), is none.
+    """
     found = {}
     for line in text.splitlines():
-        words = line.split(maxsplit=3)
-        if len(words) == 4 and words[0].isdecimal() and words[1].isdecimal() and words[3].strip() in _PROGRAM_NAMES:
-            found[int(words[0])] = Process(pid=int(words[0]), parent=int(words[1]), user=words[2])
+        words = line.split(maxsplit=4)
+        if len(words) != 5 or not words[0].isdecimal() or not words[1].isdecimal():
+            continue
+        pid, parent, state, user, name = words
+        if name.strip() in _PROGRAM_NAMES and state != _ENDED:
+            found[int(pid)] = Process(pid=int(pid), parent=int(parent), user=user)
     return tuple(process for process in found.values() if process.parent not in found)
 
 

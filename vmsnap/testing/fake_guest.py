@@ -135,11 +135,11 @@ class FakeGuest:
         return CommandResult(exit_status=0, stdout=content)
 
     def _ps(self) -> CommandResult:
-        lines = [f"{1:>7} {0:>7} {'root':<64} systemd"]
+        lines = [f"{1:>7} {0:>7} S {'root':<64} systemd"]
         for cluster in self.clusters:
             if cluster.runs:
-                lines.append(f"{cluster.pid:>7} {1:>7} {cluster.user:<64} postgres")
-                lines.append(f"{cluster.pid + 500:>7} {cluster.pid:>7} {cluster.user:<64} postgres")
+                lines.append(f"{cluster.pid:>7} {1:>7} S {cluster.user:<64} postgres")
+                lines.append(f"{cluster.pid + 500:>7} {cluster.pid:>7} S {cluster.user:<64} postgres")
         return _said("\n".join((*lines, "")))
 
     def _is_process(self, path: str) -> bool:
