@@ -6,9 +6,6 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
 NAME ?= backup
-# Under software emulation some captures are inconsistent, and the clone is dead: see integration/lab/priority.py.
-# Only a test that failed with an agent that does not answer is run again.
-RERUN := --reruns 2 --only-rerun 'did not answer by agent' --only-rerun 'Guest agent (is )?not (available|responding)'
 
 .PHONY: demo test check lint unit integration bench setup venv clean
 
@@ -34,7 +31,7 @@ unit: venv
 
 integration: setup
 	bash integration/setup.sh tests
-	$(LAB) $(PYTHON) -m pytest integration -q --durations=15 $(RERUN)
+	$(LAB) $(PYTHON) -m pytest integration -q --durations=15
 
 bench: setup
 	$(LAB) $(PYTHON) -m integration.bench $(NAME)

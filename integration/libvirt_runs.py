@@ -30,7 +30,7 @@ URI = "qemu:///system"
 RUNTIME = Path("/run/vmsnap")
 DEADLINE = timedelta(seconds=60)
 # Wide, because the hosts of the tests are slow and busy; the benchmark is where the pause is judged.
-PATIENT = CaptureSettings(max_pause=timedelta(seconds=5), min_overlay_free_bytes=1 << 20)
+PATIENT = CaptureSettings(max_pause=timedelta(seconds=5), min_overlay_free_bytes=1 << 20, allow_emulation=True)
 HASTY = CaptureSettings(max_pause=timedelta(milliseconds=2), min_overlay_free_bytes=1 << 20)
 
 

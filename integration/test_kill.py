@@ -40,18 +40,15 @@ def _is_step(line: str, step: str) -> bool:
 
 def _kill_at(vmsnap: Installation, *arguments: str, step: str, delay_s: float) -> None:
     """Start a command and kill -9 it `delay_s` after it said that it begins the step."""
-    for _ in range(2):
-        seen = []
-        with vmsnap.start(*arguments) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                seen.append(line)
-                if _is_step(line, step):
-                    time.sleep(delay_s)
-                    process.kill()
-                    return
-        if not vmsnap.lost_by_emulator("".join(seen)):
-            break
+    seen = []
+    with vmsnap.start(*arguments) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen.append(line)
+            if _is_step(line, step):
+                time.sleep(delay_s)
+                process.kill()
+                return
     pytest.fail(f"the step {step!r} never began:\n{''.join(seen)}")
 
 

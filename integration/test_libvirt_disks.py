@@ -89,7 +89,10 @@ def test_a_block_device_needs_a_folder_for_its_overlay(lab: Lab, rich_guest: Lab
 
 def test_all_disks_are_taken_at_one_instant_and_come_back(lab: Lab, rich_guest: LabGuest, overlay_dir: Path) -> None:
     settings = CaptureSettings(
-        max_pause=PATIENT.max_pause, min_overlay_free_bytes=1 << 20, overlay_dir=str(overlay_dir)
+        max_pause=PATIENT.max_pause,
+        min_overlay_free_bytes=1 << 20,
+        overlay_dir=str(overlay_dir),
+        allow_emulation=True,
     )
     before = definitions(rich_guest)
     assert before[1].count("passwd='lab-pass'") == 2

@@ -75,6 +75,7 @@ def domain_xml(lab: Lab, spec: GuestSpec, disks: tuple[AttachedDisk, ...]) -> st
         ET.SubElement(domain, "cpu", mode="host-model")
     ET.SubElement(domain, "clock", offset="utc")
     devices = ET.SubElement(domain, "devices")
+    _text(devices, "emulator", str(lab.emulator))
     for disk in disks:
         _disk(devices, disk)
     for mac in spec.macs:

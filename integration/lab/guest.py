@@ -20,7 +20,6 @@ from integration.lab.commands import LabError
 from integration.lab.disks import GuestDisks
 from integration.lab.domain import AttachedDisk, GuestSpec, console_log, domain_xml
 from integration.lab.lab import Lab
-from integration.lab.priority import prefer
 from integration.lab.services import URI
 
 BOOT_LIMIT_S = 60.0  # under hardware virtualisation; scaled by the lab's factor
@@ -99,8 +98,6 @@ class LabGuest:
     def start(self) -> None:
         """Start the domain; returns at once."""
         self.domain.create()
-        if self.lab.accelerator != "kvm":
-            prefer(self.name)
 
     def boot(self) -> float:
         """Start it and wait until agent and PostgreSQL answer; returns the seconds until the agent did."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from integration.lab import cgroups, services
+from integration.lab import cgroups, emulator, services
 from integration.lab.commands import run
 from integration.lab.lab import VARIABLE, Lab
 
@@ -64,6 +64,8 @@ def _furnish(lab: Lab) -> None:
     run(["mount", "--bind", lab.log / "libvirt", "/var/log/libvirt"])
     shutil.copy(lab.image.kernel, lab.kernel)
     shutil.copy(lab.image.initrd, lab.initrd)
+    if lab.accelerator != "kvm":
+        emulator.install(lab.emulator)
 
     if lab.accelerator != "kvm" and Path("/dev/kvm").exists():
         # libvirt throws its knowledge of QEMU away (8 s of probing at every call) while /dev/kvm looks usable but is not.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from integration.lab.commands import LabError
+from integration.lab.emulator import QEMU
 from integration.lab.image import Image
 
 VARIABLE = "VMSNAP_LAB"
@@ -54,6 +55,11 @@ class Lab:
     @property
     def initrd(self) -> Path:
         return self.scratch / "boot" / "initrd"
+
+    @property
+    def emulator(self) -> Path:
+        """What libvirt starts as QEMU: QEMU itself or, under software emulation, a program that starts it."""
+        return Path(QEMU) if self.accelerator == "kvm" else self.scratch / "qemu-system-x86_64"
 
     @property
     def guests(self) -> Path:

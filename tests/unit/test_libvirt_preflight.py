@@ -29,6 +29,26 @@ def refusals(xml: str, *, settings: CaptureSettings) -> list[Finding]:
     return [finding for finding in findings(xml, settings=settings) if finding.severity is Severity.REFUSAL]
 
 
+@pytest.mark.parametrize(
+    ("kind", "qemu_version", "allowed", "found"),
+    [
+        ("kvm", 7_002_022, False, []),
+        ("qemu", 9_000_000, False, []),
+        ("qemu", 8_002_009, False, [Severity.REFUSAL]),
+        ("qemu", 8_002_009, True, [Severity.WARNING]),
+    ],
+)
+def test_an_emulated_guest_that_may_be_copied_wrongly_is_refused(
+    kind: str, qemu_version: int, allowed: bool, found: list[Severity]
+) -> None:
+    domain = parse(domain_xml())
+    domain.set("type", kind)
+    seen = preflight.check_emulation(
+        domain, qemu_version=qemu_version, settings=CaptureSettings(allow_emulation=allowed)
+    )
+    assert [finding.severity for finding in seen] == found
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> CaptureSettings:
     return CaptureSettings(overlay_dir=str(tmp_path), min_overlay_free_bytes=1 << 20)

@@ -29,6 +29,7 @@ class CaptureSettings:
 
     ``timeout`` is kept, or the capture is undone. ``max_pause`` bounds the last pass over memory, which is what grows with
     load; what comes after it (device state, disks, resume) is measured, and a pause that was longer is reported.
+    ``allow_emulation``: take guests without hardware virtualisation even where the copy of their memory may be wrong.
     """
 
     mode: CaptureMode = CaptureMode.LIVE
@@ -37,6 +38,7 @@ class CaptureSettings:
     timeout: timedelta = timedelta(minutes=10)
     overlay_dir: str | None = None
     min_overlay_free_bytes: int = 1 << 30
+    allow_emulation: bool = False
     cpu_shares: int = 64
 
 

@@ -69,6 +69,7 @@ class CapturePolicy(_Section):
     timeout: PositiveDuration = timedelta(minutes=10)
     overlay_dir: str | None = None
     min_overlay_free_mib: int = Field(default=1024, ge=1)
+    allow_emulation: bool = False
 
 
 class ClonePolicy(_Section):

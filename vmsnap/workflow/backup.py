@@ -62,6 +62,7 @@ def settings_of(policy: Policy) -> CaptureSettings:
         timeout=policy.capture.timeout,
         overlay_dir=policy.capture.overlay_dir,
         min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
+        allow_emulation=policy.capture.allow_emulation,
         cpu_shares=policy.clone.cpu_shares,
     )
 

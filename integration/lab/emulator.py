@@ -1,0 +1,41 @@
+"""Going round an error of QEMU's software emulation that makes captures inconsistent.
+
+While a guest's memory is copied, QEMU collects which pages the guest wrote. For blocks of memory that are a multiple of 64
+pages long it takes a short cut, which forgets to tell the emulator that a page counts as unwritten again: what the guest
+writes to it next is not noticed, and the copy keeps the old contents (`cpu_physical_memory_sync_dirty_bitmap` in QEMU's
+include/exec/ram_addr.h up to 8.2; repaired in 9.0, "physmem: Fix migration dirty bitmap coherency with TCG memory access").
+With KVM the hardware keeps the record, and nothing is lost.
+
+Measured with QEMU 7.2 on a host with a load of 12: 4 of 13 copies differed from the stopped guest's memory, in 1 to 103 pages.
+Such clones came up with corrupt lists in their kernel and answered nobody.
+
+So the lab's emulated guests have 8 KiB less memory than asked for: that is no multiple of 64 pages, and QEMU takes the long way.
+Under the same load 14 of 14 copies were the same as the guest's memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+_SCRIPT = f"""#!/bin/bash
+# Starts QEMU with 8 KiB less memory than asked for: see integration/lab/emulator.py.
+arguments=()
+previous=
+for argument; do
+    if [[ $previous == -m && $argument =~ ^[0-9]+$ ]]; then
+        argument=$((argument * 1024 - 8))k
+    elif [[ $argument =~ ^(.*\\"id\\":\\"pc.ram\\".*\\"size\\":)([0-9]+)(.*)$ ]]; then
+        argument=${{BASH_REMATCH[1]}}$((BASH_REMATCH[2] - 8192))${{BASH_REMATCH[3]}}
+    fi
+    arguments+=("$argument")
+    previous=$argument
+done
+exec {QEMU} "${{arguments[@]}}"
+"""
+
+
+def install(path: Path) -> None:
+    """Write the program that libvirt starts in place of QEMU."""
+    path.write_text(_SCRIPT)
+    path.chmod(0o755)
