@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import libvirt
@@ -25,6 +25,7 @@ from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.isolation import FencePlan
 from vmsnap.model.journal import Resource
 from vmsnap.network.fence import NetworkFence
+from vmsnap.state.clock import SystemClock
 
 URI = "qemu:///system"
 RUNTIME = Path("/run/vmsnap")
@@ -32,19 +33,6 @@ DEADLINE = timedelta(seconds=60)
 # Wide, because the hosts of the tests are slow and busy; the benchmark is where the pause is judged.
 PATIENT = CaptureSettings(max_pause=timedelta(seconds=5), min_overlay_free_bytes=1 << 20, allow_emulation=True)
 HASTY = CaptureSettings(max_pause=timedelta(milliseconds=2), min_overlay_free_bytes=1 << 20)
-
-
-class RealClock:
-    """Implements ports.clock.Clock."""
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, duration: timedelta) -> None:
-        time.sleep(duration.total_seconds())
 
 
 @dataclass
@@ -64,7 +52,7 @@ class Cancel:
 def new_driver(lab: Lab) -> LibvirtHypervisor:
     """A driver with a connection of its own, as a fresh process would have."""
     folders = LibvirtFolders(runtime=RUNTIME, environments=lab.scratch / "environments")
-    return LibvirtHypervisor(URI, folders=folders, clock=RealClock())
+    return LibvirtHypervisor(URI, folders=folders, clock=SystemClock())
 
 
 @dataclass
@@ -155,7 +143,7 @@ def run_of(lab: Lab, guest: LabGuest, settings: CaptureSettings = PATIENT) -> It
 def run_in_clone(run: DriverRun, argv: tuple[str, ...]) -> str:
     """Run a command in the running clone as root; returns its stdout."""
     assert run.clone is not None
-    control = AgentControl(run.driver.agent(run.clone.name), clock=RealClock())
+    control = AgentControl(run.driver.agent(run.clone.name), clock=SystemClock())
     result = control.run(Command(argv=argv), timeout=DEADLINE)
     assert result.exit_status == 0, result.error_text
     return result.text

@@ -30,22 +30,20 @@ def refusals(xml: str, *, settings: CaptureSettings) -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "qemu_version", "allowed", "found"),
+    ("kind", "qemu_version", "wish", "found"),
     [
-        ("kvm", 7_002_022, False, []),
-        ("qemu", 9_000_000, False, []),
-        ("qemu", 8_002_009, False, [Severity.REFUSAL]),
-        ("qemu", 8_002_009, True, [Severity.WARNING]),
+        ("kvm", 7_002_022, CaptureSettings(), []),
+        ("qemu", 9_000_000, CaptureSettings(), []),
+        ("qemu", 8_002_009, CaptureSettings(), [Severity.REFUSAL]),
+        ("qemu", 8_002_009, CaptureSettings(allow_emulation=True), [Severity.WARNING]),
     ],
 )
 def test_an_emulated_guest_that_may_be_copied_wrongly_is_refused(
-    kind: str, qemu_version: int, allowed: bool, found: list[Severity]
+    kind: str, qemu_version: int, wish: CaptureSettings, found: list[Severity]
 ) -> None:
     domain = parse(domain_xml())
     domain.set("type", kind)
-    seen = preflight.check_emulation(
-        domain, qemu_version=qemu_version, settings=CaptureSettings(allow_emulation=allowed)
-    )
+    seen = preflight.check_emulation(domain, qemu_version=qemu_version, settings=wish)
     assert [finding.severity for finding in seen] == found
 
 

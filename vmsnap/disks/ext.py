@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from vmsnap.disks.tools import Deadline, run_tool
-from vmsnap.disks.verdict import LARGEST_FILE_BYTES, Entry, Verdict, not_a_file, path_parts, too_large
+from vmsnap.disks.verdict import LARGEST_FILE_BYTES, Entry, Verdict, find_inode, too_large
 from vmsnap.errors import ToolError
 
 KINDS = frozenset({"ext2", "ext3", "ext4", "ext4dev"})
@@ -70,18 +70,13 @@ def read_file(disk: Path, *, offset: int, path: str, deadline: Deadline) -> byte
 
     Raises PreconditionError for paths that cannot be read, links and large files; ToolError.
     """
-    inode = _ROOT_INODE
-    parts = path_parts(path)
-    for depth, name in enumerate(parts, 1):
-        listing = parse_listing(_debugfs(disk, f"ls -p <{inode}>", offset=offset, deadline=deadline))
-        entry = next((item for item in listing if item.name == name), None)
-        if entry is None:
-            return None
-        if entry.kind != ("file" if depth == len(parts) else "folder"):
-            raise not_a_file(path)
-        inode = entry.inode
-    if not parts:
-        raise not_a_file(path)
+    inode = find_inode(
+        path,
+        root=_ROOT_INODE,
+        folder=lambda number: parse_listing(_debugfs(disk, f"ls -p <{number}>", offset=offset, deadline=deadline)),
+    )
+    if inode is None:
+        return None
     described = _debugfs(disk, f"stat <{inode}>", offset=offset, deadline=deadline).decode("utf-8", "replace")
     found = _SIZE.search(described)
     if found is None:

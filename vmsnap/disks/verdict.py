@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -43,6 +44,25 @@ def path_parts(path: str) -> tuple[bytes, ...]:
             f"{path!r} cannot be read from a disk", remedy="give a path without '..', line breaks and NUL characters"
         )
     return tuple(part.encode("utf-8", "surrogateescape") for part in parts)
+
+
+def find_inode(path: str, *, root: int, folder: Callable[[int], Iterable[Entry]]) -> int | None:
+    """Walk from the inode of the root to a file's; ``folder`` lists one. None where a name on the way is missing.
+
+    Raises PreconditionError for a path that cannot be read, or that leads to something else than a file.
+    """
+    inode = root
+    parts = path_parts(path)
+    for depth, name in enumerate(parts, 1):
+        entry = next((item for item in folder(inode) if item.name == name), None)
+        if entry is None:
+            return None
+        if entry.kind != ("file" if depth == len(parts) else "folder"):
+            raise not_a_file(path)
+        inode = entry.inode
+    if not parts:
+        raise not_a_file(path)
+    return inode
 
 
 def too_large(path: str, *, size_bytes: int) -> PreconditionError:

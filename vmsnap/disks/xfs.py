@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmsnap.disks.tools import Deadline, run_tool
-from vmsnap.disks.verdict import LARGEST_FILE_BYTES, Entry, Verdict, not_a_file, path_parts, too_large
+from vmsnap.disks.verdict import LARGEST_FILE_BYTES, Entry, Verdict, find_inode, not_a_file, too_large
 from vmsnap.errors import ToolError
 
 KIND = "xfs"
@@ -93,18 +93,13 @@ def read_file(image: Path, *, path: str, deadline: Deadline) -> bytes | None:
     Raises PreconditionError for paths that cannot be read, links and large files; ToolError.
     """
     geometry = _fields(image, "sb 0", fields=("rootino", "blocksize", "agblocks"), deadline=deadline)
-    inode = _number(geometry, "rootino")
-    parts = path_parts(path)
-    for depth, name in enumerate(parts, 1):
-        listing = parse_listing(_xfs_db(image, f"inode {inode}", "ls", deadline=deadline))
-        entry = next((item for item in listing if item.name == name), None)
-        if entry is None:
-            return None
-        if entry.kind != ("file" if depth == len(parts) else "folder"):
-            raise not_a_file(path)
-        inode = entry.inode
-    if not parts:
-        raise not_a_file(path)
+    inode = find_inode(
+        path,
+        root=_number(geometry, "rootino"),
+        folder=lambda number: parse_listing(_xfs_db(image, f"inode {number}", "ls", deadline=deadline)),
+    )
+    if inode is None:
+        return None
     described = _fields(image, f"inode {inode}", fields=("core.size", "core.realtime"), deadline=deadline)
     size_bytes = _number(described, "core.size")
     if size_bytes > LARGEST_FILE_BYTES:
