@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.errors import GuestUnreachableError, PreconditionError
+from vmsnap.errors import PreconditionError
 from vmsnap.model.guest import Guest
 from vmsnap.model.policy import ControlPolicy, IsolationPolicy, Policy, SshPolicy
 from vmsnap.testing.world import FakeWorld
@@ -48,7 +48,7 @@ def test_a_key_from_the_policy_is_not_asked_for(tmp_path: Path) -> None:
 def test_a_server_that_does_not_show_its_key_is_an_error(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     policy = Policy(guest="db", control=ControlPolicy(via="ssh", ssh=SSH))
-    with pytest.raises(GuestUnreachableError):
+    with pytest.raises(PreconditionError):
         choose(lab.process(), policy=policy, guest=_guest(lab))
 
 

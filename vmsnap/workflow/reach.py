@@ -98,7 +98,12 @@ def _pinned(world: World, *, policy: Policy, address: str) -> SshLogin:
     world.access.ssh(replace(login, host_key=login.host_key or "-"), address=address, connector=world.direct).close()
     if login.host_key is not None:
         return login
-    return replace(login, host_key=world.access.host_key(login, address=address, connector=world.direct))
+    try:
+        host_key = world.access.host_key(login, address=address, connector=world.direct)
+    except GuestUnreachableError as error:
+        # Nothing was touched yet, and the remedy is the operator's: no failure of a driver.
+        raise PreconditionError(error.brief, details=error.details, remedy=error.remedy) from error
+    return replace(login, host_key=host_key)
 
 
 def old_addresses(policy: Policy, *, guest: Guest) -> tuple[OldAddress, ...]:
