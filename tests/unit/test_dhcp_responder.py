@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmsnap.dhcp.authentication import ReplayCounter, authentication_of, is_signed, nonce_of
 from vmsnap.dhcp.message import UNSPECIFIED, DhcpMessage, MessageType, Op, Option, OptionCode, decode, encode
 from vmsnap.dhcp.responder import IP_BROADCAST, Reply, Responder, ResponderConfig
 
@@ -103,7 +105,7 @@ def test_selecting_is_acknowledged_and_bound() -> None:
     address = dialogue.take()
     lease = dialogue.server.bound(MAC, now=0)
     assert lease is not None
-    assert (lease.address, lease.xid, lease.nonce_capable) == (address, 99, False)
+    assert (lease.address, lease.xid, lease.nonce) == (address, 99, None)
     assert dialogue.server.bound(OTHER, now=0) is None
 
 
@@ -240,13 +242,116 @@ def test_a_server_of_the_old_address_renews_it_as_before() -> None:
     assert ack.message.address(OptionCode.ROUTER) == gateway
 
 
-def test_a_client_that_knows_rfc_6704_is_remembered() -> None:
-    dialogue = Dialogue()
-    (offer,) = dialogue.send(client(MessageType.DISCOVER))
-    dialogue.send(client(MessageType.REQUEST, options={50: offer.message.yiaddr.packed, 54: SERVER.packed, 145: b"\1"}))
+def nonce_responder(**changes: object) -> Responder:
+    nonces = itertools.count()
+    config = responder(**changes)._config
+    return Responder(
+        config,
+        new_nonce=lambda: bytes([next(nonces)]) * 16,
+        replay=ReplayCounter(wall_seconds=lambda: 0.0),
+    )
+
+
+def take_with_nonce(dialogue: Dialogue, *, algorithms: bytes = b"\1") -> DhcpMessage:
+    """Go through discover and request as a client of RFC 6704; return the ACK."""
+    (offer,) = dialogue.send(client(MessageType.DISCOVER, options={145: algorithms}))
+    assert offer.message.option(145) == (b"\1" if 1 in algorithms else None)
+    assert offer.message.option(90) is None
+    chosen = {50: offer.message.yiaddr.packed, 54: SERVER.packed, 145: algorithms}
+    (ack,) = dialogue.send(client(MessageType.REQUEST, options=chosen))
+    return ack.message
+
+
+@pytest.mark.parametrize("algorithms", [b"\1", b"\2\1"])
+def test_a_client_that_knows_rfc_6704_is_given_a_nonce_and_can_be_asked_to_renew(algorithms: bytes) -> None:
+    dialogue = Dialogue(server=nonce_responder())
+    ack = take_with_nonce(dialogue, algorithms=algorithms)
+    nonce = nonce_of(ack)
+    assert nonce == bytes(16)
+    given = authentication_of(ack)
+    assert given is not None
+    asked = dialogue.server.force_renew(MAC, now=0)
+    assert asked is not None
+    assert (asked.source, asked.destination, asked.link_destination) == (SERVER, ack.yiaddr, MAC)
+    assert asked.message.message_type is MessageType.FORCERENEW
+    assert (asked.message.ciaddr, asked.message.xid, asked.message.chaddr) == (ack.yiaddr, ack.xid, MAC)
+    assert asked.message.address(OptionCode.SERVER_ID) == SERVER
+    data = encode(asked.message)
+    assert is_signed(data, message=decode(data), nonce=nonce, after=given.replay)
+    again = dialogue.server.force_renew(MAC, now=0)
+    assert again is not None
+    first, second = authentication_of(asked.message), authentication_of(again.message)
+    assert first is not None
+    assert second is not None
+    assert given.replay < first.replay < second.replay
+
+
+@pytest.mark.parametrize("algorithms", [b"", b"\2"])
+def test_a_client_that_cannot_verify_is_given_no_nonce_and_asked_without_a_proof(algorithms: bytes) -> None:
+    dialogue = Dialogue(server=nonce_responder())
+    assert take_with_nonce(dialogue, algorithms=algorithms).option(90) is None
+    asked = dialogue.server.force_renew(MAC, now=0)
+    assert asked is not None
+    assert asked.message.option(90) is None
+
+
+def test_a_renewal_keeps_the_nonce_and_a_new_exchange_brings_another() -> None:
+    dialogue = Dialogue(server=nonce_responder())
+    ack = take_with_nonce(dialogue)
+    (renewed,) = dialogue.send(client(MessageType.REQUEST, ciaddr=ack.yiaddr, options={145: b"\1"}), to=SERVER)
+    assert renewed.message.option(90) is None
     lease = dialogue.server.bound(MAC, now=0)
     assert lease is not None
-    assert lease.nonce_capable
+    assert lease.nonce == nonce_of(ack)
+    (rebooted,) = dialogue.send(client(MessageType.REQUEST, options={50: ack.yiaddr.packed, 145: b"\1"}))
+    assert nonce_of(rebooted.message) not in {None, lease.nonce}
+
+
+def test_a_client_that_renews_at_a_new_responder_is_given_a_nonce() -> None:
+    address = take_with_nonce(Dialogue(server=nonce_responder())).yiaddr
+    dialogue = Dialogue(server=nonce_responder())
+    (ack,) = dialogue.send(client(MessageType.REQUEST, ciaddr=address, options={145: b"\1"}), to=SERVER)
+    assert nonce_of(ack.message) is not None
+
+
+def test_who_has_no_lease_is_not_asked_to_renew() -> None:
+    dialogue = Dialogue(server=nonce_responder(lease=timedelta(seconds=100)))
+    assert dialogue.server.force_renew(MAC, now=0) is None
+    take_with_nonce(dialogue)
+    assert dialogue.server.force_renew(OTHER, now=0) is None
+    assert dialogue.server.force_renew(MAC, now=101) is None
+
+
+def test_no_lease_shows_its_nonce() -> None:
+    dialogue = Dialogue(server=nonce_responder())
+    take_with_nonce(dialogue)
+    assert "nonce" not in repr(dialogue.server.bound(MAC, now=0))
+
+
+def test_random_nonces_differ() -> None:
+    nonces = {nonce_of(take_with_nonce(Dialogue())) for _ in range(20)}
+    assert len(nonces) == 20
+    assert None not in nonces
+
+
+@pytest.mark.parametrize("kind", [MessageType.DECLINE, MessageType.RELEASE])
+def test_what_was_meant_for_another_server_gives_no_address_back(kind: MessageType) -> None:
+    dialogue = Dialogue()
+    address = dialogue.take()
+    dialogue.send(client(kind, ciaddr=address, options={50: address.packed, 54: OLD_SERVER.packed}))
+    assert dialogue.server.bound(MAC, now=0) is not None
+
+
+def test_a_client_that_changes_its_id_is_known_by_its_latest_lease() -> None:
+    dialogue = Dialogue()
+    dialogue.take()
+    dialogue.now = 10
+    (offer,) = dialogue.send(client(MessageType.DISCOVER, options={61: b"other"}))
+    chosen = {50: offer.message.yiaddr.packed, 54: SERVER.packed, 61: b"other"}
+    dialogue.send(client(MessageType.REQUEST, options=chosen))
+    lease = dialogue.server.bound(MAC, now=10)
+    assert lease is not None
+    assert lease.address == offer.message.yiaddr
 
 
 @pytest.mark.parametrize(
@@ -257,6 +362,7 @@ def test_a_client_that_knows_rfc_6704_is_remembered() -> None:
         client(MessageType.OFFER),
         client(MessageType.REQUEST),
         client(MessageType.REQUEST, options={50: b"\1"}),
+        client(MessageType.DISCOVER, options={61: bytes(256)}),
         client(MessageType.REQUEST, options={54: SERVER.packed}),
         client(MessageType.REQUEST, options={54: b"\1\2", 50: OLD.packed}),
         DhcpMessage(op=Op.REPLY, xid=1, chaddr=MAC, options=(Option(53, b"\1"),)),

@@ -6,6 +6,7 @@ Nothing here opens a socket. Decoding never trusts a length; encoding gives byte
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address
@@ -168,28 +169,47 @@ def decode(data: bytes) -> DhcpMessage:
     )
 
 
-def _read_options(area: bytes, *, into: dict[int, bytes], place: str) -> int:
-    """Add the options of one area to ``into`` and return which other areas hold options as well (option 52)."""
-    overload = 0
-    position = 0
-    while position < len(area):
-        code = area[position]
+@dataclass(frozen=True, kw_only=True)
+class OptionPart:
+    """Where one part of an option lies: its data are the bytes from ``start`` to before ``end``."""
+
+    code: int
+    start: int
+    end: int
+
+
+def option_parts(data: bytes) -> tuple[OptionPart, ...]:
+    """Return the parts in the options field of a message, without pads and end. Raises MalformedMessageError."""
+    return tuple(_parts(data, start=_HEADER.size, place="options"))
+
+
+def _parts(data: bytes, *, start: int, place: str) -> Iterator[OptionPart]:
+    position = start
+    while position < len(data) and data[position] != _END:
+        code = data[position]
         position += 1
         if code == _PAD:
             continue
-        if code == _END:
-            break
-        if position >= len(area):
+        if position >= len(data):
             raise MalformedMessageError(f"DHCP option {code} in {place} has no length")
-        length = area[position]
-        value = area[position + 1 : position + 1 + length]
-        if len(value) != length:
-            raise MalformedMessageError(f"DHCP option {code} in {place} says {length} bytes and has {len(value)}")
-        position += 1 + length
-        if code != OptionCode.OVERLOAD:
-            into[code] = into.get(code, b"") + value
+        begin, end = position + 1, position + 1 + data[position]
+        if end > len(data):
+            raise MalformedMessageError(
+                f"DHCP option {code} in {place} says {data[position]} bytes and has {len(data) - begin}"
+            )
+        yield OptionPart(code=code, start=begin, end=end)
+        position = end
+
+
+def _read_options(area: bytes, *, into: dict[int, bytes], place: str) -> int:
+    """Add the options of one area to ``into`` and return which other areas hold options as well (option 52)."""
+    overload = 0
+    for part in _parts(area, start=0, place=place):
+        value = area[part.start : part.end]
+        if part.code != OptionCode.OVERLOAD:
+            into[part.code] = into.get(part.code, b"") + value
         elif place == "options":
-            if length != 1 or value[0] not in {1, 2, 3}:
+            if len(value) != 1 or value[0] not in {1, 2, 3}:
                 raise MalformedMessageError(f"DHCP option 52 is 1, 2 or 3, here {value.hex() or 'empty'}")
             overload = value[0]
     return overload

@@ -15,7 +15,12 @@ from vmsnap.errors import DriverError
 ETHERTYPE_IPV4 = 0x0800
 ETHERTYPE_ARP = 0x0806
 ETHERTYPE_EXPERIMENT = 0x88B5  # IEEE 802: local experimental
-_TAGS = frozenset({0x8100, 0x88A8})
+Tag = tuple[int, int]
+"""A VLAN tag: its type (IEEE 802.1Q or 802.1ad) and its control field."""
+
+_CUSTOMER_TAG = 0x8100
+_TAGS = frozenset({_CUSTOMER_TAG, 0x88A8})
+_VLAN_ID = 0x0FFF
 _UDP = 17
 _ETHERNET = struct.Struct("!6s6sH")
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
@@ -35,7 +40,7 @@ class Frame:
     source: bytes
     ethertype: int
     payload: bytes
-    tags: tuple[tuple[int, int], ...] = ()
+    tags: tuple[Tag, ...] = ()
 
     @staticmethod
     def decode(data: bytes) -> Frame:
@@ -44,7 +49,7 @@ class Frame:
             raise MalformedFrameError(f"a frame of {len(data)} bytes")
         destination, source, ethertype = _ETHERNET.unpack_from(data)
         position = _ETHERNET.size
-        tags: list[tuple[int, int]] = []
+        tags: list[Tag] = []
         while ethertype in _TAGS:
             if len(data) < position + 4:
                 raise MalformedFrameError("a frame that ends in its VLAN tag")
@@ -119,6 +124,13 @@ class Datagram:
         ends = (self.source.packed, self.destination.packed)
         blank = _IPV4.pack(0x45, 0, total, 0, 0x4000, 64, _UDP, 0, *ends)
         return _IPV4.pack(0x45, 0, total, 0, 0x4000, 64, _UDP, internet_checksum(blank), *ends)
+
+
+def vlan_tag(vlan: int) -> Tag:
+    """Return the tag of a VLAN, without a priority. Raises ValueError where it is not 1 to 4094."""
+    if not 0 < vlan < _VLAN_ID:
+        raise ValueError(f"{vlan} is no VLAN id")
+    return _CUSTOMER_TAG, vlan
 
 
 def internet_checksum(data: bytes) -> int:

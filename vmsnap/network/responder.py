@@ -19,7 +19,7 @@ from vmsnap.dhcp.message import CLIENT_PORT, SERVER_PORT, decode, encode
 from vmsnap.dhcp.responder import Lease, Reply, Responder
 from vmsnap.errors import DriverError, VmsnapError
 from vmsnap.network import netns
-from vmsnap.network.frames import ETHERTYPE_ARP, ETHERTYPE_IPV4, Datagram, Frame
+from vmsnap.network.frames import ETHERTYPE_ARP, ETHERTYPE_IPV4, Datagram, Frame, Tag
 from vmsnap.network.packets import PacketSocket, dhcp_and_arp_filter
 
 _LOG = logging.getLogger(__name__)
@@ -139,12 +139,10 @@ class FenceResponder:
     def _answers(self, data: bytes, *, mac: bytes) -> tuple[bytes, ...]:
         try:
             frame = Frame.decode(data)
-            if frame.tags:  # a VLAN inside the guest: not the network that this responder serves
-                return ()
             if frame.ethertype == ETHERTYPE_ARP:
                 return self._answer_arp(frame, mac=mac)
             if frame.ethertype == ETHERTYPE_IPV4:
-                return self._answer_dhcp(Datagram.decode(frame.payload), mac=mac)
+                return self._answer_dhcp(Datagram.decode(frame.payload), mac=mac, tags=frame.tags)
         except DriverError as exc:
             _LOG.debug("ignored a frame on %s: %s", self._interface, exc.brief)
         return ()
@@ -153,10 +151,12 @@ class FenceResponder:
         answer = self._arp.answer(ArpPacket.decode(frame.payload), mac=mac)
         if answer is None:
             return ()
-        reply = Frame(destination=frame.source, source=mac, ethertype=ETHERTYPE_ARP, payload=answer.encode())
+        reply = Frame(
+            destination=frame.source, source=mac, ethertype=ETHERTYPE_ARP, payload=answer.encode(), tags=frame.tags
+        )
         return (reply.encode(),)
 
-    def _answer_dhcp(self, datagram: Datagram, *, mac: bytes) -> tuple[bytes, ...]:
+    def _answer_dhcp(self, datagram: Datagram, *, mac: bytes, tags: tuple[Tag, ...]) -> tuple[bytes, ...]:
         if datagram.destination_port != SERVER_PORT:
             return ()
         message = decode(datagram.data)
@@ -165,10 +165,11 @@ class FenceResponder:
             replies = self._responder.receive(message, destination=datagram.destination, now=time.monotonic())
         kind = message.message_type
         _LOG.debug("%s: %s answered with %d messages", self._interface, kind.name if kind else "?", len(replies))
-        return tuple(_reply_frame(reply, mac=mac) for reply in replies)
+        return tuple(reply_frame(reply, mac=mac, tags=tags) for reply in replies)
 
 
-def _reply_frame(reply: Reply, *, mac: bytes) -> bytes:
+def reply_frame(reply: Reply, *, mac: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
+    """Return the frame that carries a server's message, from ``mac`` and inside the VLANs of ``tags``."""
     datagram = Datagram(
         source=reply.source,
         source_port=SERVER_PORT,
@@ -177,5 +178,9 @@ def _reply_frame(reply: Reply, *, mac: bytes) -> bytes:
         data=encode(reply.message),
     )
     return Frame(
-        destination=reply.link_destination, source=mac, ethertype=ETHERTYPE_IPV4, payload=datagram.encode()
+        destination=reply.link_destination,
+        source=mac,
+        ethertype=ETHERTYPE_IPV4,
+        payload=datagram.encode(),
+        tags=tags,
     ).encode()
