@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.libvirt_domains import CLONABLE, DISK_QCOW2, LOADER, NVRAM_TEXT, domain_xml
 from vmsnap.hypervisors.libvirt import preflight
-from vmsnap.hypervisors.libvirt.xml import parse
+from vmsnap.hypervisors.libvirt.xml import devices, parse
 from vmsnap.model.capture import CaptureSettings
 from vmsnap.model.guest import Finding, Severity
 
@@ -45,6 +45,18 @@ def test_an_emulated_guest_that_may_be_copied_wrongly_is_refused(
     domain.set("type", kind)
     seen = preflight.check_emulation(domain, qemu_version=qemu_version, settings=wish)
     assert [finding.severity for finding in seen] == found
+
+
+def test_what_is_attached_to_the_running_guest_only_is_named() -> None:
+    full, poor = parse(domain_xml("disk raw")), parse(domain_xml())
+    assert list(preflight.check_definition(full, definition=full)) == []
+    (found,) = preflight.check_definition(full, definition=poor)
+    assert found.severity is Severity.WARNING
+    assert "running guest only" in found.message
+    assert "--config" in (found.remedy or "")
+    for interface in poor.findall("devices/interface"):
+        devices(poor).remove(interface)
+    assert len(list(preflight.check_definition(full, definition=poor))) > 1
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ class LibvirtHypervisor:
         domain = self._connection.domain(guest.name)
         with translated(f"describe {guest.name!r}"):
             root = parse(domain.XMLDesc(0))
+            definition = parse(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
             qemu_version = self._connection.get().getVersion()
             busy = domain.isActive() and domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
             targets = [disk_target(disk) for disk in writable_disks(root)] if domain.isActive() else []
@@ -172,6 +173,7 @@ class LibvirtHypervisor:
             for target in pulled
         )
         found.extend(preflight.check_devices(root))
+        found.extend(preflight.check_definition(root, definition=definition))
         found.extend(preflight.check_emulation(root, qemu_version=qemu_version, settings=settings))
         found.extend(preflight.check_memory_backing(root))
         found.extend(preflight.check_disks(root, settings=settings))

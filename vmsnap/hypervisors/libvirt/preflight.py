@@ -15,6 +15,7 @@ from vmsnap.hypervisors.libvirt.inspect import (
     disk_target,
     has_agent_channel,
     memory_bytes,
+    nic_mac,
     writable_disks,
 )
 from vmsnap.hypervisors.libvirt.xml import QEMU_NAMESPACE, devices
@@ -146,6 +147,26 @@ def check_emulation(domain: ET.Element, *, qemu_version: int, settings: CaptureS
         yield _warning("emulation", message, "use KVM for anything but tests")
     else:
         yield _refusal("emulation", message, "use KVM or QEMU 9.0; for trials set capture.allow_emulation = true")
+
+
+def check_definition(domain: ET.Element, *, definition: ET.Element) -> Iterator[Finding]:
+    """Check that what runs is what is defined: test VMs are made from the definition (its INACTIVE XML)."""
+    defined = {(disk_target(disk), disk_source(disk)) for disk in writable_disks(definition)}
+    macs = {nic_mac(interface) for interface in devices(definition).findall("interface")}
+    for disk in writable_disks(domain):
+        if (disk_target(disk), disk_source(disk)) not in defined:
+            yield _warning(
+                f"disk {disk_target(disk)}",
+                f"{disk_source(disk)} is attached to the running guest only; test VMs from the snapshot will lack it",
+                "attach it with 'virsh attach-disk --config' as well",
+            )
+    for interface in devices(domain).findall("interface"):
+        if nic_mac(interface) not in macs:
+            yield _warning(
+                f"interface {nic_mac(interface)}",
+                "it is attached to the running guest only; test VMs from the snapshot will lack it",
+                "attach it with 'virsh attach-interface --config' as well",
+            )
 
 
 def check_memory_backing(domain: ET.Element) -> Iterator[Finding]:
