@@ -22,6 +22,8 @@ class ResourceKind(StrEnum):
     ENVIRONMENT_DISKS = "environment-disks"
     ENVIRONMENT = "environment"
     HOLD = "hold"
+    SERVICE = "service"
+    DNS_RECORD = "dns-record"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,16 @@ def _translated(what: str) -> Iterator[None]:
         raise DriverError(f"cannot {what}: {exc}", remedy="run 'vmsnap reconcile', then try again") from exc
 
 
+@contextmanager
+def _content_with(code: int) -> Iterator[None]:
+    """Let one error of netlink pass: what was asked for is so already."""
+    try:
+        yield
+    except NetlinkError as exc:
+        if exc.code != code:
+            raise
+
+
 def all_links() -> tuple[Link, ...]:
     """Return every link of the calling thread's namespace. Raises DriverError."""
     with _translated("list the network links"), IPRoute() as route:
@@ -179,9 +189,11 @@ def remove(name: str) -> None:
 
 
 def add_address(interface: str, *, address: str, prefix: int) -> None:
-    """Give an interface an IPv4 address."""
+    """Give an interface an IPv4 address, or return where it has it."""
     with _translated(f"give {interface} the address {address}/{prefix}"), IPRoute() as route:
-        route.addr("add", index=route.link_lookup(ifname=interface)[0], address=address, prefixlen=prefix)
+        index = route.link_lookup(ifname=interface)[0]
+        with _content_with(errno.EEXIST):
+            route.addr("add", index=index, address=address, prefixlen=prefix)
 
 
 def remove_address(interface: str, *, address: str, prefix: int) -> None:
@@ -196,10 +208,10 @@ def remove_address(interface: str, *, address: str, prefix: int) -> None:
 
 
 def add_host_route(destination: str, *, interface: str, source: str) -> None:
-    """Reach one address directly over an interface, speaking as ``source``."""
+    """Reach one address directly over an interface, speaking as ``source``. Whatever route there was is replaced."""
     with _translated(f"route {destination} over {interface}"), IPRoute() as route:
         index = route.link_lookup(ifname=interface)[0]
-        route.route("add", dst=f"{destination}/32", oif=index, prefsrc=source, scope=253)
+        route.route("replace", dst=f"{destination}/32", oif=index, prefsrc=source, scope=253)
 
 
 def remove_host_route(destination: str, *, interface: str) -> None:

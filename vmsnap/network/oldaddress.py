@@ -45,7 +45,7 @@ class OldAddressWorld:
         while True:
             for old in request.old_addresses:
                 for port in request.fence.ports:
-                    if _lives_on(port, namespace=request.fence.namespace, old=old):
+                    if lives_on(port, namespace=request.fence.namespace, old=old):
                         return self._move_in(request, port=port, old=old, timer=timer)
             asked = ", ".join(str(old.interface.ip) for old in request.old_addresses)
             timer.tick(missing=f"nothing in the fence answers for {asked}")
@@ -61,7 +61,7 @@ class OldAddressWorld:
             undo.callback(responder.stop)
             responder.start()
             while not sockets.answers(namespace, host=address, port=request.probe_port, timeout=_PROBE_TIMEOUT):
-                _lives_on(port, namespace=namespace, old=old)  # tell the clone again who its gateway is
+                lives_on(port, namespace=namespace, old=old)  # tell the clone again who its gateway is
                 timer.tick(missing=f"the clone answers ARP for {address} and no TCP from its gateway {gateway}")
             undo.pop_all()
         self._keeper.keep(request.fence.run, responders=(responder,))
@@ -106,7 +106,7 @@ def _leave(namespace: str, *, port: FencePort, old: OldAddress) -> None:
     netns.inside(namespace, action=leave)
 
 
-def _lives_on(port: FencePort, *, namespace: str, old: OldAddress) -> bool:
+def lives_on(port: FencePort, *, namespace: str, old: OldAddress) -> bool:
     """Ask by ARP, as the gateway, for the old address on one NIC; return whether the clone answered."""
     return netns.inside(namespace, action=lambda: _ask(port, old=old))
 

@@ -15,6 +15,8 @@ _LOG = logging.getLogger(__name__)
 
 # A thing found by its tag alone is removed in this order: a clone before the disks it reads, the source's overlay last.
 _ORDER = (
+    ResourceKind.DNS_RECORD,
+    ResourceKind.SERVICE,
     ResourceKind.ENVIRONMENT,
     ResourceKind.EXPORT,
     ResourceKind.CLONE,
