@@ -34,7 +34,7 @@ from vmsnap.model.capture import CaptureMode
 from vmsnap.model.environment import Environment
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.isolation import Rung
+from vmsnap.model.isolation import ProofKind, Rung
 from vmsnap.model.journal import ResourceKind
 from vmsnap.model.manifest import (
     AttemptRecord,
@@ -75,7 +75,10 @@ ISOLATION = IsolationRecord(
     rung=Rung.NONE,
     address=None,
     seconds=0.412,
-    proof=(ProofRecord(name="bridge members", observed="vs3fa9b0c1d2t0"), ProofRecord(name="nft drop", observed="2")),
+    proof=(
+        ProofRecord(kind=ProofKind.TOPOLOGY, name="bridge members", observed="vs3fa9b0c1d2t0"),
+        ProofRecord(kind=ProofKind.CONTROL, name="nft drop", observed="2"),
+    ),
     attempts=(AttemptRecord(rung=Rung.LINK_FLAP, seconds=1.5, failure="no answer"),),
 )
 DRAIN = (

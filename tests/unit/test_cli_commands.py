@@ -90,7 +90,11 @@ def test_backup_in_json_has_the_promised_keys_and_silence_on_stderr(program: Pro
     assert {"mode": "live", "pause_ms": 23.4, "ram_bytes": 1 << 30}.items() <= document["capture"].items()
     assert document["started"] == "2026-11-21T02:00:03Z"
     assert {"rung": "none", "address": None, "seconds": 0.412}.items() <= document["isolation"].items()
-    assert document["isolation"]["proof"][0] == {"name": "bridge members", "observed": "vs3fa9b0c1d2t0"}
+    assert document["isolation"]["proof"][0] == {
+        "kind": "topology",
+        "name": "bridge members",
+        "observed": "vs3fa9b0c1d2t0",
+    }
     assert {
         "engine": "postgresql", "in_flight_at_start": 9, "finished": 8, "rolled_back": 1, "seconds": 6.75
     }.items() <= document["drain"].items()  # fmt: skip

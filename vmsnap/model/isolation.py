@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address
 
-from vmsnap.model.guest import Guest
+from vmsnap.model.guest import Guest, Nic, OldAddress
 from vmsnap.model.ids import RunId
 
 
@@ -58,28 +58,51 @@ class FencePort:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Original:
+    """The guest in production that a clone must never meet: its NICs there, and the addresses it answers at."""
+
+    nics: tuple[Nic, ...]
+    addresses: tuple[OldAddress, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class FencePlan:
-    """Everything a fence is made of, named from the run's id so that a dead run's fence can be found and removed."""
+    """Everything a fence is made of, named from the run's id so that a dead run's fence can be found and removed.
+
+    ``original`` is None for an environment, whose MACs are its own.
+    """
 
     run: RunId
     guest: str
     namespace: str
     table: str
     ports: tuple[FencePort, ...]
+    original: Original | None = None
+
+    @property
+    def mark(self) -> int:
+        """Return the 32-bit mark of every packet from the clone's side of the fence, never zero."""
+        return int(self.run[-8:], 16) or 1
 
     @staticmethod
-    def for_guest(run: RunId, *, guest: Guest) -> FencePlan:
-        """Return the plan of the fence for a clone of ``guest``: one bridge and one veth pair a NIC, one namespace."""
+    def for_guest(run: RunId, *, guest: Guest, addresses: tuple[OldAddress, ...] = ()) -> FencePlan:
+        """Return the plan of the fence for a clone of ``guest``: one bridge and one veth pair a NIC, one namespace.
+
+        ``addresses`` are those the guest answers at in production.
+        """
         nics = tuple((nic.mac, nic.mtu) for nic in guest.nics)
-        return FencePlan._of(run, guest=guest.name, nics=nics)
+        original = Original(nics=guest.nics, addresses=addresses)
+        return FencePlan._of(run, guest=guest.name, nics=nics, original=original)
 
     @staticmethod
     def for_macs(run: RunId, *, guest: str, macs: tuple[str, ...]) -> FencePlan:
         """Return the plan of the fence for an environment whose NICs have these MACs."""
-        return FencePlan._of(run, guest=guest, nics=tuple((mac, None) for mac in macs))
+        return FencePlan._of(run, guest=guest, nics=tuple((mac, None) for mac in macs), original=None)
 
     @staticmethod
-    def _of(run: RunId, *, guest: str, nics: tuple[tuple[str, int | None], ...]) -> FencePlan:
+    def _of(
+        run: RunId, *, guest: str, nics: tuple[tuple[str, int | None], ...], original: Original | None
+    ) -> FencePlan:
         ports = tuple(
             FencePort(
                 index=index,
@@ -92,7 +115,25 @@ class FencePlan:
             )
             for index, (mac, mtu) in enumerate(nics)
         )
-        return FencePlan(run=run, guest=guest, namespace=f"vmsnap-{run}", table=f"vmsnap_{run}", ports=ports)
+        return FencePlan(
+            run=run, guest=guest, namespace=f"vmsnap-{run}", table=f"vmsnap_{run}", ports=ports, original=original
+        )
+
+
+class ProofKind(StrEnum):
+    """What a point proves. The first four are made before the clone runs, the others while it does."""
+
+    TOPOLOGY = "topology"
+    CONTROL = "control"
+    PROBES = "probes"
+    EARS = "ears"
+    PRODUCTION = "production"
+    ORIGINAL = "original"
+    IDENTITY = "identity"
+
+
+BEFORE_IT_RUNS = frozenset({ProofKind.TOPOLOGY, ProofKind.CONTROL, ProofKind.PROBES, ProofKind.EARS})
+WHILE_IT_RUNS = frozenset({ProofKind.PRODUCTION, ProofKind.ORIGINAL, ProofKind.IDENTITY})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +142,24 @@ class ProofPoint:
 
     name: str
     observed: str
+    kind: ProofKind
 
 
 @dataclass(frozen=True, kw_only=True)
 class IsolationProof:
     """Evidence that the fence of ``run`` holds, made by the fence alone. Needed to resume a clone."""
+
+    run: RunId
+    made: datetime
+    points: tuple[ProofPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolationEvidence:
+    """What only a running clone can show: nothing of it is in production, the original is well, and the clone answers.
+
+    Made by ``vmsnap.workflow.identity`` alone; no work is drained without it.
+    """
 
     run: RunId
     made: datetime

@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.isolation import Rung
+from vmsnap.model.isolation import ProofKind, Rung
 
 
 class _Record(BaseModel):
@@ -29,10 +29,11 @@ class CaptureRecord(_Record):
 
 
 class ProofRecord(_Record):
-    """One observation of the isolation proof."""
+    """One observation of the isolation proof. The oldest manifests do not say of what ``kind`` it is."""
 
     name: str
     observed: str
+    kind: ProofKind | None = None
 
 
 class AttemptRecord(_Record):

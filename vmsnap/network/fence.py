@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from vmsnap.errors import DeadlineError, PreconditionError
+from vmsnap.errors import DeadlineError, IsolationError, PreconditionError
 from vmsnap.model.ids import RunId, is_run_id
-from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
+from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof, ProofPoint
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.network import links, netns, readback, rules
 from vmsnap.network.control import send_marked_frames
+from vmsnap.network.rehearsal import rehearse
 from vmsnap.network.rules import Count
 from vmsnap.network.sockets import connector_into
 from vmsnap.ports.guest import Connector
@@ -30,13 +31,16 @@ _REMOVAL_ORDER = "thnb"
 
 
 class NetworkFence:
-    """Builds, proves and removes fences with netlink and nft. Needs root. Thread-safe: it keeps no state.
+    """Builds, proves and removes fences with netlink and nft. Needs root. Thread-safe.
+
+    It remembers nothing but how the rehearsals of the fences went that it built: who proves a fence must have built it.
 
     ``before_step`` is called with the name of each step of ``build`` before it is taken, for logs and tests.
     """
 
     def __init__(self, *, before_step: Callable[[str], None] = lambda _: None) -> None:
         self._before_step = before_step
+        self._rehearsed: dict[RunId, tuple[ProofPoint, ...]] = {}
 
     @property
     def kinds(self) -> frozenset[ResourceKind]:
@@ -50,6 +54,8 @@ class NetworkFence:
     def build(self, plan: FencePlan) -> None:
         """Make the fence: rules first, so that no link is ever without them; IPv6 off before any link is up.
 
+        Then rehearse: a stand-in at the clone's end tries what a clone could try. Raises IsolationError where it helps.
+
         Not to be repeated. What a failure leaves is removed by ``release``. Raises PreconditionError for a missing
         tool, right or kernel feature and for a fence that exists already, DriverError.
         """
@@ -60,6 +66,8 @@ class NetworkFence:
         alias = readback.alias_of(plan)
         for port in plan.ports:
             self._build_port(port, namespace=plan.namespace, alias=alias)
+        self._before_step("rehearsal")
+        self._rehearsed[plan.run] = rehearse(plan, timeout=_CONTROL_TIMEOUT)
 
     def _build_port(self, port: FencePort, *, namespace: str, alias: str) -> None:
         self._step(f"bridge {port.index}", action=lambda: links.add_bridge(port.bridge, alias=alias, mtu=port.mtu))
@@ -93,8 +101,21 @@ class NetworkFence:
         for port in plan.ports:
             if links.find(port.tap) is not None:
                 links.switch_ipv6_off(port.tap)
-        points = (*readback.read_back(plan), *send_marked_frames(plan, timeout=_CONTROL_TIMEOUT))
+        points = (
+            *readback.read_back(plan),
+            *self._rehearsed_before(plan),
+            *send_marked_frames(plan, timeout=_CONTROL_TIMEOUT),
+        )
         return IsolationProof(run=plan.run, made=datetime.now(UTC), points=points)
+
+    def _rehearsed_before(self, plan: FencePlan) -> tuple[ProofPoint, ...]:
+        try:
+            return self._rehearsed[plan.run]
+        except KeyError:
+            raise IsolationError(
+                f"the fence {plan.namespace} was built by another process, and its rehearsal is not known",
+                remedy="nothing ran; start a new run",
+            ) from None
 
     def connector(self, plan: FencePlan) -> Connector:
         """Return a way to open connections from inside the namespace, to addresses. The namespace must exist by then."""
@@ -113,6 +134,7 @@ class NetworkFence:
         if not is_run_id(run):
             raise PreconditionError(f"{run!r} is no run id", remedy="the journal is damaged; run 'vmsnap reconcile'")
         end = time.monotonic() + deadline.total_seconds()
+        self._rehearsed.pop(run, None)
         ours = [link.name for link in links.all_links() if _run_of(_LINK, name=link.name) == run]
         for name in sorted(ours, key=lambda name: _REMOVAL_ORDER.index(name[12])):
             _check_deadline(end, run=run)

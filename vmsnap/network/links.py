@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,19 @@ from pyroute2.netlink.exceptions import NetlinkError
 from vmsnap.errors import DriverError, PreconditionError
 
 _IPV6 = Path("/proc/sys/net/ipv6")
-_BRIDGE_SETTINGS = {
+BRIDGE_SETTINGS = {
+    # A bridge hands frames to the groups 01:80:c2:00:00:03 to :0f (LLDP, 802.1X, ...) to the host's own protocols, past
+    # its filter, unless told to bridge them as all others. The first three groups it lets nobody have.
+    "br_group_fwd_mask": 0xFFF8,
     "br_stp_state": 0,
     "br_mcast_snooping": 0,
     "br_nf_call_iptables": 0,
     "br_nf_call_ip6tables": 0,
     "br_nf_call_arptables": 0,
 }
+"""What holds for every bridge of a fence."""
+BRIDGE_IPV4_SETTINGS = {"arp_ignore": 8, "forwarding": 0}
+"""The same in ``net.ipv4.conf``: a bridge that answers no ARP and is nobody's router."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,7 @@ def all_links() -> tuple[Link, ...]:
 
 def _view(message: Any) -> Link:
     kind = message.get(("linkinfo", "kind"))
-    settings = tuple((name, message.get(("linkinfo", "data", name))) for name in _BRIDGE_SETTINGS)
+    settings = tuple((name, message.get(("linkinfo", "data", name))) for name in BRIDGE_SETTINGS)
     ipv6_off = message.get(("af_spec", "af_inet6", "inet6_conf", "disable_ipv6"))
     return Link(
         name=message.get("ifname"),
@@ -124,6 +131,13 @@ def routes() -> tuple[str, ...]:
     return tuple(found)
 
 
+def gateways() -> tuple[str, ...]:
+    """Return the IPv4 gateways of the calling thread's namespace."""
+    with _translated("list the routes"), IPRoute() as route:
+        found = {message.get("gateway") for message in route.get_default_routes(family=socket.AF_INET)}
+    return tuple(sorted(gateway for gateway in found if gateway))
+
+
 def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
     """Make a bridge that is nobody's router: no address, no IPv6, no spanning tree, no host firewall; set it up.
 
@@ -131,14 +145,14 @@ def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
     there: a firewall manager may flush the fence's rules long after they were proven.
     """
     with _translated(f"make the bridge {name}"), IPRoute() as route:
-        route.link("add", ifname=name, kind="bridge", **_BRIDGE_SETTINGS)
+        route.link("add", ifname=name, kind="bridge", **BRIDGE_SETTINGS)
         index = route.link_lookup(ifname=name)[0]
         if mtu is not None:  # set on its own: an MTU given at birth shrinks to that of the smallest port
             route.link("set", index=index, mtu=mtu)
         route.link("set", index=index, ifalias=alias)
         switch_ipv6_off(name)
-        set_ipv4(f"conf/{name}/arp_ignore", value=8)
-        set_ipv4(f"conf/{name}/forwarding", value=0)
+        for setting, value in BRIDGE_IPV4_SETTINGS.items():
+            set_ipv4(f"conf/{name}/{setting}", value=value)
         route.link("set", index=index, state="up")
 
 

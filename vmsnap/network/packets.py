@@ -54,6 +54,37 @@ def dhcp_and_arp_filter() -> tuple[BpfStep, ...]:
     )
 
 
+def marked_filter(mark: int, *, except_links: Sequence[int] = ()) -> tuple[BpfStep, ...]:
+    """Return a filter that lets only packets through that bear a mark, on any link but those with these indexes."""
+    load_word, equal, give_back = 0x20, 0x15, 0x06
+    ancillary, its_mark, its_link = 0xFFFFF000, 20, 8  # SKF_AD_OFF, SKF_AD_MARK, SKF_AD_IFINDEX of linux/filter.h
+    count = len(except_links)
+    return (
+        BpfStep(load_word, 0, 0, ancillary + its_mark),
+        BpfStep(equal, 0, count + 2, mark),
+        BpfStep(load_word, 0, 0, ancillary + its_link),
+        *(BpfStep(equal, count - number, 0, index) for number, index in enumerate(except_links)),
+        BpfStep(give_back, 0, 0, 0x40000),
+        BpfStep(give_back, 0, 0, 0),
+    )
+
+
+def arp_filter() -> tuple[BpfStep, ...]:
+    """Return a filter that lets only untagged ARP through."""
+    load_half, equal, give_back = 0x28, 0x15, 0x06
+    return (
+        BpfStep(load_half, 0, 0, 12),
+        BpfStep(equal, 0, 1, 0x0806),
+        BpfStep(give_back, 0, 0, 0x40000),
+        BpfStep(give_back, 0, 0, 0),
+    )
+
+
+def attach_filter(target: socket.socket, *, steps: Sequence[BpfStep]) -> None:
+    """Make a packet socket's filter this one. Raises OSError."""
+    _attach(target, steps=steps)
+
+
 class PacketSocket:
     """Sends and receives whole frames on one link. Made by a thread of the link's namespace, used by any."""
 

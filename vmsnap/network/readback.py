@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vmsnap.errors import DriverError, IsolationError
-from vmsnap.model.isolation import FencePlan, FencePort, ProofPoint
+from vmsnap.model.isolation import FencePlan, FencePort, ProofKind, ProofPoint
 from vmsnap.network import links, netns, rules
 from vmsnap.network.links import Link
 
@@ -46,16 +46,31 @@ def read_back(plan: FencePlan) -> tuple[ProofPoint, ...]:
     rule_count = len(rules.rules_of(plan))
     return (
         *host.points(),
-        ProofPoint(name=f"namespace {plan.namespace}", observed="only lo and our veths; no route out, no forwarding"),
-        ProofPoint(name=f"nft tables {plan.table}", observed=f"{rule_count} rules in bridge, inet and arp, as built"),
+        _point(f"namespace {plan.namespace}", observed="only lo and our veths; no route out, no forwarding"),
+        _point(f"nft tables {plan.table}", observed=f"{rule_count} rules in bridge, inet and arp, as built"),
     )
+
+
+def changes(plan: FencePlan) -> tuple[str, ...]:
+    """Return what differs from the plan while the clone runs. Raises DriverError.
+
+    A tap that is gone is no change: the hypervisor unplugs NICs, and a clone that is off has none. Addresses, routes and
+    settings inside the namespace are the ladder's; a foreign link in it would be a way out.
+    """
+    host = _HostSide(plan, taps_may_be_gone=True)
+    return (*host.deviations(), *_foreign_links_inside(plan), *rules.deviations(plan))
+
+
+def _point(name: str, *, observed: str) -> ProofPoint:
+    return ProofPoint(name=name, observed=observed, kind=ProofKind.TOPOLOGY)
 
 
 class _HostSide:
     """The host's links, read once."""
 
-    def __init__(self, plan: FencePlan) -> None:
+    def __init__(self, plan: FencePlan, *, taps_may_be_gone: bool = False) -> None:
         self._plan = plan
+        self._taps_may_be_gone = taps_may_be_gone
         self._links = links.all_links()
         self._addresses = links.addresses()
 
@@ -68,9 +83,9 @@ class _HostSide:
 
     def points(self) -> Iterator[ProofPoint]:
         for port in self._plan.ports:
-            yield ProofPoint(
-                name=f"bridge {port.bridge}",
-                observed=f"members {port.tap}, {port.veth_host}; no address, no IPv6, no spanning tree",
+            yield _point(
+                f"bridge {port.bridge}",
+                observed=f"members {port.tap}, {port.veth_host}; no address, no IPv6, no spanning tree, no routing",
             )
 
     def _port_deviations(self, port: FencePort) -> Iterator[str]:
@@ -79,17 +94,26 @@ class _HostSide:
             yield f"the bridge {port.bridge} is missing"
             return
         members = {link.name for link in self._links if link.master == bridge.index}
-        for name in sorted({port.tap, port.veth_host} - members):
+        wanted = {port.veth_host} if self._is_gone(port.tap) else {port.tap, port.veth_host}
+        for name in sorted(wanted - members):
             yield f"{name} is not in the bridge {port.bridge}"
         for name in sorted(members - {port.tap, port.veth_host}):
             yield f"{name} is in the bridge {port.bridge} and does not belong there"
         for name, value in bridge.settings:
-            if value != 0:
-                yield f"{port.bridge}: {name} is {value}, not 0"
+            if value != links.BRIDGE_SETTINGS[name]:
+                yield f"{port.bridge}: {name} is {value}, not {links.BRIDGE_SETTINGS[name]}"
+        for name, value in links.BRIDGE_IPV4_SETTINGS.items():
+            seen = links.get_ipv4(f"conf/{port.bridge}/{name}")
+            if seen != value:
+                yield f"{port.bridge}: {name} is {seen}, not {value}"
         if port.mtu is not None and bridge.mtu != port.mtu:
             yield f"{port.bridge}: the MTU is {bridge.mtu}, not {port.mtu}"
         for name in (port.bridge, port.tap, port.veth_host):
-            yield from self._link_deviations(name, is_tap=name == port.tap)
+            if not self._is_gone(name) or name != port.tap:
+                yield from self._link_deviations(name, is_tap=name == port.tap)
+
+    def _is_gone(self, tap: str) -> bool:
+        return self._taps_may_be_gone and self.find(tap) is None
 
     def _link_deviations(self, name: str, *, is_tap: bool) -> Iterator[str]:
         link = self.find(name)
@@ -105,6 +129,20 @@ class _HostSide:
         for other in self._links:
             if other.lower == link.index and not other.lower_elsewhere and other.index != link.index:
                 yield f"{other.name} sits on {name}"
+
+
+def _foreign_links_inside(plan: FencePlan) -> Iterator[str]:
+    """Yield the links of the namespace that are not ours, nor sit on ours (as a VLAN does) without leaving it."""
+    if not netns.is_another(plan.namespace):
+        yield f"the namespace {plan.namespace} is missing or is the host's own"
+        return
+    found = netns.inside(plan.namespace, action=links.all_links)
+    ours = {"lo"} | {port.veth_inside for port in plan.ports}
+    indexes = {link.index for link in found if link.name in ours}
+    for link in found:
+        sits_on_ours = link.lower in indexes and not link.lower_elsewhere
+        if link.name not in ours and not sits_on_ours:
+            yield f"the namespace {plan.namespace} has a foreign link, {link.name}"
 
 
 def _inside_deviations(plan: FencePlan, *, host: _HostSide) -> Iterator[str]:

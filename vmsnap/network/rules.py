@@ -6,6 +6,10 @@ takes a tap out of its bridge, its frames would reach the host's own stack. ``in
 of connection tracking where br_netfilter shows bridged packets to the host's firewall: they carry the addresses of
 the original and would disturb its entries.
 
+What comes from the clone's side is marked where it enters, before anything else is decided about it. The kernel keeps
+a packet's mark while it bridges or routes it, so whoever meets the mark on any other link of the host has met a
+packet of this clone, whatever addresses it bears (``vmsnap.network.ears`` listens for it).
+
 Rules match links by name, so they hold before the taps exist and whatever bridge a link is put into (``meta ibrname``
 is missing in some kernels). A drop is final in netfilter: no other table can overrule it.
 """
@@ -24,6 +28,7 @@ from vmsnap.model.isolation import FencePlan, FencePort
 
 FAMILIES = ("bridge", "inet", "arp")
 _EARLIEST = -450  # before defragmentation (-400) and connection tracking (-200)
+_MARKING = -500
 _FILTER = -200  # of the bridge family: NF_BR_PRI_FILTER_BRIDGED
 _COMMANDS_TIMEOUT = timedelta(seconds=10)
 
@@ -57,17 +62,27 @@ class Count:
     size_bytes: int
 
 
+MARK = "mark"
+"""The verdict of a rule that sets the plan's mark and lets the packet go on."""
+
 TO_HOST = Chain(family="bridge", name="to_host", hook="input", priority=_FILTER)
 ACROSS = Chain(family="bridge", name="across", hook="forward", priority=_FILTER)
 FROM_HOST = Chain(family="bridge", name="from_host", hook="output", priority=_FILTER)
 UNBRIDGED = Chain(family="inet", name="unbridged", hook="prerouting", priority=_EARLIEST)
 UNBRIDGED_ARP = Chain(family="arp", name="unbridged", hook="input", priority=_EARLIEST)
-CHAINS = (TO_HOST, ACROSS, FROM_HOST, UNBRIDGED, UNBRIDGED_ARP)
+MARKED = Chain(family="bridge", name="marked", hook="prerouting", priority=_MARKING)
+UNBRIDGED_MARKED = Chain(family="inet", name="unbridged_marked", hook="prerouting", priority=_MARKING)
+CHAINS = (TO_HOST, ACROSS, FROM_HOST, UNBRIDGED, UNBRIDGED_ARP, MARKED, UNBRIDGED_MARKED)
 
 
 def to_host_label(link: str) -> str:
     """Return the label of the rule that drops what ``link`` sends to the host."""
     return f"{link} to host"
+
+
+def passing_label(port: FencePort) -> str:
+    """Return the label of the rule that lets a clone speak to our side of the fence."""
+    return f"{port.tap} to {port.veth_host}"
 
 
 def rules_of(plan: FencePlan) -> tuple[Rule, ...]:
@@ -91,6 +106,8 @@ def _rules_of_port(port: FencePort) -> tuple[Rule, ...]:
             Rule(chain=FROM_HOST, label=f"host to {link}", leaves_by=link, verdict="drop"),
             Rule(chain=UNBRIDGED, label=f"{link} out of its bridge", arrives_on=link, verdict="drop"),
             Rule(chain=UNBRIDGED_ARP, label=f"{link} ARP out of its bridge", arrives_on=link, verdict="drop"),
+            Rule(chain=MARKED, label=f"{link} marked", arrives_on=link, verdict=MARK),
+            Rule(chain=UNBRIDGED_MARKED, label=f"{link} marked out of its bridge", arrives_on=link, verdict=MARK),
         )
     )
     untracked = Rule(chain=UNBRIDGED, label=f"{port.bridge} untracked", arrives_on=port.bridge, verdict="notrack")
@@ -187,9 +204,10 @@ def remove(table: str, *, timeout: timedelta) -> None:
 
 
 def _tables_loaded() -> frozenset[tuple[str, str]]:
-    listed = _parsed(_nft("-j", "list", "tables", timeout=_COMMANDS_TIMEOUT))
-    tables = [item["table"] for item in listed if "table" in item]
-    return frozenset((table["family"], table["name"]) for table in tables if table["family"] in FAMILIES)
+    # As text: nft 1.0.6 writes broken JSON for any table with flags, and firewalls have such tables.
+    lines = _nft("list", "tables", timeout=_COMMANDS_TIMEOUT).splitlines()
+    tables = [tuple(line.split()[1:3]) for line in lines if line.startswith("table ")]
+    return frozenset((family, name) for family, name in tables if family in FAMILIES)
 
 
 def _list(family: str, *, table: str) -> list[dict[str, Any]]:
@@ -231,8 +249,14 @@ def _rule(plan: FencePlan, *, rule: Rule) -> dict[str, Any]:
         "table": plan.table,
         "chain": rule.chain.name,
         "comment": rule.label,
-        "expr": [*matches, {"counter": {"packets": 0, "bytes": 0}}, {rule.verdict: None}],
+        "expr": [*matches, {"counter": {"packets": 0, "bytes": 0}}, _statement(plan, verdict=rule.verdict)],
     }
+
+
+def _statement(plan: FencePlan, *, verdict: str) -> dict[str, Any]:
+    if verdict == MARK:
+        return {"mangle": {"key": {"meta": {"key": "mark"}}, "value": plan.mark}}
+    return {verdict: None}
 
 
 def _plain(item: Mapping[str, Any]) -> dict[str, Any]:

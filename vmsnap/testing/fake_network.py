@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from vmsnap.errors import DeadlineError, GuestUnreachableError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.ids import RunId
-from vmsnap.model.isolation import Addressed, FencePlan, IsolationProof, ProofPoint, Rung, RungAttempt
+from vmsnap.model.isolation import BEFORE_IT_RUNS, Addressed, FencePlan, IsolationProof, ProofPoint, Rung, RungAttempt
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.guest import Connector
@@ -67,7 +67,9 @@ class FakeFence:
         deviation = self.deviation or _deviation(plan, state=state, needs_taps=self.world.needs_taps)
         if deviation is not None:
             raise IsolationError(f"the fence {plan.namespace} is not as built: {deviation}", remedy="start a new run")
-        points = (ProofPoint(name=plan.namespace, observed="as built"),)
+        points = tuple(
+            ProofPoint(kind=kind, name=plan.namespace, observed="as built") for kind in sorted(BEFORE_IT_RUNS)
+        )
         return IsolationProof(run=plan.run, made=datetime.now(UTC), points=points)
 
     def connector(self, plan: FencePlan) -> Connector:

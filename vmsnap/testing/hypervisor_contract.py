@@ -25,7 +25,7 @@ from vmsnap.model.capture import CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.ids import RunId, new_run_id
-from vmsnap.model.isolation import FencePlan, IsolationProof, ProofPoint
+from vmsnap.model.isolation import FencePlan, IsolationProof, ProofKind, ProofPoint
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import Fence
@@ -224,7 +224,9 @@ class HypervisorContract:
             with pytest.raises(PreconditionError):
                 hypervisor.inspect(clone.name)
             foreign = IsolationProof(
-                run=new_run_id(), made=datetime.now(UTC), points=(ProofPoint(name="another", observed="fence"),)
+                run=new_run_id(),
+                made=datetime.now(UTC),
+                points=(ProofPoint(kind=ProofKind.TOPOLOGY, name="another", observed="fence"),),
             )
             with pytest.raises(BugError):
                 hypervisor.resume_clone(clone, proof=foreign)

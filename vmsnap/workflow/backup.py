@@ -13,7 +13,7 @@ from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import SnapshotId
-from vmsnap.model.isolation import Addressed, FencePlan, IsolationProof
+from vmsnap.model.isolation import Addressed, FencePlan, IsolationProof, ProofPoint
 from vmsnap.model.journal import RunKind
 from vmsnap.model.lifecycle import Event, State, advance
 from vmsnap.model.manifest import (
@@ -200,7 +200,7 @@ class Backup:
         hypervisor = world.hypervisor
         settings = settings_of(policy)
         plan = CapturePlan(run=run.id, guest=guest, settings=settings)
-        fence = FencePlan.for_guest(run.id, guest=guest)
+        fence = FencePlan.for_guest(run.id, guest=guest, addresses=login.addresses)
         clone_resource = hypervisor.clone_resource(plan)
         machine = hypervisor.machine(guest)
         with run.step("prepare"):
@@ -394,7 +394,7 @@ class Backup:
                 rung=addressed.rung,
                 address=addressed.address,
                 seconds=round(addressed.seconds, 3),
-                proof=tuple(ProofRecord(name=point.name, observed=point.observed) for point in facts.proof.points),
+                proof=tuple(_proof_record(point) for point in facts.proof.points),
                 attempts=tuple(
                     AttemptRecord(rung=item.rung, seconds=round(item.seconds, 3), failure=item.failure)
                     for item in addressed.attempts
@@ -441,6 +441,10 @@ class Backup:
             pruned=pruned,
             warnings=self._warnings,
         )
+
+
+def _proof_record(point: ProofPoint) -> ProofRecord:
+    return ProofRecord(kind=point.kind, name=point.name, observed=point.observed)
 
 
 def _drain_record(report: DrainReport) -> DrainRecord:
