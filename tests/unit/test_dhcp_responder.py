@@ -224,6 +224,18 @@ def test_a_released_address_is_free_and_only_its_holder_releases_it() -> None:
     assert dialogue.server.bound(MAC, now=0) is None
 
 
+@pytest.mark.parametrize("kind", [MessageType.DECLINE, MessageType.RELEASE])
+def test_giving_back_what_one_does_not_hold_gives_nothing_back(kind: MessageType) -> None:
+    dialogue = Dialogue()
+    address = dialogue.take()
+    other = next(each for each in POOL if each != address)
+    dialogue.send(client(kind, ciaddr=other, options={50: other.packed, 54: SERVER.packed}))
+    lease = dialogue.server.bound(MAC, now=0)
+    assert lease is not None
+    assert lease.address == address
+    assert dialogue.take(mac=OTHER) == other
+
+
 def test_inform_gets_the_network_and_no_lease() -> None:
     (ack,) = Dialogue().send(client(MessageType.INFORM, ciaddr=OLD))
     assert ack.message.message_type is MessageType.ACK
