@@ -1,13 +1,16 @@
 # make demo    everything from nothing: packages, a guest, a backup under load, a test VM (as root, or with sudo)
 # make test    everything that can be tested, from nothing
 # make check   lint, types, layers, unit, contract and workflow tests: no root, no network
+# make fuzz FUZZ_SECONDS=600   atheris on what a hostile clone can send; its own environment, its corpus in build/fuzz
 # make bench NAME=backup   measurements, printed and written to build/bench/NAME.json
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
 NAME ?= backup
+FUZZ_SECONDS ?= 600
+FUZZ := build/fuzz
 
-.PHONY: demo test check lint unit integration bench setup venv clean
+.PHONY: demo test check lint unit integration fuzz bench setup venv clean
 
 demo: setup
 	$(LAB) $(PYTHON) -m integration.demo
@@ -35,6 +38,14 @@ integration: setup
 
 bench: setup
 	$(LAB) $(PYTHON) -m integration.bench $(NAME)
+
+fuzz: $(FUZZ)/venv/installed
+	nice -n 15 $(FUZZ)/venv/bin/python -m integration.fuzz $(FUZZ) -max_total_time=$(FUZZ_SECONDS)
+
+$(FUZZ)/venv/installed: integration/fuzz/requirements.txt
+	/usr/bin/python3 -m venv $(FUZZ)/venv
+	$(FUZZ)/venv/bin/python -m pip install -q --disable-pip-version-check -r $<
+	touch $@
 
 setup:
 	bash integration/setup.sh system

@@ -120,7 +120,7 @@ class FenceResponder:
         try:
             received = packets.receive(timeout_seconds=0)
             if received is not None and not received[1]:
-                for frame in self._answers(received[0], mac=packets.mac):
+                for frame in self.answers(received[0], mac=packets.mac):
                     packets.send(frame)
         except OSError as exc:
             if exc.errno not in {errno.ENETDOWN, errno.ENXIO, errno.ENODEV, errno.ENOBUFS}:
@@ -136,7 +136,8 @@ class FenceResponder:
             return False
         return True
 
-    def _answers(self, data: bytes, *, mac: bytes) -> tuple[bytes, ...]:
+    def answers(self, data: bytes, *, mac: bytes) -> tuple[bytes, ...]:
+        """Return the frames to send, from ``mac``, where this one arrived. Never raises, whatever it holds."""
         try:
             frame = Frame.decode(data)
             if frame.ethertype == ETHERTYPE_ARP:
