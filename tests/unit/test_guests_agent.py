@@ -107,6 +107,15 @@ def test_another_account_goes_through_runuser(user: str | None, argv: list[str])
     assert [sent["path"], *sent["arg"]] == argv
 
 
+def test_urgent_commands_go_before_the_guests_other_work() -> None:
+    channel = Channel(PID, ENDED)
+    urgent = Access(clock=Clock()).agent(channel, urgent=True)
+    urgent.run(Command(argv=("id", "-u"), user="postgres"), timeout=LIMIT)
+    sent = channel.requests[0]["arguments"]
+    assert isinstance(sent, dict)
+    assert [sent["path"], *sent["arg"]] == ["nice", "-n", "-20", "runuser", "-u", "postgres", "--", "id", "-u"]
+
+
 def test_outputs_come_back() -> None:
     answer = {"exited": True, "exitcode": 3, "out-data": encoded(b"o\0"), "err-data": encoded(b"e"), "new-key": 1}
     assert run(PID, RUNS, json.dumps({"return": answer})) == CommandResult(exit_status=3, stdout=b"o\0", stderr=b"e")

@@ -30,9 +30,9 @@ class Access:
         self._clock = clock
         self._cancel = cancel
 
-    def agent(self, channel: AgentChannel) -> GuestControl:
+    def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent."""
-        return AgentControl(channel, clock=self._clock, cancel=self._cancel)
+        return AgentControl(channel, clock=self._clock, cancel=self._cancel, urgent=urgent)
 
     def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
         """Return a control over SSH to ``address``; nothing is sent yet.

@@ -23,6 +23,7 @@ from vmsnap.model.command import Command, CommandResult
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import AgentChannel
 
+_URGENT = ("nice", "-n", "-20")
 _FIRST_WAIT = timedelta(milliseconds=20)
 _LONGEST_WAIT = timedelta(milliseconds=250)
 _REQUEST_TIMEOUT = timedelta(seconds=30)
@@ -74,9 +75,13 @@ class AgentControl:
     """Runs commands through a guest's agent (see ``vmsnap.ports.guest.GuestControl``).
 
     The agent runs as root; for another account the command runs under ``runuser``, which takes an argument list.
+    ``urgent``: commands go before the guest's other work.
     """
 
-    def __init__(self, channel: AgentChannel, *, clock: Clock, cancel: Cancel | None = None) -> None:
+    def __init__(
+        self, channel: AgentChannel, *, clock: Clock, cancel: Cancel | None = None, urgent: bool = False
+    ) -> None:
+        self._prefix = _URGENT if urgent else ()
         self._channel = channel
         self._clock = clock
         self._cancel = cancel
@@ -108,7 +113,8 @@ class AgentControl:
             raise BugError(
                 f"{len(command.stdin)} bytes of input for {command.argv[0]} are too many for the guest agent"
             )
-        argv = command.argv if command.user in {None, "root"} else ("runuser", "-u", command.user, "--", *command.argv)
+        account = () if command.user in {None, "root"} else ("runuser", "-u", str(command.user), "--")
+        argv = (*self._prefix, *account, *command.argv)
         arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
         if command.stdin:
             arguments["input-data"] = base64.b64encode(command.stdin).decode("ascii")

@@ -53,11 +53,14 @@ class GuestControl(Protocol):
 class GuestAccess(Protocol):
     """Makes controls."""
 
-    def agent(self, channel: AgentChannel) -> GuestControl:
-        """Return a control over the guest agent."""
+    def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
+        """Return a control over the guest agent.
+
+        ``urgent``: commands go before the guest's other work, which is for clones alone: their work is thrown away.
+        """
 
     def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
-        """Return a control over SSH to ``address``, every connection opened by ``connector``.
+        """Return a control over SSH to ``address``, every connection opened by ``connector``; always urgent.
 
         Raises ConfigError for a key file that is missing, readable by others or no key; nothing is sent yet.
         """

@@ -44,6 +44,8 @@ class FakeAgentChannel:
     def _start(self, machine: Machine, arguments: dict[str, object]) -> int:
         argv = (str(arguments["path"]), *(str(word) for word in _words(arguments["arg"])))
         user = None
+        if argv[:3] == ("nice", "-n", "-20"):
+            argv = argv[3:]
         if argv[:2] == ("runuser", "-u"):
             user, argv = argv[2], argv[4:]
         stdin = base64.b64decode(str(arguments.get("input-data", "")))
@@ -122,9 +124,9 @@ class FakeAccess:
         self.clone_door = clone_door
         self._clock = clock
 
-    def agent(self, channel: AgentChannel) -> GuestControl:
+    def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent, the real one."""
-        return AgentControl(channel, clock=self._clock)
+        return AgentControl(channel, clock=self._clock, urgent=urgent)
 
     def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
         """Return a control over SSH."""

@@ -155,7 +155,8 @@ def reach_clone(
             if attempt.failure is not None:
                 progress.note(f"rung {attempt.rung}: {attempt.failure}")
     if login.agent:
-        control = world.access.agent(world.hypervisor.agent(clone.name))
+        # Its own clients may go on in the clone, and their work would hold up the drain that ends it.
+        control = world.access.agent(world.hypervisor.agent(clone.name), urgent=True)
     else:
         if login.ssh is None or addressed.address is None:
             raise GuestUnreachableError("the clone has no address for SSH")
