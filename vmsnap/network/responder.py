@@ -25,6 +25,7 @@ from vmsnap.network.packets import PacketSocket, dhcp_and_arp_filter
 _LOG = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
 _GONE_PAUSE_SECONDS = 0.2
+_MOST_CLIENTS = 1024  # a clone that makes up MAC addresses shall not fill the host's memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,8 @@ class FenceResponder:
             return ()
         message = decode(datagram.data)
         with self._lock:
-            self._messages[message.chaddr] = self._messages.get(message.chaddr, 0) + 1
+            if message.chaddr in self._messages or len(self._messages) < _MOST_CLIENTS:
+                self._messages[message.chaddr] = self._messages.get(message.chaddr, 0) + 1
             replies = self._responder.receive(message, destination=datagram.destination, now=time.monotonic())
         kind = message.message_type
         _LOG.debug("%s: %s answered with %d messages", self._interface, kind.name if kind else "?", len(replies))
