@@ -14,6 +14,7 @@ from vmsnap.network.responder import FenceResponder
 
 NETWORK = IPv4Network("198.18.7.0/24")
 SERVER, ADDRESS = NETWORK[1], NETWORK[10]
+OLD = IPv4Address("10.9.8.77")
 OLD_SERVER = IPv4Address("10.9.8.2")
 OURS = b"\x02\0\0\0\0\1"
 CLIENT = b"\x52\x54\0\0\0\1"
@@ -29,8 +30,10 @@ def served() -> FenceResponder:
     )
 
 
-def discover(*, mac: bytes = CLIENT, port: int = 67, tags: tuple[Tag, ...] = ()) -> bytes:
-    message = DhcpMessage(op=Op.REQUEST, xid=7, chaddr=mac, options=(Option(53, b"\1"),))
+def from_client(
+    *, mac: bytes = CLIENT, port: int = 67, tags: tuple[Tag, ...] = (), kind: MessageType = MessageType.DISCOVER
+) -> bytes:
+    message = DhcpMessage(op=Op.REQUEST, xid=7, chaddr=mac, ciaddr=OLD, options=(Option(53, bytes([kind])),))
     datagram = Datagram(
         source=IPv4Address(0), source_port=68, destination=IP_BROADCAST, destination_port=port, data=encode(message)
     )
@@ -41,7 +44,7 @@ def discover(*, mac: bytes = CLIENT, port: int = 67, tags: tuple[Tag, ...] = ())
 
 @pytest.mark.parametrize("tags", [(), (vlan_tag(42),), ((0x88A8, 7), (0x8100, 42))], ids=["none", "one", "two"])
 def test_an_answer_leaves_from_us_inside_the_tags_of_the_question(tags: tuple[Tag, ...]) -> None:
-    (answer,) = served().answers(discover(tags=tags), mac=OURS)
+    (answer,) = served().answers(from_client(tags=tags), mac=OURS)
     frame = Frame.decode(answer)
     assert (frame.source, frame.destination, frame.tags) == (OURS, CLIENT, tags)
     datagram = Datagram.decode(frame.payload)
@@ -58,7 +61,7 @@ def test_an_answer_leaves_from_us_inside_the_tags_of_the_question(tags: tuple[Ta
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"short", discover()[:60], discover(port=68), discover(port=53), discover().replace(b"\x08\x00", b"\x86\xdd", 1)],
+    [b"", b"short", from_client()[:60], from_client(port=68), from_client(port=53), from_client().replace(b"\x08\x00", b"\x86\xdd", 1)],
     ids=["nothing", "short", "cut", "from a server", "another service", "another protocol"],
 )  # fmt: skip
 def test_everything_else_is_met_with_silence(data: bytes) -> None:
@@ -68,12 +71,20 @@ def test_everything_else_is_met_with_silence(data: bytes) -> None:
 def test_messages_are_counted_by_client_and_made_up_clients_do_not_fill_the_memory() -> None:
     responder = served()
     for number in range(3000):
-        responder.answers(discover(mac=b"\x52\x54" + number.to_bytes(4, "big")), mac=OURS)
+        responder.answers(from_client(mac=b"\x52\x54" + number.to_bytes(4, "big")), mac=OURS)
     counted = [responder.heard(b"\x52\x54" + number.to_bytes(4, "big")).messages for number in range(3000)]
     assert sum(counted) == 1024
     first = responder.heard(b"\x52\x54\0\0\0\0").messages
-    responder.answers(discover(mac=b"\x52\x54\0\0\0\0"), mac=OURS)
+    responder.answers(from_client(mac=b"\x52\x54\0\0\0\0"), mac=OURS)
     assert (first, responder.heard(b"\x52\x54\0\0\0\0").messages) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", MessageType)
+def test_only_what_asks_for_an_address_counts(kind: MessageType) -> None:
+    responder = served()
+    responder.answers(from_client(kind=kind), mac=OURS)
+    expected = 1 if kind in {MessageType.DISCOVER, MessageType.REQUEST} else 0
+    assert responder.heard(CLIENT).messages == expected
 
 
 @pytest.mark.parametrize("vlan", [0, 4095, -1, 5000])

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 
 from vmsnap.dhcp.arp import ArpPacket, ArpPolicy
-from vmsnap.dhcp.message import CLIENT_PORT, SERVER_PORT, decode, encode
+from vmsnap.dhcp.message import CLIENT_PORT, SERVER_PORT, DhcpMessage, MessageType, decode, encode
 from vmsnap.dhcp.responder import Lease, Reply, Responder
 from vmsnap.errors import DriverError, VmsnapError
 from vmsnap.network import netns
@@ -30,7 +30,10 @@ _MOST_CLIENTS = 1024  # a clone that makes up MAC addresses shall not fill the h
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """What the responder has seen of one MAC: how many DHCP messages, and the lease it took, where it took one."""
+    """What the responder has seen of one MAC: how many messages that ask for an address, and the lease that it took.
+
+    INFORM does not count: a machine with a static address sends it too (RFC 2131 section 3.4).
+    """
 
     messages: int
     lease: Lease | None
@@ -163,12 +166,16 @@ class FenceResponder:
             return ()
         message = decode(datagram.data)
         with self._lock:
-            if message.chaddr in self._messages or len(self._messages) < _MOST_CLIENTS:
-                self._messages[message.chaddr] = self._messages.get(message.chaddr, 0) + 1
+            self._count(message)
             replies = self._responder.receive(message, destination=datagram.destination, now=time.monotonic())
         kind = message.message_type
         _LOG.debug("%s: %s answered with %d messages", self._interface, kind.name if kind else "?", len(replies))
         return tuple(reply_frame(reply, mac=mac, tags=tags) for reply in replies)
+
+    def _count(self, message: DhcpMessage) -> None:
+        asks = message.message_type in {MessageType.DISCOVER, MessageType.REQUEST}
+        if asks and (message.chaddr in self._messages or len(self._messages) < _MOST_CLIENTS):
+            self._messages[message.chaddr] = self._messages.get(message.chaddr, 0) + 1
 
 
 def reply_frame(reply: Reply, *, mac: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
