@@ -61,7 +61,8 @@ def test_an_answer_leaves_from_us_inside_the_tags_of_the_question(tags: tuple[Ta
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"short", from_client()[:60], from_client(port=68), from_client(port=53), from_client().replace(b"\x08\x00", b"\x86\xdd", 1)],
+    [b"", b"short", from_client()[:60], from_client(port=68), from_client(port=53),
+     from_client().replace(b"\x08\x00", b"\x86\xdd", 1)],
     ids=["nothing", "short", "cut", "from a server", "another service", "another protocol"],
 )  # fmt: skip
 def test_everything_else_is_met_with_silence(data: bytes) -> None:
