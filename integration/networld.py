@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,9 @@ class TapCables:
     def set_link(self, *, mac: str, up: bool) -> None:
         self.events.append((time.monotonic(), mac, up))
         sh("ip", "link", "set", self._taps[mac], "up" if up else "down")
+
+    def replug(self, *, mac: str, deadline: timedelta) -> None:
+        raise AssertionError("a stand-in has no slots")
 
 
 class SwitchCancel:

@@ -406,6 +406,9 @@ class VirshCables:
     def set_link(self, *, mac: str, up: bool) -> None:
         sh("virsh", "domif-setlink", self._domain, mac, "up" if up else "down")
 
+    def replug(self, *, mac: str, deadline: timedelta) -> None:
+        raise AssertionError
+
 
 def move_into_fence(guest: LabGuest, plan: FencePlan) -> None:
     """Turn a running guest's tap into the fence's, as if libvirt had restored a clone there."""

@@ -34,8 +34,10 @@ from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.state.clock import SystemClock
 from vmsnap.state.environments import FileEnvironmentBook
+from vmsnap.state.exchanges import FileExchanges
 from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
+from vmsnap.state.rungs import FileRungMemory
 from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
@@ -81,6 +83,8 @@ def make_world(settings: Settings) -> World:
         journals=FileJournals(state),
         locks=FileLocks(state, clock=clock),
         book=FileEnvironmentBook(state),
+        exchanges=FileExchanges(state),
+        rungs=FileRungMemory(state),
         clock=clock,
         engine_for=engine_for,
         new_run_id=new_run_id,

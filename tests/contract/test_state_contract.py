@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.ports.state import EnvironmentBook, Journals, Locks
+from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.state.environments import FileEnvironmentBook
+from vmsnap.state.exchanges import FileExchanges
 from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
+from vmsnap.state.rungs import FileRungMemory
 from vmsnap.testing.memory_state import MemoryState
 from vmsnap.testing.state_contract import AT, StateContract, StateWorld
 
@@ -33,6 +35,8 @@ class FileWorld:
     journals: Journals
     locks: Locks
     environments: EnvironmentBook
+    exchanges: Exchanges
+    rungs: RungMemory
 
     @staticmethod
     def at(folder: Path) -> FileWorld:
@@ -40,6 +44,8 @@ class FileWorld:
             journals=FileJournals(folder),
             locks=FileLocks(folder, clock=FixedClock()),
             environments=FileEnvironmentBook(folder),
+            exchanges=FileExchanges(folder),
+            rungs=FileRungMemory(folder),
         )
 
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
@@ -69,6 +75,14 @@ class MemoryWorld:
     @property
     def environments(self) -> EnvironmentBook:
         return self.state.environments
+
+    @property
+    def exchanges(self) -> Exchanges:
+        return self.state.exchanges
+
+    @property
+    def rungs(self) -> RungMemory:
+        return self.state.rungs
 
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
         work(self)

@@ -161,7 +161,10 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
             '[control.ssh]\nkey_file = "x"\nhost_ky = "x"',
             "3: control.ssh.host_ky: unknown key; did you mean 'host_key'?",
         ),
-        ("[isolation]\nladder = ['hot-plug']", "1: isolation: ladder: this version has the rungs"),
+        ("[isolation]\nladder = ['none']", "1: isolation: ladder: none is no rung; the rungs are forcerenew, "),
+        ("[isolation]\ndeadlines = { by-itself = '2s' }", "1: isolation: deadlines: by-itself is no rung"),
+        ("[isolation]\nladder = ['agent', 'agent']", "1: isolation: ladder: a rung is named twice"),
+        ("[isolation.deadlines]\nlink-flap = 'soon'", '2: isolation.deadlines.link-flap: given "soon"; '),
         ("[isolation]\nladder = 'link-flap'", '2: isolation.ladder: given "link-flap"; a list in square brackets'),
         ("[isolation]\nladder = ['link-flip']", '2: isolation.ladder[1]: given "link-flip"; allowed: '),
         ("[isolation]\nold_gateway = '1.2.3'", '2: isolation.old_gateway: given "1.2.3"; '),
@@ -202,6 +205,7 @@ def test_nearest_ignores_case_and_knows_when_nothing_is_near() -> None:
     assert nearest("zebra", known=["keep_last", "x"]) is None
 
 
+rungs = [rung for rung in Rung if rung not in {Rung.NONE, Rung.BY_ITSELF}]
 durations = st.integers(1, 10**9).map(lambda count: timedelta(milliseconds=count))
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 paths = texts.map(lambda text: f"/{text}")
@@ -217,7 +221,9 @@ policies = st.builds(
     ),
     isolation=st.builds(
         IsolationPolicy,
-        ladder=st.lists(st.sampled_from([Rung.LINK_FLAP, Rung.OLD_ADDRESS]), max_size=2).map(tuple),
+        ladder=st.lists(st.sampled_from(rungs), unique=True).map(tuple),
+        deadlines=st.dictionaries(st.sampled_from(rungs), durations),
+        static=st.sampled_from(["auto", True, False]),
         old_address=st.none() | st.just(IPv4Interface("192.0.2.1/24")),
         old_gateway=st.none() | st.just(IPv4Address("192.0.2.254")),
     ),

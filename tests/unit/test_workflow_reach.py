@@ -9,7 +9,8 @@ from vmsnap.errors import PreconditionError
 from vmsnap.model.guest import Guest
 from vmsnap.model.policy import ControlPolicy, IsolationPolicy, Policy, SshPolicy
 from vmsnap.testing.world import FakeWorld
-from vmsnap.workflow.reach import choose, old_addresses
+from vmsnap.workflow.reach import choose
+from vmsnap.workflow.whereabouts import old_addresses
 
 SSH = SshPolicy(key_file="/etc/vmsnap/key")
 

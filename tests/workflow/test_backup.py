@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -28,11 +30,11 @@ from vmsnap.errors import (
     SafetyError,
     VmsnapError,
 )
-from vmsnap.model.command import Command
+from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.drain import CleanShutdown, FileSystemState, InstanceEvidence
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.ids import RunId
-from vmsnap.model.isolation import Rung
+from vmsnap.model.isolation import DEFAULT_LADDER, Exchange, Rung
 from vmsnap.model.policy import (
     ControlPolicy,
     DatabasePolicy,
@@ -47,8 +49,9 @@ from vmsnap.testing.fake_disks import FakeDiskInspector
 from vmsnap.testing.fake_host import ImageFile
 from vmsnap.testing.fake_network import FakeAddressing, RungOutcome
 from vmsnap.testing.fake_postgresql import FakeCluster
-from vmsnap.testing.world import FakeWorld, QuietProgress
+from vmsnap.testing.world import START, FakeWorld, QuietProgress
 from vmsnap.workflow.backup import Backup
+from vmsnap.workflow.whereabouts import ADDRESS_QUESTION
 from vmsnap.workflow.world import World
 
 CLONE_ADDRESS = "198.18.7.10"
@@ -154,11 +157,91 @@ def test_by_ssh_where_there_is_no_agent(tmp_path: Path) -> None:
     with lab.ssh_servers(clone_address=CLONE_ADDRESS):
         report = report_of(succeed(lab, backup(BY_SSH)))
     assert (report.isolation.rung, report.isolation.address) == (Rung.OLD_ADDRESS, CLONE_ADDRESS)
-    assert [attempt.rung for attempt in report.isolation.attempts] == [Rung.LINK_FLAP, Rung.OLD_ADDRESS]
+    assert [attempt.rung for attempt in report.isolation.attempts] == list(DEFAULT_LADDER)
     assert report.clean.guest_shut_down_by == "ACPI"
     (request,) = lab.addressing.requests
     assert request.old_addresses[0].interface == IPv4Interface("10.0.0.1/24")
     assert request.probe_port == 22
+
+
+def test_the_rung_that_worked_is_tried_first_next_time_and_the_journal_tells_each(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.host.machines["db"].has_agent_channel = False
+    lab.addressing = FakeAddressing({Rung.OLD_ADDRESS: RungOutcome(CLONE_ADDRESS)})
+    with lab.ssh_servers(clone_address=CLONE_ADDRESS):
+        for _ in range(2):
+            report = report_of(succeed(lab, backup(BY_SSH)))
+        lab.addressing.outcomes = {Rung.LINK_FLAP: RungOutcome(CLONE_ADDRESS)}
+        third = report_of(succeed(lab, backup(BY_SSH)))
+    assert [attempt.rung for attempt in report.isolation.attempts] == [Rung.OLD_ADDRESS]
+    assert [attempt.rung for attempt in third.isolation.attempts] == [Rung.OLD_ADDRESS, Rung.FORCERENEW, Rung.LINK_FLAP]
+    assert lab.state.rungs.recall("db") is Rung.LINK_FLAP
+    journals = [run.notes for run in lab.state.runs.values()]
+    assert [len(notes) for notes in journals] == [6, 2, 6]
+    assert journals[1] == ["rung old-address began", "rung old-address ended"]
+
+
+def test_a_rung_that_the_policy_no_longer_allows_is_forgotten(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.state.rungs.remember("db", rung=Rung.HOT_PLUG)
+    report_of(succeed(lab, backup(Policy(guest="db", isolation=IsolationPolicy(address="always")))))
+    (request,) = lab.addressing.requests
+    assert request.ladder == DEFAULT_LADDER
+
+
+def test_the_ladder_is_told_what_was_seen_in_production(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    mac = lab.host.machines["db"].macs[0]
+    seen = Exchange(
+        mac=mac.upper(), address=IPv4Address("10.0.0.1"), server=IPv4Address("10.0.0.254"), xid=7,
+        seen=datetime(2026, 11, 20, tzinfo=UTC), nonce=bytes(16),
+    )  # fmt: skip
+    lab.state.exchanges.put(seen)
+    always = IsolationPolicy(
+        address="always", ladder=(Rung.AGENT, Rung.LINK_FLAP), deadlines={Rung.AGENT: timedelta(7)}
+    )
+    succeed(lab, backup(Policy(guest="db", isolation=always)))
+    succeed(lab, backup(Policy(guest="db", isolation=always.model_copy(update={"exchanges": "none"}))))
+    first, second = lab.addressing.requests
+    assert (first.exchanges, second.exchanges) == ((seen,), ())
+    assert first.deadlines == {Rung.AGENT: timedelta(7)}
+    assert first.agent is not None
+
+
+@pytest.mark.parametrize(
+    ("static", "dynamic", "exchanged", "expected"),
+    [
+        ("auto", None, False, False),
+        ("auto", False, False, True),
+        ("auto", True, False, False),
+        ("auto", False, True, False),
+        (True, True, True, True),
+        (False, False, False, False),
+    ],
+)
+def test_static_addresses_are_known_from_the_policy_or_the_agent(
+    *, static: Literal["auto"] | bool, dynamic: bool | None, exchanged: bool, expected: bool, tmp_path: Path
+) -> None:
+    lab = FakeWorld(tmp_path)
+    machine = lab.host.machines["db"]
+    (mac,) = machine.macs
+    address = {"scope": "global", "local": "10.0.0.1"} | ({"dynamic": True} if dynamic else {})
+    if dynamic is not None:
+        told = json.dumps([{"ifname": "eth0", "address": mac.upper(), "addr_info": [address]}]).encode()
+        machine.guest.extra[ADDRESS_QUESTION.argv] = CommandResult(exit_status=0, stdout=told)
+    if exchanged:
+        lab.state.exchanges.put(
+            Exchange(mac=mac, address=IPv4Address("10.0.0.1"), server=IPv4Address("10.0.0.254"), xid=7, seen=START)
+        )
+    succeed(lab, backup(Policy(guest="db", isolation=IsolationPolicy(address="always", static=static))))
+    (request,) = lab.addressing.requests
+    assert request.static_macs == (frozenset({mac}) if expected else frozenset())
+
+
+def test_production_is_asked_nothing_where_no_address_is_needed(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    succeed(lab, backup())
+    assert lab.host.machines["db"].guest.commands == []
 
 
 def test_an_address_is_given_beside_the_agent_where_the_policy_wants_one(tmp_path: Path) -> None:

@@ -86,10 +86,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class OldAddress:
-    """Where the guest lives in production: its address with prefix, and its gateway where known."""
+    """Where the guest lives in production: its address with prefix, and where known its gateway and the NIC's MAC."""
 
     interface: IPv4Interface
     gateway: IPv4Address | None = None
+    mac: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

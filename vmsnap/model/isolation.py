@@ -6,7 +6,7 @@ clone, and only the fence makes one (a test holds the places that may construct 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address
@@ -16,14 +16,24 @@ from vmsnap.model.ids import RunId
 
 
 class Rung(StrEnum):
-    """Ways to give a clone an address, in the order they are tried. ``NONE``: the guest agent needs no address."""
+    """Ways to give a clone an address, in the order they are tried.
+
+    ``NONE`` (the guest agent needs no address) and ``BY_ITSELF`` (the clone asked for an address before any rung)
+    are outcomes and stand in no policy.
+    """
 
     NONE = "none"
+    BY_ITSELF = "by-itself"
     FORCERENEW = "forcerenew"
     LINK_FLAP = "link-flap"
     AGENT = "agent"
     HOT_PLUG = "hot-plug"
     OLD_ADDRESS = "old-address"
+
+
+DHCP_RUNGS = frozenset({Rung.FORCERENEW, Rung.LINK_FLAP, Rung.AGENT, Rung.HOT_PLUG})
+"""Rungs that make a DHCP client ask anew. They can do nothing for a static address."""
+DEFAULT_LADDER = (Rung.FORCERENEW, Rung.LINK_FLAP, Rung.OLD_ADDRESS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +49,7 @@ class Exchange:
     server: IPv4Address
     xid: int
     seen: datetime
-    nonce: bytes | None = None
+    nonce: bytes | None = field(default=None, repr=False)
     client: str = ""
     vlan: int | None = None
 

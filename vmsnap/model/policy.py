@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from vmsnap.model.capture import CaptureMode, OnNoConvergence
-from vmsnap.model.isolation import Rung
+from vmsnap.model.isolation import DEFAULT_LADDER, Rung
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"\s*(?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d|w)\s*)+\Z")
@@ -81,20 +81,32 @@ class ClonePolicy(_Section):
 
 
 class IsolationPolicy(_Section):
-    """How the clone gets an address. ``address = "auto"`` asks for one only where the guest's agent cannot be used."""
+    """How the clone gets an address. ``address = "auto"`` asks for one only where the guest's agent cannot be used.
+
+    ``deadlines`` are those of single rungs, the others have ``rung_deadline``. ``exchanges`` names who knows the guest's
+    last DHCP exchange. ``static``: whether the guest's addresses are set by hand; ``"auto"``: ask the guest's agent.
+    """
 
     address: Literal["auto", "always"] = "auto"
-    ladder: tuple[Rung, ...] = (Rung.LINK_FLAP, Rung.OLD_ADDRESS)
+    ladder: tuple[Rung, ...] = DEFAULT_LADDER
     rung_deadline: PositiveDuration = timedelta(seconds=60)
+    deadlines: dict[Rung, PositiveDuration] = Field(default_factory=dict)
+    exchanges: Literal["watch", "none"] = "watch"
+    static: Literal["auto"] | bool = "auto"
     old_address: IPv4Interface | None = None
     old_gateway: IPv4Address | None = None
 
     @model_validator(mode="after")
     def _ladder_is_possible(self) -> IsolationPolicy:
-        built = {Rung.LINK_FLAP, Rung.OLD_ADDRESS}
-        unknown = [rung.value for rung in self.ladder if rung not in built]
-        if unknown:
-            msg = f"ladder: this version has the rungs {', '.join(sorted(built))}, not {', '.join(unknown)}"
+        outcomes = {Rung.NONE, Rung.BY_ITSELF}
+        for key, rungs in (("ladder", self.ladder), ("deadlines", tuple(self.deadlines))):
+            wrong = [rung.value for rung in rungs if rung in outcomes]
+            if wrong:
+                known = ", ".join(rung.value for rung in Rung if rung not in outcomes)
+                msg = f"{key}: {', '.join(wrong)} is no rung; the rungs are {known}"
+                raise ValueError(msg)
+        if len(set(self.ladder)) != len(self.ladder):
+            msg = "ladder: a rung is named twice"
             raise ValueError(msg)
         return self
 

@@ -8,7 +8,9 @@ gateway's new MAC (RFC 826). A responder goes on renewing the old lease, so that
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import IPv4Address
 
@@ -21,7 +23,7 @@ from vmsnap.network import links, netns, sockets
 from vmsnap.network.frames import ETHERTYPE_ARP, Frame
 from vmsnap.network.packets import PacketSocket
 from vmsnap.network.responder import FenceResponder
-from vmsnap.network.rungs import Keeper, Timer
+from vmsnap.network.rungs import Dhcp, Keeper, Timer
 from vmsnap.ports.network import AddressRequest, LinkControl
 
 _BROADCAST = b"\xff" * 6
@@ -30,42 +32,92 @@ _PROBE_TIMEOUT = timedelta(seconds=1)
 _HOST_PREFIX = 32
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Home:
+    """A NIC of the clone and the old address that lives there, with our side as its gateway."""
+
+    port: FencePort
+    old: OldAddress
+    responder: FenceResponder
+
+    @property
+    def address(self) -> str:
+        return str(self.old.interface.ip)
+
+
 class OldAddressWorld:
     """Reaches clones at the addresses of their originals."""
 
     def __init__(self, *, keeper: Keeper) -> None:
         self._keeper = keeper
 
-    def climb(self, request: AddressRequest, *, links: LinkControl, timer: Timer) -> str:  # noqa: ARG002 - no cable
-        """See ``RungDriver``. Every old address is asked for on every NIC; the first that answers counts."""
+    def climb(
+        self,
+        request: AddressRequest,
+        *,
+        links: LinkControl,  # noqa: ARG002 - no cable is touched
+        timer: Timer,
+        dhcp: Dhcp,
+    ) -> str:
+        """See ``RungDriver``. Every NIC is asked for the old addresses that may be its own; the first to answer counts.
+
+        NICs on which no old address lives go on being leased addresses of ours.
+        """
         if not request.old_addresses or not request.fence.ports:
             raise DriverError(
                 "no old address of the guest is known", remedy="name it in the policy, or give the guest an agent"
             )
-        while True:
-            for old in request.old_addresses:
-                for port in request.fence.ports:
-                    if lives_on(port, namespace=request.fence.namespace, old=old):
-                        return self._move_in(request, port=port, old=old, timer=timer)
-            asked = ", ".join(str(old.interface.ip) for old in request.old_addresses)
-            timer.tick(missing=f"nothing in the fence answers for {asked}")
-
-    def _move_in(self, request: AddressRequest, *, port: FencePort, old: OldAddress, timer: Timer) -> str:
-        namespace, address, gateway = request.fence.namespace, str(old.interface.ip), gateway_of(old)
+        dhcp.stop()  # it would refuse the old address; from here on every renewal is granted as before
+        dhcp.withdraw()
         with ExitStack() as undo:
+            homes: dict[FencePort, _Home] = {}
+            while (home := _answering(request, homes=homes.values())) is None:
+                for port in request.fence.ports:
+                    self._look(request, port=port, homes=homes, undo=undo)
+                timer.tick(missing=_what_is_missing(request, homes=homes.values()))
+            undo.callback(dhcp.stop)
+            dhcp.start([port for port in request.fence.ports if port not in homes])
+            undo.pop_all()
+        self._keeper.keep(request.fence.run, listeners=tuple(item.responder for item in homes.values()))
+        return home.address
+
+    def _look(
+        self, request: AddressRequest, *, port: FencePort, homes: dict[FencePort, _Home], undo: ExitStack
+    ) -> None:
+        """Ask a NIC for old addresses and become the gateway of one that answers, or tell it again who that is."""
+        namespace = request.fence.namespace
+        known = homes.get(port)
+        if known is not None:
+            lives_on(port, namespace=namespace, old=known.old)
+            return
+        taken = [home.old for home in homes.values()]
+        for old in request.old_addresses:
+            if old in taken or old.mac not in {None, port.mac} or not lives_on(port, namespace=namespace, old=old):
+                continue
             undo.callback(_leave, namespace, port=port, old=old)
-            netns.inside(namespace, action=lambda: _become_gateway(port, old=old))
+            netns.inside(namespace, action=lambda: _become_gateway(port, old=old))  # noqa: B023 - runs at once
             responder = FenceResponder(
                 namespace, interface=port.veth_inside, responder=Responder(_as_before(old)), arp=_arp_policy(old)
             )
             undo.callback(responder.stop)
             responder.start()
-            while not sockets.answers(namespace, host=address, port=request.probe_port, timeout=_PROBE_TIMEOUT):
-                lives_on(port, namespace=namespace, old=old)  # tell the clone again who its gateway is
-                timer.tick(missing=f"the clone answers ARP for {address} and no TCP from its gateway {gateway}")
-            undo.pop_all()
-        self._keeper.keep(request.fence.run, responders=(responder,))
-        return address
+            homes[port] = _Home(port=port, old=old, responder=responder)
+            return
+
+
+def _answering(request: AddressRequest, *, homes: Iterable[_Home]) -> _Home | None:
+    for home in homes:
+        namespace, port = request.fence.namespace, request.probe_port
+        if sockets.answers(namespace, host=home.address, port=port, timeout=_PROBE_TIMEOUT):
+            return home
+    return None
+
+
+def _what_is_missing(request: AddressRequest, *, homes: Iterable[_Home]) -> str:
+    told = [f"{home.address} and no TCP from its gateway {gateway_of(home.old)}" for home in homes]
+    if told:
+        return f"the clone answers ARP for {'; '.join(told)}"
+    return f"nothing in the fence answers for {', '.join(str(old.interface.ip) for old in request.old_addresses)}"
 
 
 def gateway_of(old: OldAddress) -> IPv4Address:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
 from vmsnap.errors import DeadlineError
 from vmsnap.model.ids import RunId
-from vmsnap.network.responder import FenceResponder
+from vmsnap.model.isolation import FencePort
+from vmsnap.network.leasing import Side
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.network import AddressRequest, LinkControl
 
@@ -47,19 +49,71 @@ def _poll(left: float) -> timedelta:
     return timedelta(seconds=max(min(_POLL_SECONDS, left), _SHORTEST_SECONDS))
 
 
+class Listener(Protocol):
+    """Something that listens in a fence until it is stopped, or its link is gone."""
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether it still listens."""
+
+    def stop(self) -> None:
+        """End it. May be repeated."""
+
+
 class Keeper(Protocol):
     """Keeps what a rung that worked set up, as long as the clone needs it."""
 
-    def keep(self, run: RunId, *, responders: tuple[FenceResponder, ...]) -> None:
-        """Keep the responders running until the fence is gone or the addressing is closed."""
+    def keep(self, run: RunId, *, listeners: tuple[Listener, ...]) -> None:
+        """Keep these running, beside those of the run kept before, until the fence is gone or all is closed."""
+
+
+class Dhcp(Listener, Protocol):
+    """The DHCP service of one fence; see ``vmsnap.network.leasing``."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Return the NICs that are listened to."""
+
+    @property
+    def messages(self) -> int:
+        """Return how many DHCP messages the clone has sent to those that listen now."""
+
+    def start(self, ports: Sequence[FencePort] | None = None) -> None:
+        """Listen on these NICs, or all, beside those that are listened to. Raises DriverError, PreconditionError."""
+
+    def withdraw(self) -> None:
+        """Take our addresses away, so that the fence is as it was built. May be repeated."""
+
+    def answering(self) -> str | None:
+        """Return an address leased here at which the clone answers, or None. Takes up to a second a lease."""
+
+    def missing(self) -> str:
+        """Say what keeps the clone from being reached here."""
 
 
 class RungDriver(Protocol):
     """One way to reach a clone."""
 
-    def climb(self, request: AddressRequest, *, links: LinkControl, timer: Timer) -> str:
+    def climb(self, request: AddressRequest, *, links: LinkControl, timer: Timer, dhcp: Dhcp) -> str:
         """Return the address at which the clone answers.
 
-        Leaves nothing behind where it raises. Raises DeadlineError or DriverError where this rung does not work,
-        CancelledError.
+        For a rung of ``DHCP_RUNGS`` ``dhcp`` listens on all NICs when it begins, and nobody has been given an address
+        yet that answers. Leaves nothing behind where it raises. Raises DeadlineError or DriverError where this rung
+        does not work, CancelledError.
         """
+
+
+def wait_for_answer(dhcp: Dhcp, *, timer: Timer, silence: float | None = None) -> str | None:
+    """Return the address, leased by us, at which the clone answers.
+
+    None where ``silence`` seconds passed and it has sent no DHCP message since this began. Raises DeadlineError, which
+    says what is missing, when the timer's time is over; CancelledError.
+    """
+    before, quiet_until = dhcp.messages, timer.clock.monotonic() + (silence or 0.0)
+    while True:
+        address = dhcp.answering()
+        if address is not None:
+            return address
+        if silence is not None and dhcp.messages == before and timer.clock.monotonic() > quiet_until:
+            return None
+        timer.tick(missing=dhcp.missing())

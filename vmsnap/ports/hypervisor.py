@@ -9,7 +9,7 @@ from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, D
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState
 from vmsnap.model.ids import RunId
-from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource
 from vmsnap.model.manifest import MachineRecord
 from vmsnap.ports.clock import Cancel
@@ -84,6 +84,14 @@ class Hypervisor(Owner, Protocol):
 
     def set_link(self, domain: str, *, mac: str, up: bool) -> None:
         """Pull or plug the cable of a clone's NIC. Refuses any domain that is not a clone or environment."""
+
+    def replug_nic(self, clone: Clone, *, port: FencePort, deadline: timedelta) -> None:
+        """Take a NIC out of a running clone and put it back: same MAC and slot, on the port's bridge and tap.
+
+        The clone is paused when this returns: ``resume_clone`` wants a new proof of its fence. Raises DeadlineError
+        where the guest does not let the NIC go in time (it runs on as before), SafetyError where the NIC could not be
+        put back as it was (the clone is then of no use), BugError for a clone that has no such NIC.
+        """
 
     def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the clone's guest to power off and wait until it did. Returns who did it, for the evidence.

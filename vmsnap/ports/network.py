@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -34,18 +35,31 @@ class Fence(Owner, Protocol):
 
 
 class LinkControl(Protocol):
-    """Pulls and plugs cables of one clone."""
+    """Pulls and plugs cables, and whole NICs, of one clone."""
 
     def set_link(self, *, mac: str, up: bool) -> None:
         """Set the link of the NIC with that MAC."""
+
+    def replug(self, *, mac: str, deadline: timedelta) -> None:
+        """Remove that NIC and add it again: same MAC, same slot, same bridge and tap of the fence.
+
+        The clone stands still from before the NIC is back until the fence is proven anew. Needs a fence in which no
+        address was given out. Raises DeadlineError where the guest does not let the NIC go, SafetyError, DriverError.
+        """
+
+
+def _no_note(_: str) -> None:
+    """Stand for a journal that nobody keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddressRequest:
     """What the ladder needs to know. ``probe_port`` is a TCP port that answers once the clone is reachable.
 
-    ``exchanges`` are the last ones of the guest's NICs in production, where somebody saw them. ``agent`` runs commands
-    in the clone without its network, where a rung may use it. ``static_macs`` are NICs known not to use DHCP.
+    ``rung_deadline`` is each rung's, where ``deadlines`` names none for it. ``exchanges`` are the last ones of the
+    guest's NICs in production, where somebody saw them. ``agent`` runs commands in the clone without its network, where
+    a rung may use it. ``static_macs`` are NICs known not to use DHCP. ``note`` is told, before and after each rung, what
+    begins and how it ended.
     """
 
     fence: FencePlan
@@ -56,6 +70,8 @@ class AddressRequest:
     exchanges: tuple[Exchange, ...] = ()
     agent: GuestControl | None = None
     static_macs: frozenset[str] = frozenset()
+    deadlines: Mapping[Rung, timedelta] = field(default_factory=dict)
+    note: Callable[[str], None] = _no_note
 
 
 class Addressing(Protocol):
@@ -63,6 +79,9 @@ class Addressing(Protocol):
 
     def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:
         """Try the rungs in order until the clone answers at an address of its own or, last, at its old one.
+
+        A clone that took an address of its own before a rung began has moved by itself (``Rung.BY_ITSELF``). Where all
+        NICs are static, rungs that need a DHCP client are passed over, and the attempts say so.
 
         Whatever a rung sets up inside the fence's namespace stays until the fence is released.
         Raises DeadlineError where no rung worked.

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId
+from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, RunKind, RunRecord
 
 
@@ -26,6 +27,9 @@ class RunJournal(Protocol):
 
     def state(self, state: str) -> None:
         """Record the run's state."""
+
+    def note(self, text: str) -> None:
+        """Record something that happened, for a person who reads the journal."""
 
     def keep(self, environment: str) -> None:
         """Record that the run's resources stay on purpose, for an environment."""
@@ -83,3 +87,29 @@ class EnvironmentBook(Protocol):
 
     def all(self) -> tuple[Environment, ...]:
         """Return all environments, by name."""
+
+
+class Exchanges(Protocol):
+    """The last DHCP exchange of each NIC that somebody watches, by MAC in any spelling.
+
+    It holds keys (nonces) and is for its owner's eyes.
+    """
+
+    def put(self, exchange: Exchange) -> None:
+        """Record an exchange instead of the one before it, atomically."""
+
+    def get(self, mac: str) -> Exchange | None:
+        """Return the last exchange of a NIC. Raises DriverError for a damaged record."""
+
+    def forget(self, mac: str) -> None:
+        """Forget a NIC's exchange. Content where there is none."""
+
+
+class RungMemory(Protocol):
+    """Which rung worked last for each guest. Losing it costs time and nothing else."""
+
+    def recall(self, guest: str) -> Rung | None:
+        """Return the rung that worked last; None where none is known, or the record is damaged."""
+
+    def remember(self, guest: str, *, rung: Rung) -> None:
+        """Record the rung that worked, instead of the one before it, atomically."""

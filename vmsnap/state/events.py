@@ -59,6 +59,11 @@ def state_line(state: str) -> bytes:
     return _line(event="state", state=state)
 
 
+def note_line(text: str) -> bytes:
+    """Return the line that tells something to a reader."""
+    return _line(event="note", text=text)
+
+
 def keep_line(environment: str | None) -> bytes:
     """Return the line for ``keep``, or for ``unkeep`` where ``environment`` is None."""
     return _line(event="unkeep") if environment is None else _line(event="keep", environment=environment)
@@ -166,6 +171,8 @@ class History:
                 self.released(_resource(said))
             case "state":
                 self.state(str(said["state"]))
+            case "note":
+                pass
             case "keep":
                 self.keep(str(said["environment"]))
             case "unkeep":

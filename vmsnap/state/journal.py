@@ -23,6 +23,7 @@ from vmsnap.state.events import (
     begin_line,
     finish_line,
     keep_line,
+    note_line,
     resource_line,
     state_line,
 )
@@ -64,6 +65,10 @@ class FileRunJournal:
         """Record the run's state."""
         self._append(state_line(state))
         self._history.state(state)
+
+    def note(self, text: str) -> None:
+        """Record something that happened, for a person who reads the journal."""
+        self._append(note_line(text))
 
     def keep(self, environment: str) -> None:
         """Record that the run's resources stay on purpose, for an environment."""

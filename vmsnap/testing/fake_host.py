@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from ipaddress import IPv4Interface
 
-from vmsnap.errors import GuestNotFoundError
+from vmsnap.errors import BugError, DeadlineError, GuestNotFoundError
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.command import Command
 from vmsnap.model.guest import Finding, GuestState
@@ -106,6 +106,7 @@ class FakeHost:
         self.findings: list[Finding] = []
         self.free_bytes = 100 << 30
         self.shutdown = "in order"
+        self.keeps_nics = False
         self.environments_answer = True
         self.pause = timedelta(milliseconds=25)
         self._clock_of_writes = 0
@@ -235,6 +236,19 @@ class FakeHost:
         fence = self.network.fences.get(machine.fence) if machine.fence is not None else None
         if fence is not None:
             fence.members -= {port.tap for port in fence.plan.ports}
+
+    def replug(self, name: str, *, mac: str, wait: Callable[[], None]) -> None:
+        """Take a NIC out of a clone and put it back, paused; ``wait`` passes the time a guest that keeps it has."""
+        machine = self.machine(name)
+        if machine.run is None or mac not in machine.macs:
+            raise BugError(f"{name!r} is not vmsnap's, or has no interface {mac}")
+        if self.keeps_nics:
+            wait()
+            raise DeadlineError(f"the guest did not let go of the NIC {mac}", remedy="leave out the rung 'hot-plug'")
+        self.unplug(machine)
+        self.between("the NIC is out")
+        machine.state = GuestState.PAUSED
+        self.plug(machine)
 
     def kill(self, name: str) -> None:
         """End a clone or an environment as the host's OOM killer does. A defined VM stays defined."""

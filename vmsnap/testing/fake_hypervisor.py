@@ -25,7 +25,7 @@ from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, D
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Disk, DiskKind, Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import RunId
-from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import MachineRecord
 from vmsnap.ports.clock import Cancel, Clock
@@ -263,6 +263,10 @@ class FakeHypervisor:
         if machine.run is None or mac not in machine.macs:
             raise BugError(f"{domain!r} is not vmsnap's, or has no interface {mac}")
         machine.links[mac] = up
+
+    def replug_nic(self, clone: Clone, *, port: FencePort, deadline: timedelta) -> None:
+        """Take a NIC out and put it back."""
+        self._host.replug(clone.name, mac=port.mac, wait=lambda: self._clock.sleep(deadline))
 
     def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the clone's guest to power off."""

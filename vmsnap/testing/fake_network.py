@@ -130,11 +130,13 @@ class FakeAddressing:
             cancel.check()
             if rung is Rung.NONE:
                 return _addressed(rung, address=None, attempts=attempts, seconds=0.0)
+            request.note(f"rung {rung} began")
             outcome = self.outcomes.get(rung, RungOutcome(failure=DeadlineError(f"{rung} does not work here")))
             if rung is Rung.LINK_FLAP:
                 for up in (False, True):
                     for port in request.fence.ports:
                         links.set_link(mac=port.mac, up=up)
+            request.note(f"rung {rung} ended")
             if outcome.failure is None:
                 return _addressed(rung, address=outcome.address, attempts=attempts, seconds=outcome.seconds)
             if not isinstance(outcome.failure, DeadlineError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -239,6 +240,14 @@ class HypervisorContract:
             hypervisor.resume_clone(clone, proof=harness.fence.prove(made.fence))
             assert hypervisor.clone_state(clone) is GuestState.RUNNING
             hypervisor.agent(clone.name).send('{"execute":"guest-ping"}', timeout=ANSWER)
+            for port in made.fence.ports:
+                hypervisor.replug_nic(clone, port=port, deadline=DEADLINE)
+                assert hypervisor.clone_state(clone) is GuestState.PAUSED
+                hypervisor.resume_clone(clone, proof=harness.fence.prove(made.fence))
+            with pytest.raises(BugError):
+                hypervisor.replug_nic(
+                    clone, port=replace(made.fence.ports[0], mac="52:54:00:00:00:99"), deadline=DEADLINE
+                )
             assert hypervisor.overlay_free_bytes(made.plan) > 0
             assert hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE, cancel=NeverCancelled())
             images = hypervisor.clone_images(made.plan)

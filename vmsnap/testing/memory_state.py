@@ -15,8 +15,10 @@ from datetime import datetime
 from vmsnap.errors import BugError, BusyError, PreconditionError
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, is_run_id
+from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, RunKind, RunRecord
 from vmsnap.state.environments import name_taken, no_such_environment
+from vmsnap.state.exchanges import mac_bytes
 
 
 class ProcessDied(BaseException):
@@ -33,6 +35,7 @@ class _Run:
     kept_for: str | None = None
     closed: bool = False
     owner: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class MemoryState:
@@ -47,6 +50,8 @@ class MemoryState:
         self.journals = MemoryJournals(self)
         self.locks = MemoryLocks(self)
         self.environments = MemoryEnvironmentBook(self)
+        self.exchanges = MemoryExchanges(self)
+        self.rungs = MemoryRungs(self)
 
     def die(self) -> None:
         """End the present process at once. Every call raises ProcessDied until ``restart``."""
@@ -94,6 +99,10 @@ class MemoryRunJournal:
     def state(self, state: str) -> None:
         """Record the run's state."""
         self._writable().state = state
+
+    def note(self, text: str) -> None:
+        """Record something that happened."""
+        self._writable().notes.append(text)
 
     def keep(self, environment: str) -> None:
         """Record that the run's resources stay on purpose, for an environment."""
@@ -250,6 +259,47 @@ class MemoryEnvironmentBook:
         """Return all environments, by name."""
         self._state.check_alive()
         return tuple(self._state.book[name] for name in sorted(self._state.book))
+
+
+class MemoryExchanges:
+    """The port ``Exchanges`` in memory."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+        self._known: dict[bytes, Exchange] = {}
+
+    def put(self, exchange: Exchange) -> None:
+        """Record an exchange."""
+        self._state.check_alive()
+        self._known[mac_bytes(exchange.mac)] = exchange
+
+    def get(self, mac: str) -> Exchange | None:
+        """Return the last exchange of a NIC."""
+        self._state.check_alive()
+        return self._known.get(mac_bytes(mac))
+
+    def forget(self, mac: str) -> None:
+        """Forget a NIC's exchange."""
+        self._state.check_alive()
+        self._known.pop(mac_bytes(mac), None)
+
+
+class MemoryRungs:
+    """The port ``RungMemory`` in memory."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+        self._known: dict[str, Rung] = {}
+
+    def recall(self, guest: str) -> Rung | None:
+        """Return the rung that worked last."""
+        self._state.check_alive()
+        return self._known.get(guest)
+
+    def remember(self, guest: str, *, rung: Rung) -> None:
+        """Record the rung that worked."""
+        self._state.check_alive()
+        self._known[guest] = rung
 
 
 def _check(run: RunId) -> None:

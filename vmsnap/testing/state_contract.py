@@ -7,7 +7,9 @@ A test module subclasses ``StateContract`` and gives it a fixture ``world``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from typing import Protocol
 
 import pytest
@@ -15,8 +17,9 @@ import pytest
 from vmsnap.errors import BugError, BusyError, EnvironmentNotFoundError, PreconditionError
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, ResourceKind, RunKind, RunRecord
-from vmsnap.ports.state import EnvironmentBook, Journals, Locks
+from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 
 AT = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
 ONE = RunId("00000000a1")
@@ -52,6 +55,14 @@ class StateWorld(Protocol):
     def environments(self) -> EnvironmentBook:
         """Return the book of environments."""
 
+    @property
+    def exchanges(self) -> Exchanges:
+        """Return the DHCP exchanges."""
+
+    @property
+    def rungs(self) -> RungMemory:
+        """Return the memory of rungs."""
+
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
         """Do the work in a process that is then killed, without any of its code running again."""
 
@@ -78,6 +89,20 @@ def only(records: tuple[RunRecord, ...]) -> RunRecord:
     """Return the one record there is."""
     assert len(records) == 1
     return records[0]
+
+
+def exchange(mac: str) -> Exchange:
+    """Return an exchange for tests."""
+    return Exchange(
+        mac=mac,
+        address=IPv4Address("192.0.2.7"),
+        server=IPv4Address("192.0.2.1"),
+        xid=0xFFFFFFFF,
+        seen=AT,
+        nonce=bytes(range(16)),
+        client="dhcpcd-9.4.1:Linux",
+        vlan=100,
+    )
 
 
 class StateContract:
@@ -330,3 +355,50 @@ class StateContract:
         assert world.environments.all() == (later,)
         with pytest.raises(EnvironmentNotFoundError):
             world.environments.replace(environment("other"))
+
+    def test_a_note_changes_nothing_that_is_known_of_a_run(self, world: StateWorld) -> None:
+        journal = world.journals.begin(ONE, kind=RunKind.BACKUP, guest="db", at=AT)
+        journal.state("running")
+        before = only(world.journals.records())
+        journal.note("rung link-flap began\n\N{SNOWMAN}")
+        assert only(world.journals.records()) == before
+        journal.finish()
+        journal.close()
+        assert only(world.journals.records()).closed
+
+    def test_the_last_exchange_of_a_nic_comes_back_whatever_the_spelling(self, world: StateWorld) -> None:
+        assert world.exchanges.get("52:54:00:aa:00:01") is None
+        first = exchange("52:54:00:aa:00:01")
+        world.exchanges.put(first)
+        world.exchanges.put(exchange("52:54:00:aa:00:02"))
+        assert world.exchanges.get("52:54:00:AA:00:01") == first
+        plain = replace(first, nonce=None, vlan=None, client="")
+        world.exchanges.put(plain)
+        assert world.exchanges.get("52-54-00-aa-00-01") == plain
+        world.exchanges.forget("52:54:00:AA:00:01")
+        world.exchanges.forget("52:54:00:AA:00:01")
+        assert world.exchanges.get("52:54:00:aa:00:01") is None
+        assert world.exchanges.get("52:54:00:aa:00:02") is not None
+
+    def test_what_is_no_mac_has_no_exchange(self, world: StateWorld) -> None:
+        with pytest.raises(BugError):
+            world.exchanges.get("../../etc/passwd")
+        with pytest.raises(BugError):
+            world.exchanges.put(exchange("52:54"))
+
+    @pytest.mark.parametrize("name", HARD_NAMES)
+    def test_the_rung_that_worked_last_is_remembered(self, world: StateWorld, name: str) -> None:
+        assert world.rungs.recall(name) is None
+        for rung in (Rung.LINK_FLAP, Rung.OLD_ADDRESS):
+            world.rungs.remember(name, rung=rung)
+            assert world.rungs.recall(name) is rung
+        assert world.rungs.recall(f"{name} ") is None
+
+    def test_death_keeps_exchanges_and_rungs(self, world: StateWorld) -> None:
+        def work(mine: StateWorld) -> None:
+            mine.exchanges.put(exchange("52:54:00:aa:00:01"))
+            mine.rungs.remember("db", rung=Rung.AGENT)
+
+        world.run_and_die(work)
+        assert world.exchanges.get("52:54:00:aa:00:01") == exchange("52:54:00:aa:00:01")
+        assert world.rungs.recall("db") is Rung.AGENT

@@ -119,6 +119,8 @@ class FakeWorld:
             journals=self.state.journals,
             locks=self.state.locks,
             book=self.state.environments,
+            exchanges=self.state.exchanges,
+            rungs=self.state.rungs,
             clock=self.clock,
             engine_for=engine_for,
             new_run_id=lambda: RunId(f"{next(self._run_ids):010x}"),

@@ -269,7 +269,7 @@ class Backup:
             self._advance(Event.RESUME)
         with run.step("reach clone"):
             control, addressed = reach.reach_clone(
-                world, policy=policy, clone=clone, login=login, fence=fence, cancel=guard, progress=self._progress
+                world, policy=policy, clone=clone, login=login, fence=fence, cancel=guard, progress=run.progress
             )
         with closing(control):
             drains, stopped = self._drain_and_stop(run, control=control, guard=guard)

@@ -3,49 +3,61 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from ipaddress import IPv4Interface
 
-from vmsnap.errors import ConfigError, GuestCommandError, GuestUnreachableError, PreconditionError
+from vmsnap.errors import ConfigError, GuestCommandError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.model.capture import Clone
 from vmsnap.model.command import Command
 from vmsnap.model.guest import Guest, OldAddress, SshLogin
-from vmsnap.model.isolation import Addressed, FencePlan, Rung
+from vmsnap.model.isolation import Addressed, Exchange, FencePlan, Rung
 from vmsnap.model.policy import Policy
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.guest import GuestControl
-from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import AddressRequest
 from vmsnap.ports.progress import Progress
 from vmsnap.workflow.run import closing
 from vmsnap.workflow.talk import wait_until_answers
+from vmsnap.workflow.whereabouts import exchanges_of, old_addresses, static_macs
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
 _AGENT_PROBE = timedelta(seconds=5)
-_ASSUMED_PREFIX = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Login:
-    """How the clone will be reached, decided on the running guest: the agent, or SSH with a pinned host key."""
+    """How the clone will be reached, decided on the running guest: the agent, or SSH with a pinned host key.
+
+    The rest is for the ladder; see ``AddressRequest``. ``agent_channel``: the guest has a line for an agent.
+    """
 
     agent: bool
     ssh: SshLogin | None
     addresses: tuple[OldAddress, ...]
+    agent_channel: bool = False
+    exchanges: tuple[Exchange, ...] = ()
+    static_macs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _CloneLinks:
     """ports.network.LinkControl for one clone."""
 
-    hypervisor: Hypervisor
+    world: World
     clone: Clone
+    fence: FencePlan
 
     def set_link(self, *, mac: str, up: bool) -> None:
         """Pull or plug the cable of one of the clone's NICs."""
-        self.hypervisor.set_link(self.clone.name, mac=mac, up=up)
+        self.world.hypervisor.set_link(self.clone.name, mac=mac, up=up)
+
+    def replug(self, *, mac: str, deadline: timedelta) -> None:
+        """Remove one of the clone's NICs, add it again, and prove the fence before the clone runs on."""
+        (port,) = (port for port in self.fence.ports if port.mac == mac)
+        self.world.hypervisor.replug_nic(self.clone, port=port, deadline=deadline)
+        self.world.hypervisor.resume_clone(self.clone, proof=self.world.fence.prove(self.fence))
 
 
 def choose(world: World, *, policy: Policy, guest: Guest) -> Login:
@@ -74,7 +86,19 @@ def choose(world: World, *, policy: Policy, guest: Guest) -> Login:
             f"there is no way to run commands in {guest.name!r}: no guest agent answers and the policy has no [control.ssh]",
             remedy="install and start qemu-guest-agent in the guest, or add [control.ssh] with user and key_file",
         )
-    return Login(agent=agent, ssh=ssh, addresses=addresses)
+    exchanges: tuple[Exchange, ...] = ()
+    static: frozenset[str] = frozenset()
+    if not agent or policy.isolation.address == "always":
+        exchanges = exchanges_of(world, policy=policy, guest=guest)
+        static = static_macs(world, policy=policy, guest=guest, exchanges=exchanges)
+    return Login(
+        agent=agent,
+        ssh=ssh,
+        addresses=addresses,
+        agent_channel=guest.has_agent_channel,
+        exchanges=exchanges,
+        static_macs=static,
+    )
 
 
 def _agent_answers(world: World, guest: Guest) -> bool:
@@ -106,23 +130,6 @@ def _pinned(world: World, *, policy: Policy, address: str) -> SshLogin:
     return replace(login, host_key=host_key)
 
 
-def old_addresses(policy: Policy, *, guest: Guest) -> tuple[OldAddress, ...]:
-    """Return where the guest lives in production: by the policy, else as the hypervisor saw it.
-
-    An address whose prefix nobody knows is taken for a /24; the prefix only decides who counts as a neighbour.
-    """
-    if policy.isolation.old_address is not None:
-        return (OldAddress(interface=policy.isolation.old_address, gateway=policy.isolation.old_gateway),)
-    found = []
-    for nic in guest.nics:
-        for interface in nic.addresses:
-            known = interface
-            if interface.network.prefixlen == interface.max_prefixlen:
-                known = IPv4Interface(f"{interface.ip}/{_ASSUMED_PREFIX}")
-            found.append(OldAddress(interface=known, gateway=policy.isolation.old_gateway))
-    return tuple(found)
-
-
 def reach_clone(
     world: World,
     *,
@@ -142,18 +149,9 @@ def reach_clone(
     began = world.clock.monotonic()
     addressed = Addressed(rung=Rung.NONE, address=None, seconds=0.0)
     if not login.agent or policy.isolation.address == "always":
-        request = AddressRequest(
-            fence=fence,
-            ladder=policy.isolation.ladder,
-            old_addresses=login.addresses,
-            probe_port=22 if login.ssh is None else login.ssh.port,
-            rung_deadline=policy.isolation.rung_deadline,
+        addressed = _climb(
+            world, policy=policy, clone=clone, login=login, fence=fence, cancel=cancel, progress=progress
         )
-        links = _CloneLinks(hypervisor=world.hypervisor, clone=clone)
-        addressed = world.addressing.move(request, links=links, cancel=cancel)
-        for attempt in addressed.attempts:
-            if attempt.failure is not None:
-                progress.note(f"rung {attempt.rung}: {attempt.failure}")
     if login.agent:
         # Its own clients may go on in the clone, and their work would hold up the drain that ends it.
         control = world.access.agent(world.hypervisor.agent(clone.name), urgent=True)
@@ -169,6 +167,58 @@ def reach_clone(
     if addressed.rung is Rung.NONE:
         addressed = replace(addressed, seconds=world.clock.monotonic() - began)
     return control, addressed
+
+
+def _climb(
+    world: World,
+    *,
+    policy: Policy,
+    clone: Clone,
+    login: Login,
+    fence: FencePlan,
+    cancel: Cancel,
+    progress: Progress,
+) -> Addressed:
+    """Give the clone an address, the rung that worked last time first."""
+    isolation = policy.isolation
+    with ExitStack() as undo:
+        agent = None
+        if Rung.AGENT in isolation.ladder and login.agent_channel:
+            agent = world.access.agent(world.hypervisor.agent(clone.name))
+            undo.enter_context(closing(agent))
+        remembered = _recall(world, guest=policy.guest)
+        request = AddressRequest(
+            fence=fence,
+            ladder=tuple(sorted(isolation.ladder, key=lambda rung: rung is not remembered)),
+            old_addresses=login.addresses,
+            probe_port=22 if login.ssh is None else login.ssh.port,
+            rung_deadline=isolation.rung_deadline,
+            deadlines=isolation.deadlines,
+            exchanges=login.exchanges,
+            agent=agent,
+            static_macs=login.static_macs,
+            note=progress.note,
+        )
+        links = _CloneLinks(world=world, clone=clone, fence=fence)
+        addressed = world.addressing.move(request, links=links, cancel=cancel)
+    if addressed.rung in isolation.ladder and addressed.rung is not remembered:
+        _remember(world, guest=policy.guest, rung=addressed.rung)
+    return addressed
+
+
+def _recall(world: World, *, guest: str) -> Rung | None:
+    try:
+        return world.rungs.recall(guest)
+    except VmsnapError as error:
+        _LOG.warning("which rung worked last for %r is not known: %s", guest, error.brief)
+        return None
+
+
+def _remember(world: World, *, guest: str, rung: Rung) -> None:
+    try:
+        world.rungs.remember(guest, rung=rung)
+    except VmsnapError as error:
+        _LOG.warning("the rung that worked for %r is not remembered: %s", guest, error.brief)
 
 
 def run_hooks(hooks: tuple[tuple[str, ...], ...], *, control: GuestControl, timeout: timedelta) -> None:

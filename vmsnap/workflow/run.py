@@ -125,6 +125,25 @@ def _record_release(journal: RunJournal, resource: Resource) -> VmsnapError | No
     return None
 
 
+class _JournalledProgress:
+    """A Progress whose notes go to the journal too."""
+
+    def __init__(self, progress: Progress, *, journal: RunJournal) -> None:
+        self._journal = journal
+        self._progress = progress
+        self.step = progress.step
+        self.bytes_done = progress.bytes_done
+        self.waiting = progress.waiting
+
+    def note(self, text: str) -> None:
+        """Tell the journal and the operator."""
+        try:
+            self._journal.note(text)
+        except VmsnapError as error:
+            _LOG.warning("the journal of run %s lacks a note (%s): %s", self._journal.run, error.brief, text)
+        self._progress.note(text)
+
+
 class Run:
     """One run in progress. Not thread-safe."""
 
@@ -140,6 +159,11 @@ class Run:
     def steps(self) -> tuple[StepRecord, ...]:
         """Return the steps that ended, in order."""
         return tuple(self._steps)
+
+    @property
+    def progress(self) -> Progress:
+        """Return the operator's progress; what it is told to note is noted in the journal as well."""
+        return _JournalledProgress(self._progress, journal=self._journal)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from vmsnap.ports.guest import Connector, GuestAccess
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.owner import Owner
-from vmsnap.ports.state import EnvironmentBook, Journals, Locks
+from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.ports.store import SnapshotStore
 
 
@@ -35,6 +35,8 @@ class World:
     journals: Journals
     locks: Locks
     book: EnvironmentBook
+    exchanges: Exchanges
+    rungs: RungMemory
     clock: Clock
     engine_for: Callable[[DatabasePolicy], Engine]
     new_run_id: Callable[[], RunId]

@@ -24,13 +24,14 @@ from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environm
 from vmsnap.hypervisors.libvirt.inspect import agent_is_connected, disk_target, guest_from_xml, nic_mac, writable_disks
 from vmsnap.hypervisors.libvirt.leftovers import overlay_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
+from vmsnap.hypervisors.libvirt.replug import replug
 from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState, Severity
 from vmsnap.model.ids import RunId, is_run_id
-from vmsnap.model.isolation import FencePlan, IsolationProof
+from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import MachineRecord
 from vmsnap.ports.clock import Cancel, Clock
@@ -294,6 +295,12 @@ class LibvirtHypervisor:
                     found.updateDeviceFlags(unparse(interface), libvirt.VIR_DOMAIN_AFFECT_LIVE)
                     return
         raise BugError(f"{domain!r} has no interface {mac}")
+
+    def replug_nic(self, clone: Clone, *, port: FencePort, deadline: timedelta) -> None:
+        """Take a NIC out of a clone and put it back."""
+        found = self._connection.domain(clone.name)
+        self._clones.require_tagged(found, run=clone.run)
+        replug(found, port=port, deadline=deadline)
 
     def shut_down_clone(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the clone's guest to power off."""
