@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,9 @@ from vmsnap.engines.registry import engine_for
 from vmsnap.errors import GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
-from vmsnap.model.guest import Finding, Guest, GuestState, Severity
+from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import new_run_id
+from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.policy import EnvironmentPolicy, Policy
 from vmsnap.model.report import (
@@ -30,6 +32,7 @@ from vmsnap.model.report import (
 )
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
+from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.state.clock import SystemClock
@@ -47,6 +50,7 @@ from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.verify import verify
 from vmsnap.workflow.world import World
 
+_LOG = logging.getLogger(__name__)
 _LOCK_TIMEOUT = timedelta(minutes=1)
 
 
@@ -171,6 +175,39 @@ class Application:
             snapshot = self._world.store.find(reference)
             return self._world.store.mark(snapshot, marks=snapshot.marks.model_copy(update={"pin": pin}))
 
+    def watch_dhcp(
+        self,
+        guests: tuple[str, ...],
+        *,
+        interfaces: tuple[str, ...],
+        tell: Callable[[str, Exchange], None],
+        cancel: Cancel,
+    ) -> None:
+        """Keep the last DHCP exchange of guests until cancelled."""
+        policies = tuple(self._policies.get(guest) for guest in guests) or self._policies.all()
+        watched = tuple(policy for policy in policies if policy.isolation.exchanges == "watch")
+        if not watched:
+            raise PreconditionError(
+                "no policy wants its guest's DHCP exchanges watched",
+                remedy='write a policy, or set isolation.exchanges = "watch" in it',
+            )
+        names: dict[str, str] = {}
+
+        def look() -> Watched:
+            names.clear()
+            taps: set[str] = set()
+            for policy in watched:
+                for nic in _nics(self._world, guest=policy.guest):
+                    names[nic.mac.lower()] = policy.guest
+                    taps.update(() if nic.tap is None else (nic.tap,))
+            found = frozenset(interfaces) or frozenset(bridges_of(frozenset(taps)))
+            return Watched(macs=frozenset(names), interfaces=found)
+
+        def told(exchange: Exchange) -> None:
+            tell(names.get(exchange.mac, ""), exchange)
+
+        DhcpWatcher(self._world.exchanges, look=look, tell=told).run(cancel=cancel)
+
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest."""
         return self._world.store.snapshots(guest)
@@ -192,6 +229,15 @@ class Application:
         environment = replace(self._world.book.get(name), expires=expires)
         self._world.book.replace(environment)
         return status_of(self._world, environment)
+
+
+def _nics(world: World, *, guest: str) -> tuple[Nic, ...]:
+    """Return a guest's NICs; none where it cannot be described now: watching the others goes on."""
+    try:
+        return world.hypervisor.inspect(guest).nics
+    except VmsnapError as error:
+        _LOG.warning("the DHCP exchanges of %r are not watched for now: %s", guest, error.brief)
+        return ()
 
 
 def _libvirt_finding(world: World) -> tuple[Finding, ...]:

@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from vmsnap.cli.context import Session
@@ -34,7 +36,7 @@ from vmsnap.model.capture import CaptureMode
 from vmsnap.model.environment import Environment
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.isolation import ProofKind, Rung
+from vmsnap.model.isolation import Exchange, ProofKind, Rung
 from vmsnap.model.journal import ResourceKind
 from vmsnap.model.manifest import (
     AttemptRecord,
@@ -280,6 +282,22 @@ class FakeApplication:
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         self._called("pin", reference, pin)
         return sample(marks=Marks(pin=pin))
+
+    def watch_dhcp(
+        self,
+        guests: tuple[str, ...],
+        *,
+        interfaces: tuple[str, ...],
+        tell: Callable[[str, Exchange], None],
+        cancel: Cancel,
+    ) -> None:
+        self._called("watch_dhcp", guests, interfaces)
+        exchange = Exchange(
+            mac="52:54:00:aa:00:01", address=IPv4Address("192.0.2.7"), server=IPv4Address("192.0.2.1"), xid=1, seen=AT,
+            nonce=b"0123456789abcdef", client="dhcpcd\x1b[1m", vlan=7,
+        )  # fmt: skip
+        tell("db1", exchange)
+        tell("db1", replace(exchange, nonce=None, vlan=None, client=""))
 
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         return tuple(item for item in self.stored if guest in {None, item.manifest.guest})

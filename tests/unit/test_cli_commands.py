@@ -533,7 +533,7 @@ def _commands() -> list[tuple[str, ...]]:
 
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
-        "backup", "doctor", "env destroy", "env extend", "env list", "env show", "list", "pin", "policy check",
+        "backup", "dhcp watch", "doctor", "env destroy", "env extend", "env list", "env show", "list", "pin", "policy check",
         "policy show", "provision", "prune", "reconcile", "show", "unpin", "verify",
     ]  # fmt: skip
 
@@ -553,3 +553,19 @@ def test_help_and_version_need_no_configuration(program: Program) -> None:
         outcome = program(*arguments, config=False)
         assert outcome.stdout
         assert outcome.code == (0 if arguments else 2)
+
+
+def test_dhcp_watch_tells_each_exchange_and_never_the_nonce(program: Program) -> None:
+    outcome = program("dhcp", "watch", "db1", "--interface", "br0", "--interface", "br1")
+    assert outcome.code == 0
+    assert program.application.calls == [("watch_dhcp", ("db1",), ("br0", "br1"))]
+    assert outcome.stdout.splitlines() == [
+        "2026-11-21 02:00:03Z  db1  52:54:00:aa:00:01  192.0.2.7 from 192.0.2.1, with a nonce, VLAN 7, dhcpcd\\x1b[1m",
+        "2026-11-21 02:00:03Z  db1  52:54:00:aa:00:01  192.0.2.7 from 192.0.2.1, no nonce",
+        "Stopped; 2 exchanges recorded.",
+    ]
+    assert "0123456789abcdef" not in outcome.stdout + outcome.stderr
+
+
+def test_dhcp_watch_in_json_says_how_much_it_recorded(program: Program) -> None:
+    assert program("dhcp", "watch", "--json").json == {"recorded": 2}

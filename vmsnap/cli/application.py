@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Protocol
 
 from vmsnap.model.guest import Finding
+from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import (
     BackupReport,
@@ -48,6 +50,19 @@ class Application(Protocol):
 
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or (None) let it go."""
+
+    def watch_dhcp(
+        self,
+        guests: tuple[str, ...],
+        *,
+        interfaces: tuple[str, ...],
+        tell: Callable[[str, Exchange], None],
+        cancel: Cancel,
+    ) -> None:
+        """Keep the last DHCP exchange of the guests, or of all that have a policy, until cancelled.
+
+        ``interfaces`` empty: the bridges that the guests are on. ``tell`` gets the guest and each exchange.
+        """
 
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest."""

@@ -15,7 +15,10 @@ ETH_P_ALL = 0x0003
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 _LONGEST_FRAME_BYTES = 65536
 _SOL_PACKET = 263  # linux/socket.h
-_PACKET_AUXDATA = 8  # linux/if_packet.h, as the next two
+_ADD_MEMBERSHIP = 1  # linux/if_packet.h, as the next ones
+_PROMISCUOUS = 1
+_MEMBERSHIP = struct.Struct("iHH8s")
+_PACKET_AUXDATA = 8
 _AUXDATA = struct.Struct("IIIHHHH")
 _VLAN_VALID = 1 << 4
 _MAC_BYTES = 12
@@ -69,6 +72,52 @@ def marked_filter(mark: int, *, except_links: Sequence[int] = ()) -> tuple[BpfSt
     )
 
 
+def dhcp_filter() -> tuple[BpfStep, ...]:
+    """Return a filter that lets only unfragmented UDP to port 67 or 68 through, also where a VLAN tag is in the frame.
+
+    Most tags are not: the kernel takes a frame's outer tag out before it is filtered, and hands it over beside it.
+    """
+    load_half, equal, give_back = 0x28, 0x15, 0x06
+    tagged, plain = 4, 14  # where the checks of either kind begin
+    accept, drop = 22, 23
+
+    def at(step: int, *, code: int, operand: int, to: tuple[int, int]) -> BpfStep:
+        return BpfStep(code, to[0] - step - 1, to[1] - step - 1, operand)
+
+    return (
+        BpfStep(load_half, 0, 0, 12),  # ethertype
+        at(1, code=equal, operand=0x0800, to=(plain, 2)),
+        at(2, code=equal, operand=0x8100, to=(tagged, 3)),
+        at(3, code=equal, operand=0x88A8, to=(tagged, drop)),
+        BpfStep(load_half, 0, 0, 16),
+        at(5, code=equal, operand=0x0800, to=(6, drop)),
+        *_dhcp_steps(6, header=18, accept=accept, drop=drop),
+        *_dhcp_steps(plain, header=14, accept=accept, drop=drop),
+        BpfStep(give_back, 0, 0, 0x40000),
+        BpfStep(give_back, 0, 0, 0),
+    )
+
+
+def _dhcp_steps(first: int, *, header: int, accept: int, drop: int) -> tuple[BpfStep, ...]:
+    """Return the eight steps that look into an IPv4 header at this offset; ``first`` is the number of the first."""
+    load_half, load_byte, load_header, load_half_at = 0x28, 0x30, 0xB1, 0x48
+    equal, any_bit = 0x15, 0x45
+
+    def drop_from(step: int) -> int:
+        return drop - (first + step) - 1
+
+    return (
+        BpfStep(load_byte, 0, 0, header + 9),  # protocol
+        BpfStep(equal, 0, drop_from(1), 17),  # UDP
+        BpfStep(load_half, 0, 0, header + 6),  # fragment offset
+        BpfStep(any_bit, drop_from(3), 0, 0x1FFF),
+        BpfStep(load_header, 0, 0, header),  # length of the IP header
+        BpfStep(load_half_at, 0, 0, header + 2),  # destination port
+        BpfStep(equal, accept - (first + 6) - 1, 0, 67),
+        BpfStep(equal, accept - (first + 7) - 1, drop_from(7), 68),
+    )
+
+
 def arp_filter() -> tuple[BpfStep, ...]:
     """Return a filter that lets only untagged ARP through."""
     load_half, equal, give_back = 0x28, 0x15, 0x06
@@ -112,6 +161,11 @@ class PacketSocket:
     def fileno(self) -> int:
         """Return the descriptor, for select."""
         return self._socket.fileno()
+
+    def hear_everything(self) -> None:
+        """Hear frames to other MACs too (packet(7), PACKET_MR_PROMISC), until closed. Raises OSError."""
+        index = socket.if_nametoindex(self._interface)
+        self._socket.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, _MEMBERSHIP.pack(index, _PROMISCUOUS, 0, b""))
 
     @property
     def mac(self) -> bytes:
