@@ -13,7 +13,7 @@ from vmsnap.config.settings import Settings
 from vmsnap.disks.export import QemuExport
 from vmsnap.disks.filesystems import OfflineInspector
 from vmsnap.engines.registry import engine_for
-from vmsnap.errors import GuestUnreachableError, PreconditionError, VmsnapError
+from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
@@ -24,14 +24,22 @@ from vmsnap.model.policy import EnvironmentPolicy, Policy
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
+    ForwardOptions,
+    ForwardReport,
     ProvisionOptions,
     ProvisionReport,
     PruneDecision,
     ReconcileReport,
+    RegisterReport,
+    ServeOptions,
+    ServeReport,
     VerifyReport,
 )
+from vmsnap.network.dns import DnsNames
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
+from vmsnap.network.residence import FenceResidences
+from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
@@ -43,10 +51,12 @@ from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
+from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.serve import forward, serve
 from vmsnap.workflow.verify import verify
 from vmsnap.workflow.world import World
 
@@ -79,6 +89,9 @@ def make_world(settings: Settings) -> World:
         ),
         fence=fence,
         addressing=NetworkAddressing(clock=clock),
+        services=HostServices(network=settings.isolation.service_network),
+        residences=FenceResidences(),
+        names=DnsNames(),
         access=Access(clock=clock),
         direct=connect_directly,
         export=QemuExport(runtime_dir=settings.runtime.path),
@@ -229,6 +242,46 @@ class Application:
         environment = replace(self._world.book.get(name), expires=expires)
         self._world.book.replace(environment)
         return status_of(self._world, environment)
+
+    def forward_environment(
+        self,
+        name: str,
+        *,
+        options: ForwardOptions,
+        ready: Callable[[ForwardReport], None],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        """Relay a port of the host to an environment's until cancelled."""
+        policy = self._policy_of_environment(name)
+        forward(self._world, name=name, options=options, policy=policy, ready=ready, waiting=(progress, cancel))
+
+    def serve_environment(
+        self,
+        name: str,
+        *,
+        options: ServeOptions,
+        ready: Callable[[ServeReport], None],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        """Relay an environment's ports at its service address until cancelled."""
+        policy = self._policy_of_environment(name)
+        serve(self._world, name=name, options=options, policy=policy, ready=ready, waiting=(progress, cancel))
+
+    def register_environment(self, name: str) -> RegisterReport:
+        """Register an environment's name in the DNS."""
+        environment = self._world.book.get(name)
+        return register(self._world, environment, policy=self._environment_policy(environment.guest))
+
+    def _policy_of_environment(self, name: str) -> Policy | None:
+        """Return the policy of an environment's guest; an environment outlives it."""
+        try:
+            return self._policies.get(self._world.book.get(name).guest)
+        except EnvironmentNotFoundError:
+            raise
+        except PreconditionError:
+            return None
 
 
 def _nics(world: World, *, guest: str) -> tuple[Nic, ...]:

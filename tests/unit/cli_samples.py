@@ -59,10 +59,15 @@ from vmsnap.model.manifest import (
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
+    ForwardOptions,
+    ForwardReport,
     ProvisionOptions,
     ProvisionReport,
     PruneDecision,
     ReconcileReport,
+    RegisterReport,
+    ServeOptions,
+    ServeReport,
     Undone,
     VerifyReport,
 )
@@ -246,6 +251,7 @@ class FakeApplication:
             overlay_bytes=196_608,
             address=None,
             expires=AT + timedelta(days=1),
+            reach=f"vmsnap env forward {options.name or 'db1-3fa9'} PORT",
         )
 
     def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
@@ -307,6 +313,58 @@ class FakeApplication:
         if reference.startswith("3fa9") or "@" in reference:
             return sample()
         raise SnapshotNotFoundError(f"no snapshot '{reference}'", remedy="there is 3fa9b0c1d2")
+
+    def forward_environment(
+        self,
+        name: str,
+        *,
+        options: ForwardOptions,
+        ready: Callable[[ForwardReport], None],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        self._called("forward", name, options)
+        progress.step("reach")
+        ready(
+            ForwardReport(
+                environment=name,
+                port=options.port,
+                listen_address=options.listen_address,
+                listen_port=options.listen_port or 40001,
+                address="10.9.8.77",
+            )
+        )
+        self._until_stopped(cancel)
+
+    def serve_environment(
+        self,
+        name: str,
+        *,
+        options: ServeOptions,
+        ready: Callable[[ServeReport], None],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        self._called("serve", name, options)
+        ready(
+            ServeReport(
+                environment=name,
+                service_address="198.18.3.1",
+                ports=options.ports or (22, 5432),
+                address="10.9.8.77",
+                dns_name="db1-test.test.example",
+            )
+        )
+        self._until_stopped(cancel)
+
+    def _until_stopped(self, cancel: Cancel) -> None:
+        """Go on until a signal comes, which a test sends; where it sends none, end at once."""
+        while self.behaviour == "slow" and not cancel.is_set():
+            time.sleep(0.01)
+
+    def register_environment(self, name: str) -> RegisterReport:
+        self._called("register", name)
+        return RegisterReport(environment=name, dns_name="db1-test.test.example", address="198.18.3.1")
 
     def environments(self) -> tuple[EnvironmentStatus, ...]:
         self._called("environments")

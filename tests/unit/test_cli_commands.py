@@ -14,6 +14,7 @@ from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_ove
 from vmsnap.cli.main import app
 from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.manifest import Marks, Pin, Verification
+from vmsnap.model.report import ForwardOptions, ServeOptions
 
 WARNED = (
     Finding(check="store", severity=Severity.OK, message="XFS with reflinks", remedy="nothing"),
@@ -117,6 +118,9 @@ def test_provision_in_json_has_the_promised_keys(program: Program) -> None:
         "address": None,
         "expires": "2026-11-22T02:00:03Z",
         "answered_ms": None,
+        "reach": "vmsnap env forward db1-3fa9 PORT",
+        "dns_name": None,
+        "warnings": [],
     }
 
 
@@ -155,6 +159,7 @@ def test_provision_passes_its_options_on(program: Program) -> None:
         "Environment x is running, from snapshot 3fa9b0c1d2 of db1.\n"
         "  defined after 312 ms, running after 604 ms\n"
         "  overlay 192 KiB, address none known, expires 2026-11-22 02:00:03Z\n"
+        "  a port of it: vmsnap env forward x PORT\n"
         "  'vmsnap env destroy x' removes it\n"
     )
 
@@ -358,6 +363,43 @@ def test_environments_are_listed_shown_extended_and_destroyed(program: Program) 
     assert program("env", "destroy", "db1-test", "--json").json == {"environment": "db1-test", "destroyed": True}
 
 
+def test_a_port_of_an_environment_is_forwarded(program: Program) -> None:
+    outcome = program("env", "forward", "db1-test", "5432", "--listen", "15432", "--wait", "2m")
+    assert outcome.stdout == "127.0.0.1 port 15432 is port 5432 of db1-test (10.9.8.77), until Ctrl-C.\n"
+    assert "reach" in outcome.stderr
+    options = ForwardOptions(port=5432, listen_port=15432, wait=timedelta(minutes=2))
+    assert program.application.calls[-1] == ("forward", "db1-test", options)
+    assert program("env", "forward", "db1-test", "22", "--json").json == {
+        "environment": "db1-test",
+        "port": 22,
+        "listen_address": "127.0.0.1",
+        "listen_port": 40001,
+        "address": "10.9.8.77",
+    }
+    program("env", "forward", "db1-test", "22", "--listen", "[::1]:0")
+    assert program.application.calls[-1][2] == ForwardOptions(port=22, listen_address="::1")
+
+
+@pytest.mark.parametrize("listen", ["", "x", "127.0.0.1", "127.0.0.1:", ":5432", "1.2.3.4:70000", "-1", "127.0.0.1:٣"])
+def test_a_place_to_listen_that_is_none_is_refused(program: Program, listen: str) -> None:
+    outcome = program("env", "forward", "db1-test", "5432", "--listen", listen)
+    assert outcome.code == 2
+    assert "--listen 127.0.0.1:15432" in outcome.stderr
+
+
+def test_an_environment_is_served_and_registered(program: Program) -> None:
+    outcome = program("env", "serve", "db1-test", "--port", "22", "--port", "6432", "--port", "22")
+    assert program.application.calls[-1] == ("serve", "db1-test", ServeOptions(ports=(22, 6432)))
+    assert outcome.stdout == (
+        "db1-test is at 198.18.3.1, port 22, 6432, until Ctrl-C.\n  registered as db1-test.test.example\n"
+    )
+    served = program("env", "serve", "db1-test", "--json").json
+    assert (served["service_address"], served["ports"]) == ("198.18.3.1", [22, 5432])
+    assert program("env", "register", "db1-test").stdout == (
+        "Environment db1-test is registered: db1-test.test.example has the address 198.18.3.1.\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["show", "destroy"])
 def test_an_unknown_environment_names_those_that_exist(program: Program, command: str) -> None:
     outcome = program("env", command, "tset")
@@ -533,7 +575,8 @@ def _commands() -> list[tuple[str, ...]]:
 
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
-        "backup", "dhcp watch", "doctor", "env destroy", "env extend", "env list", "env show", "list", "pin", "policy check",
+        "backup", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
+        "env register", "env serve", "env show", "list", "pin", "policy check",
         "policy show", "provision", "prune", "reconcile", "show", "unpin", "verify",
     ]  # fmt: skip
 

@@ -91,6 +91,37 @@ def test_a_signal_stops_the_run_and_clean_up_still_runs(config: str, number: sig
     assert rest.count("stopping") == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_forward_in_order(config: str, number: signal.Signals) -> None:
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tests.unit.cli_samples",
+            "env",
+            "forward",
+            "db1-test",
+            "22",
+            "--json",
+            "--config",
+            config,
+        ],
+        cwd=ROOT,
+        env={**os.environ, BEHAVIOUR: "slow"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    document = ""
+    while not document.endswith("}\n"):  # it is there while the program goes on
+        document += child.stdout.readline()
+    assert json.loads(document)["listen_port"] == 40001
+    child.send_signal(number)
+    assert child.communicate(timeout=30) == ("", "")
+    assert child.returncode == 0
+
+
 def test_a_reader_that_went_away_is_no_error(config: str) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.unit.cli_samples", "show", "3fa9", "--config", config],

@@ -48,6 +48,8 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         path = "/c"
         [libvirt]
         uri = "qemu+unix:///system?socket=/d"
+        [isolation]
+        service_network = "100.64.0.0/24"
         """
     settings = load_settings(write(tmp_path, text))
     assert settings.model_dump(mode="json") == {
@@ -56,6 +58,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         "state": {"path": "/b"},
         "runtime": {"path": "/c"},
         "libvirt": {"uri": "qemu+unix:///system?socket=/d"},
+        "isolation": {"service_network": "100.64.0.0/24"},
     }
 
 
@@ -82,6 +85,14 @@ def test_the_file_is_named_by_option_then_environment_then_default(monkeypatch: 
         ('store = "/a"\n', ':1: store: given "/a"; a section with keys of its own is allowed'),
         ('[store]\npath = "/a"\n[libvrt]\nuri = "x"\n', ":3: libvrt: unknown key; did you mean 'libvirt'?"),
         ('[store]\npath = "/a"\n[libvirt]\nuri = ""\n', ':4: libvirt.uri: given ""; the text must not be empty'),
+        (
+            '[store]\npath = "/a"\n[isolation]\nservice_network = "198.18.0.1/32"\n',
+            ':4: isolation.service_network: given "198.18.0.1/32"; a network with room for pairs of addresses',
+        ),
+        (
+            '[store]\npath = "/a"\n[isolation]\nservice_network = "198.18.0.1/15"\n',
+            ':4: isolation.service_network: given "198.18.0.1/15"',
+        ),
         ('[store]\npath = "/a\n', ":2:11: not valid TOML: "),
         ("[store\n", ":1:7: not valid TOML: "),
         ("a = 1\na = 2\n", ":2:6: not valid TOML: cannot overwrite a value"),

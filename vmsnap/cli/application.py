@@ -12,10 +12,15 @@ from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
+    ForwardOptions,
+    ForwardReport,
     ProvisionOptions,
     ProvisionReport,
     PruneDecision,
     ReconcileReport,
+    RegisterReport,
+    ServeOptions,
+    ServeReport,
     VerifyReport,
 )
 from vmsnap.ports.clock import Cancel
@@ -78,3 +83,28 @@ class Application(Protocol):
 
     def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
         """Set when an environment expires; None: never. Raises EnvironmentNotFoundError."""
+
+    def forward_environment(
+        self,
+        name: str,
+        *,
+        options: ForwardOptions,
+        ready: Callable[[ForwardReport], None],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        """Relay a port of the host to an environment's until cancelled; ``ready`` is told once, when it listens."""
+
+    def serve_environment(
+        self,
+        name: str,
+        *,
+        options: ServeOptions,
+        ready: Callable[[ServeReport], None],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        """Relay an environment's ports at its service address until cancelled; ``ready`` is told once."""
+
+    def register_environment(self, name: str) -> RegisterReport:
+        """Register an environment's name in the DNS. Raises PreconditionError where its policy says of none."""

@@ -131,6 +131,16 @@ class Session:
                 yield progress, cancel
 
     @contextmanager
+    def serving(self) -> Iterator[tuple[PlainProgress | SilentProgress, SignalCancel]]:
+        """Give a command that goes on until it is stopped its progress and its Cancel. Being stopped is no failure."""
+        from vmsnap.cli.progress import PlainProgress, SilentProgress  # noqa: PLC0415
+
+        with cancelled_by_signals(announce=lambda: None) as cancel:
+            progress = SilentProgress() if self.json else PlainProgress(sys.stderr)
+            with progress:
+                yield progress, cancel
+
+    @contextmanager
     def unstoppable(self) -> Iterator[None]:
         """Run a command that is clean-up itself to its end, whatever signal comes. Its steps have deadlines."""
         with cancelled_by_signals(announce=lambda: _tell("finishing what was begun, then stopping")):

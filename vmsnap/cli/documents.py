@@ -111,6 +111,8 @@ def environment_document(status: EnvironmentStatus) -> Document:
         **environment,
         "state": dumped["state"],
         "overlay_bytes": dumped["overlay_bytes"],
+        "service_address": dumped["service_address"],
+        "dns_name": dumped["dns_name"],
     }
 
 

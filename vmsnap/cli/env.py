@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from vmsnap.cli import reach
 from vmsnap.cli.completion import complete_environment
 from vmsnap.cli.context import ConfigOption, JsonOption, begin
 from vmsnap.cli.documents import environment_document, environments_document
@@ -24,7 +25,7 @@ NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="The environment's name.", autocompletion=complete_environment)
 ]
 
-environments = typer.Typer(no_args_is_help=True, help="List, look at, keep longer and destroy test VMs.")
+environments = typer.Typer(no_args_is_help=True, help="List, look at, reach, keep longer and destroy test VMs.")
 
 
 @environments.command("list")
@@ -130,6 +131,11 @@ def destroy_environment(
         {"environment": name, "destroyed": True},
         human=lambda console: print_lines(console, [f"Environment {printable(name)} is gone."]),
     )
+
+
+environments.command("forward")(reach.forward)
+environments.command("serve")(reach.serve)
+environments.command("register")(reach.register)
 
 
 def _print(console: Console, statuses: Sequence[EnvironmentStatus]) -> None:

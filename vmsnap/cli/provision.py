@@ -96,6 +96,8 @@ def _print(console: Console, report: ProvisionReport) -> None:
             f"Environment {name} is {report.state.value}, from {source}.",
             f"  {times}{answered}",
             f"  overlay {size(report.overlay_bytes)}, address {report.address or 'none known'}, expires {expires}",
+            *([f"  registered as {report.dns_name}"] if report.dns_name else []),
+            *([f"  a port of it: {printable(report.reach)}"] if report.reach else []),
             f"  'vmsnap env destroy {name}' removes it",
         ],
     )

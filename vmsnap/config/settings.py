@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from vmsnap.config.problems import validate
 from vmsnap.config.toml import read_toml
 
 DEFAULT_FILE = Path("/etc/vmsnap/vmsnap.toml")
 ENVIRONMENT_VARIABLE = "VMSNAP_CONFIG"
+LONGEST_SERVICE_PREFIX = 30
 _MISSING = (
     'write it (two lines are enough: [store] and path = "/FOLDER/ON/XFS/OR/BTRFS"), '
     f"or name another with --config or ${ENVIRONMENT_VARIABLE}"
@@ -58,6 +60,22 @@ class LibvirtSettings(_Section):
     uri: str = Field(default="qemu:///system", min_length=1)
 
 
+class IsolationSettings(_Section):
+    """What fences use of this host. Service addresses are taken in pairs from ``service_network``."""
+
+    service_network: IPv4Network = IPv4Network("198.18.0.0/15")
+
+    @field_validator("service_network")
+    @classmethod
+    def _has_room(cls, network: IPv4Network) -> IPv4Network:
+        if network.prefixlen > LONGEST_SERVICE_PREFIX:
+            msg = (
+                f"a network with room for pairs of addresses is allowed (a prefix of at most /{LONGEST_SERVICE_PREFIX})"
+            )
+            raise ValueError(msg)
+        return network
+
+
 class Settings(_Section):
     """Everything ``vmsnap.toml`` says. ``policies`` is absolute once loaded; in the file it may be relative to it."""
 
@@ -65,6 +83,7 @@ class Settings(_Section):
     state: StateSettings = StateSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     libvirt: LibvirtSettings = LibvirtSettings()
+    isolation: IsolationSettings = IsolationSettings()
     policies: Path = Path("policies")
 
 

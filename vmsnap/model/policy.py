@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from vmsnap.model.capture import CaptureMode, OnNoConvergence
+from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -165,13 +166,68 @@ class RetentionPolicy(_Section):
     keep_last: int = Field(default=7, ge=1)
 
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+"""A TCP or UDP port."""
+
+
+class DnsPolicy(_Section):
+    """Where environments are registered by dynamic update (RFC 2136), signed with a key (TSIG, RFC 8945).
+
+    ``key_file`` holds the key's secret in base64, and is readable by its owner only (mode 0600). ``name`` is made of
+    ``{environment}``, ``{guest}``, ``{run}`` and letters, digits, hyphens and dots; the zone is added to it.
+    """
+
+    zone: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?$", max_length=180
+    )
+    server: IPv4Address | IPv6Address
+    port: Port = 53
+    name: str = "{environment}"
+    ttl: Annotated[PositiveDuration, Field(ge=timedelta(seconds=1), le=timedelta(seconds=60))] = timedelta(seconds=60)
+    key_name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=253)
+    key_file: str
+    algorithm: Literal["hmac-sha256", "hmac-sha384", "hmac-sha512", "hmac-sha224", "hmac-sha1"] = "hmac-sha256"
+
+    @model_validator(mode="after")
+    def _name_can_be_made(self) -> DnsPolicy:
+        dns_name(self, environment="environment", guest="guest", run=RunId("0" * 10))
+        return self
+
+
+_NOT_IN_LABELS = re.compile(r"[^a-z0-9-]+")
+_NAME = re.compile(r"[A-Za-z0-9.{}-]+\Z")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+
+
+def dns_name(policy: DnsPolicy, *, environment: str, guest: str, run: RunId) -> str:
+    """Return the host name (RFC 1123, section 2.1) of an environment, with its zone and without a dot at the end.
+
+    What cannot be in a host name becomes a hyphen. Raises ValueError where the policy's ``name`` makes no name.
+    """
+    words = {"{environment}": environment, "{guest}": guest, "{run}": run}
+    relative = policy.name
+    for place, word in words.items():
+        relative = relative.replace(place, _NOT_IN_LABELS.sub("-", word.lower()).strip("-")[:63].strip("-") or run)
+    if not _NAME.match(policy.name) or not all(_LABEL.match(label) for label in relative.lower().split(".")):
+        msg = (
+            f"name: {policy.name!r} makes {relative!r}: labels of letters, digits and hyphens, from {', '.join(words)}"
+        )
+        raise ValueError(msg)
+    return f"{relative.lower()}.{policy.zone.rstrip('.').lower()}"
+
+
 class EnvironmentPolicy(_Section):
-    """Test VMs from this guest's snapshots. ``network`` None: each in a fence of its own. ``ttl``: may be ``"never"``."""
+    """Test VMs from this guest's snapshots. ``network`` None: each in a fence of its own. ``ttl``: may be ``"never"``.
+
+    ``service_ports`` are those that ``vmsnap env serve`` makes reachable.
+    """
 
     network: str | None = None
     ttl: TimeToLive = timedelta(days=1)
     memory_mib: int | None = Field(default=None, ge=64)
     vcpus: int | None = Field(default=None, ge=1)
+    service_ports: tuple[Port, ...] = (22, 5432)
+    dns: DnsPolicy | None = None
 
 
 class Policy(_Section):

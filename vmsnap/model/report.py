@@ -52,7 +52,10 @@ class ProvisionOptions(_Report):
 
 
 class ProvisionReport(_Report):
-    """One provisioned environment. Times count from the beginning of the command."""
+    """One provisioned environment. Times count from the beginning of the command.
+
+    ``address`` is known of one on a network that was waited for. ``reach`` is the command that reaches any.
+    """
 
     environment: str
     snapshot: SnapshotId
@@ -64,14 +67,67 @@ class ProvisionReport(_Report):
     address: str | None
     expires: datetime | None
     answered_ms: float | None = None
+    reach: str = ""
+    dns_name: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class EnvironmentStatus(_Report):
-    """One environment and how it is now. ``overlay_bytes`` is what it wrote."""
+    """One environment and how it is now. ``overlay_bytes`` is what it wrote.
+
+    ``service_address``: the host's address where ``vmsnap env serve`` serves it. ``dns_name``: as it is registered.
+    """
 
     environment: Environment
     state: GuestState | None
     overlay_bytes: int
+    service_address: str | None = None
+    dns_name: str | None = None
+
+
+class ForwardOptions(_Report):
+    """What ``vmsnap env forward`` is to listen at. ``listen_port`` 0: any free one. ``wait`` None: a minute or less."""
+
+    port: int
+    listen_address: str = "127.0.0.1"
+    listen_port: int = 0
+    wait: timedelta | None = None
+
+
+class ForwardReport(_Report):
+    """A port of an environment, and where it is reached as long as the command runs."""
+
+    environment: str
+    port: int
+    listen_address: str
+    listen_port: int
+    address: str
+
+
+class ServeOptions(_Report):
+    """Which ports ``vmsnap env serve`` serves; none: those of the policy."""
+
+    ports: tuple[int, ...] = ()
+    wait: timedelta | None = None
+
+
+class ServeReport(_Report):
+    """An environment at its service address, as long as the command runs. ``address`` is its own, in its fence."""
+
+    environment: str
+    service_address: str
+    ports: tuple[int, ...]
+    address: str
+    dns_name: str | None
+    warnings: tuple[str, ...] = ()
+
+
+class RegisterReport(_Report):
+    """What ``vmsnap env register`` registered."""
+
+    environment: str
+    dns_name: str
+    address: str
 
 
 class PruneDecision(_Report):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
-from vmsnap.model.guest import Finding, Guest, GuestState
+from vmsnap.model.guest import Finding, Guest, GuestState, Nic
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource
@@ -143,3 +143,9 @@ class Hypervisor(Owner, Protocol):
 
     def environment_state(self, name: str) -> GuestState:
         """Return the state of an environment. Raises EnvironmentNotFoundError."""
+
+    def environment_nics(self, name: str) -> tuple[Nic, ...]:
+        """Return the NICs of a running environment, with the addresses it has now as far as they can be told.
+
+        Raises EnvironmentNotFoundError.
+        """

@@ -387,6 +387,20 @@ class FakeHypervisor:
             raise EnvironmentNotFoundError(f"the VM of environment {name!r} is gone")
         return machine.state
 
+    def environment_nics(self, name: str) -> tuple[Nic, ...]:
+        """Return an environment's NICs; all of its addresses are on the first."""
+        self.environment_state(name)
+        machine = self._host.machine(name)
+        return tuple(
+            Nic(
+                index=index,
+                mac=mac,
+                attached_to="fence" if machine.fence else "network",
+                addresses=machine.addresses if index == 0 else (),
+            )
+            for index, mac in enumerate(machine.macs)
+        )
+
     def environment_written_bytes(self, run: RunId) -> int:
         """Return what an environment wrote: 64 KiB a write."""
         prefix = f"/environments/{run}/"

@@ -288,6 +288,7 @@ class HypervisorContract:
             hypervisor.start_environment(plan, proof=harness.fence.prove(fence))
             assert hypervisor.environment_state(plan.name) is GuestState.RUNNING
             assert hypervisor.environment_written_bytes(made.run) >= 0
+            assert [nic.mac for nic in hypervisor.environment_nics(plan.name)] == list(plan.macs)
             assert made.owned() == {ResourceKind.ENVIRONMENT, ResourceKind.ENVIRONMENT_DISKS}
             assert plan.name not in hypervisor.guests()
             made.release_all()

@@ -23,8 +23,10 @@ from vmsnap.testing.fake_disks import FakeDiskExport, FakeDiskInspector
 from vmsnap.testing.fake_guest import FILE_SYSTEM_UUID, FakeGuest
 from vmsnap.testing.fake_host import Ended, FakeHost
 from vmsnap.testing.fake_hypervisor import FakeHypervisor
+from vmsnap.testing.fake_names import FakeNames, FakeServer
 from vmsnap.testing.fake_network import FakeAddressing, FakeFence, NetworkWorld
 from vmsnap.testing.fake_postgresql import FakeCluster
+from vmsnap.testing.fake_service import FakeResidences, FakeServices
 from vmsnap.testing.faults import Faults
 from vmsnap.testing.memory_state import MemoryState
 from vmsnap.testing.memory_store import MemoryStore
@@ -94,6 +96,9 @@ class FakeWorld:
         self.export = FakeDiskExport(folder / "export")
         self.inspector = FakeDiskInspector()
         self.addressing = FakeAddressing()
+        self.services = FakeServices()
+        self.residences = FakeResidences(self.network)
+        self.dns = FakeServer()
         self.clone_door: int | None = None
         self.production_door: int | None = None
         self._run_ids = count(1)
@@ -111,6 +116,9 @@ class FakeWorld:
             hypervisor=FakeHypervisor(self.host, clock=self.clock),
             fence=FakeFence(self.network),
             addressing=self.addressing,
+            services=self.services,
+            residences=self.residences,
+            names=FakeNames(self.dns),
             access=FakeAccess(self.host, clock=self.clock, clone_door=self.clone_door),
             direct=self._connect_directly,
             export=self.export,
@@ -176,7 +184,13 @@ class FakeWorld:
     @property
     def owners(self) -> tuple[Owner, ...]:
         """Return the owners of resources, without faults."""
-        return (FakeHypervisor(self.host, clock=self.clock), FakeFence(self.network), self.export, self.store)
+        return (
+            FakeHypervisor(self.host, clock=self.clock),
+            FakeFence(self.network),
+            self.services,
+            self.export,
+            self.store,
+        )
 
     def leftovers(self) -> tuple[Resource, ...]:
         """Return what runs left that no environment keeps."""

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime, timedelta
+from ipaddress import IPv4Address
+from shlex import quote
 
 from vmsnap.errors import CleanupError, PreconditionError, VmsnapError
 from vmsnap.model.environment import Environment, EnvironmentPlan
 from vmsnap.model.guest import GuestState
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, IsolationProof
-from vmsnap.model.journal import RunKind
+from vmsnap.model.journal import ResourceKind, RunKind
 from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import EnvironmentPolicy
 from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
+from vmsnap.workflow.location import known_address, resources_of, wait_for_address
+from vmsnap.workflow.naming import register_quietly
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, release_each, undone_on_failure
 from vmsnap.workflow.talk import wait_until_answers
 from vmsnap.workflow.world import World
 
 _ANSWER_DEADLINE = timedelta(minutes=5)
+_ADDRESS_DEADLINE = timedelta(seconds=10)
 _UUIDS = uuid.UUID("1d3b9a52-7a39-5d0b-8a37-3d2f0d1b8c44")
 _MIB = 1 << 20
 _LONGEST_NAME = 64
@@ -95,6 +100,7 @@ class Provision:
         answered_ms = None
         if self._options.wait:
             answered_ms = self._wait(run, plan=plan, began=began)
+        address, dns_name, warnings = self._name(environment)
         return ProvisionReport(
             environment=plan.name,
             snapshot=snapshot.id,
@@ -103,10 +109,27 @@ class Provision:
             defined_ms=round(defined_ms, 1),
             running_ms=round(running_ms, 1),
             overlay_bytes=world.hypervisor.environment_written_bytes(run_id),
-            address=None,
+            address=None if address is None else str(address),
             expires=environment.expires,
             answered_ms=answered_ms,
+            reach=f"vmsnap env forward {quote(plan.name)} PORT",
+            dns_name=dns_name,
+            warnings=warnings,
         )
+
+    def _name(self, environment: Environment) -> tuple[IPv4Address | None, str | None, tuple[str, ...]]:
+        """Return the address of one on a network, where it was waited for, and register it where the policy says so."""
+        address = None
+        if self._options.wait and environment.network is not None:
+            try:
+                address = wait_for_address(self._world, environment, deadline=_ADDRESS_DEADLINE)
+            except Exception as error:  # noqa: BLE001 - it runs; how it is reached can be asked for later
+                told = as_vmsnap_error(error, doing="looking for the address")
+                self._progress.note(f"its address is not known: {told.brief}")
+        dns_name, warnings = register_quietly(self._world, environment, policy=self._policy, address=address)
+        for warning in warnings:
+            self._progress.note(warning)
+        return address, dns_name, warnings
 
     def _refuse_taken_name(self, name: str) -> None:
         if any(environment.name == name for environment in self._world.book.all()):
@@ -209,10 +232,13 @@ def destroy_environment(world: World, *, name: str) -> None:
         # From here on the run counts as dead: if this process dies too, reconcile goes on.
         journal.unkeep()
         released = release_each(world, reversed(record.unreleased), journal=journal)
-        errors = [error for _, error in released if error is not None]
-        if errors:
+        stuck = [(resource, error) for resource, error in released if error is not None]
+        errors = [error for _, error in stuck]
+        if any(resource.kind is not ResourceKind.DNS_RECORD for resource, _ in stuck):
             raise CleanupError(f"environment {name!r} was not removed completely", causes=errors)
         _forget(world, name=name, run=environment.run)
+        if errors:
+            raise CleanupError(f"environment {name!r} is gone, but its name is still in the DNS", causes=errors)
         journal.finish()
 
 
@@ -233,4 +259,10 @@ def status_of(world: World, environment: Environment) -> EnvironmentStatus:
         environment=environment,
         state=state,
         overlay_bytes=world.hypervisor.environment_written_bytes(environment.run),
+        service_address=None if environment.network is not None else _text(known_address(world, environment)),
+        dns_name=next((item.name for item in resources_of(world, environment, kind=ResourceKind.DNS_RECORD)), None),
     )
+
+
+def _text(address: IPv4Address | None) -> str | None:
+    return None if address is None else str(address)

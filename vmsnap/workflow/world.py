@@ -14,8 +14,10 @@ from vmsnap.ports.disks import DiskExport, DiskInspector
 from vmsnap.ports.engine import Engine
 from vmsnap.ports.guest import Connector, GuestAccess
 from vmsnap.ports.hypervisor import Hypervisor
+from vmsnap.ports.names import Names
 from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.owner import Owner
+from vmsnap.ports.service import Residences, Services
 from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.ports.store import SnapshotStore
 
@@ -27,6 +29,9 @@ class World:
     hypervisor: Hypervisor
     fence: Fence
     addressing: Addressing
+    services: Services
+    residences: Residences
+    names: Names
     access: GuestAccess
     direct: Connector
     export: DiskExport
@@ -44,7 +49,7 @@ class World:
     @property
     def owners(self) -> tuple[Owner, ...]:
         """Return all owners of resources."""
-        return (self.hypervisor, self.fence, self.export, self.store)
+        return (self.hypervisor, self.fence, self.services, self.names, self.export, self.store)
 
     def owner_of(self, kind: ResourceKind) -> Owner:
         """Return who releases resources of a kind. Raises BugError for a kind nobody owns."""

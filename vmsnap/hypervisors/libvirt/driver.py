@@ -21,7 +21,14 @@ from vmsnap.hypervisors.libvirt.capture import LiveCapture
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environments
-from vmsnap.hypervisors.libvirt.inspect import agent_is_connected, disk_target, guest_from_xml, nic_mac, writable_disks
+from vmsnap.hypervisors.libvirt.inspect import (
+    agent_is_connected,
+    disk_target,
+    guest_from_xml,
+    nic_mac,
+    nics_from_xml,
+    writable_disks,
+)
 from vmsnap.hypervisors.libvirt.leftovers import overlay_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
@@ -29,7 +36,7 @@ from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
-from vmsnap.model.guest import Finding, Guest, GuestState, Severity
+from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource, ResourceKind
@@ -353,6 +360,13 @@ class LibvirtHypervisor:
     def environment_state(self, name: str) -> GuestState:
         """Return an environment's state."""
         return self._environments.state(name)
+
+    def environment_nics(self, name: str) -> tuple[Nic, ...]:
+        """Return an environment's NICs and addresses."""
+        domain = self._environments.domain(name)
+        with translated(f"describe {name!r}"):
+            root = parse(domain.XMLDesc(0))
+        return nics_from_xml(root, addresses=self._addresses(domain, root))
 
     def environment_written_bytes(self, run: RunId) -> int:
         """Return what an environment's overlays occupy on disk."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import libvirt
 
@@ -172,12 +173,16 @@ class Environments:
 
     def state(self, name: str) -> GuestState:
         """Return an environment's state. Raises EnvironmentNotFoundError."""
+        return state_of(self.domain(name))
+
+    def domain(self, name: str) -> Any:
+        """Return an environment's domain. Raises EnvironmentNotFoundError."""
         domain = self._connection.find_domain(name)
         if domain is None:
             raise EnvironmentNotFoundError(
                 f"the VM of environment {name!r} is gone", remedy=f"vmsnap env destroy {name}"
             )
-        return state_of(domain)
+        return domain
 
 
 def macs_of(machine: MachineRecord) -> int:

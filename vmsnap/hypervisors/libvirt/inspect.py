@@ -130,6 +130,21 @@ def guest_from_xml(
                 size_bytes=sizes.get(target, 0),
             )
         )
+    return Guest(
+        name=text_of(domain, "name"),
+        uuid=text_of(domain, "uuid"),
+        state=state,
+        memory_bytes=memory_bytes(domain),
+        vcpus=int(text_of(domain, "vcpu", default="1")),
+        disks=tuple(disks),
+        nics=nics_from_xml(domain, addresses=addresses),
+        has_agent_channel=has_agent_channel(domain),
+        nvram=nvram_path(domain) or None,
+    )
+
+
+def nics_from_xml(domain: ET.Element, *, addresses: Mapping[str, tuple[IPv4Interface, ...]]) -> tuple[Nic, ...]:
+    """Return the NICs that a domain XML describes, in its order. ``addresses`` are IPv4 addresses by MAC."""
     nics = []
     for index, interface in enumerate(devices(domain).findall("interface")):
         tap = interface.find("target")
@@ -144,14 +159,4 @@ def guest_from_xml(
                 addresses=addresses.get(nic_mac(interface), ()),
             )
         )
-    return Guest(
-        name=text_of(domain, "name"),
-        uuid=text_of(domain, "uuid"),
-        state=state,
-        memory_bytes=memory_bytes(domain),
-        vcpus=int(text_of(domain, "vcpu", default="1")),
-        disks=tuple(disks),
-        nics=tuple(nics),
-        has_agent_channel=has_agent_channel(domain),
-        nvram=nvram_path(domain) or None,
-    )
+    return tuple(nics)
