@@ -107,13 +107,24 @@ def test_another_account_goes_through_runuser(user: str | None, argv: list[str])
     assert [sent["path"], *sent["arg"]] == argv
 
 
-def test_urgent_commands_go_before_the_guests_other_work() -> None:
-    channel = Channel(PID, ENDED)
+def test_an_urgent_agent_is_hurried_once() -> None:
+    channel = Channel(PID, ENDED, PID, ENDED, PID, ENDED)
     urgent = Access(clock=Clock()).agent(channel, urgent=True)
-    urgent.run(Command(argv=("id", "-u"), user="postgres"), timeout=LIMIT)
-    sent = channel.requests[0]["arguments"]
-    assert isinstance(sent, dict)
-    assert [sent["path"], *sent["arg"]] == ["nice", "-n", "-20", "runuser", "-u", "postgres", "--", "id", "-u"]
+    for _ in range(2):
+        urgent.run(Command(argv=("id",), user="postgres"), timeout=LIMIT)
+    started = [
+        asked for request in channel.requests if isinstance(asked := request["arguments"], dict) and "path" in asked
+    ]
+    assert [arguments["path"] for arguments in started] == ["sh", "runuser", "runuser"]
+    assert started[0]["arg"] == ["-c", 'renice -n -20 -p "$PPID"']
+
+
+def test_an_agent_that_cannot_hurry_works_all_the_same() -> None:
+    failed = json.dumps({"return": {"exited": True, "exitcode": 1}})
+    for answer in (failed, json.dumps({"error": {"class": "GenericError", "desc": "no sh"}})):
+        channel = Channel(*([PID] if answer is failed else []), answer, PID, ENDED)
+        urgent = Access(clock=Clock()).agent(channel, urgent=True)
+        assert urgent.run(Command(argv=("id",)), timeout=LIMIT).exit_status == 0
 
 
 def test_outputs_come_back() -> None:

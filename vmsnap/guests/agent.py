@@ -23,7 +23,8 @@ from vmsnap.model.command import Command, CommandResult
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import AgentChannel
 
-_URGENT = ("nice", "-n", "-20")
+# A program's parent is the agent: it and all that it starts from then on go before the guest's other work.
+_HURRY = Command(argv=("sh", "-c", 'renice -n -20 -p "$PPID"'))
 _FIRST_WAIT = timedelta(milliseconds=20)
 _LONGEST_WAIT = timedelta(milliseconds=250)
 _REQUEST_TIMEOUT = timedelta(seconds=30)
@@ -75,16 +76,16 @@ class AgentControl:
     """Runs commands through a guest's agent (see ``vmsnap.ports.guest.GuestControl``).
 
     The agent runs as root; for another account the command runs under ``runuser``, which takes an argument list.
-    ``urgent``: commands go before the guest's other work.
+    ``urgent``: before its first command the agent is told to go before the guest's other work, with all that it starts.
     """
 
     def __init__(
         self, channel: AgentChannel, *, clock: Clock, cancel: Cancel | None = None, urgent: bool = False
     ) -> None:
-        self._prefix = _URGENT if urgent else ()
         self._channel = channel
         self._clock = clock
         self._cancel = cancel
+        self._has_to_hurry = urgent
 
     @property
     def method(self) -> str:
@@ -108,13 +109,27 @@ class AgentControl:
 
         Exit status 127 stands for a program that is not there and 126 for one that cannot be run, as in a shell.
         """
-        limit = command.timeout or timeout
+        if self._has_to_hurry:
+            self._has_to_hurry = False
+            self._hurry(timeout)
+        return self._run(command, limit=command.timeout or timeout)
+
+    def _hurry(self, timeout: timedelta) -> None:
+        try:
+            result = self._run(_HURRY, limit=timeout)
+        except GuestCommandError as error:
+            _log.info("the guest agent does not hurry: %s", error.brief)
+        else:
+            if result.exit_status != 0:
+                _log.info("the guest agent does not hurry: %s", result.error_text.strip())
+
+    def _run(self, command: Command, *, limit: timedelta) -> CommandResult:
         if len(command.stdin) > _INPUT_BYTES:
             raise BugError(
                 f"{len(command.stdin)} bytes of input for {command.argv[0]} are too many for the guest agent"
             )
         account = () if command.user in {None, "root"} else ("runuser", "-u", str(command.user), "--")
-        argv = (*self._prefix, *account, *command.argv)
+        argv = (*account, *command.argv)
         arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
         if command.stdin:
             arguments["input-data"] = base64.b64encode(command.stdin).decode("ascii")

@@ -51,8 +51,6 @@ class FakeAgentChannel:
     def _start(self, machine: Machine, arguments: dict[str, object]) -> int:
         argv = (str(arguments["path"]), *(str(word) for word in _words(arguments["arg"])))
         user = None
-        if argv[:3] == ("nice", "-n", "-20"):
-            argv = argv[3:]
         if argv[:2] == ("runuser", "-u"):
             user, argv = argv[2], argv[4:]
         stdin = base64.b64decode(str(arguments.get("input-data", "")))
