@@ -330,7 +330,7 @@ def test_rungs_that_fail_leave_nothing_and_say_why(worlds: Worlds) -> None:
         with pytest.raises(DeadlineError) as raised:
             addressing.move(request, links=world.cables, cancel=SwitchCancel())
     details = raised.value.details or ""
-    assert "forcerenew: the rung 'forcerenew' is not offered" in details
+    assert "forcerenew: the clone's DHCP client did not obey FORCERENEW" in details
     assert "link-flap: the clone sent no DHCP message" in details
     assert "old-address: nothing in the fence answers for 10.9.8.77" in details
     assert [up for _, _, up in world.cables.events] == [False, True]

@@ -14,6 +14,7 @@ from vmsnap.errors import BugError, CancelledError, DeadlineError, DriverError, 
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DHCP_RUNGS, Addressed, Rung, RungAttempt
 from vmsnap.network.agentrung import AgentRung
+from vmsnap.network.forcerenew import ForceRenew
 from vmsnap.network.hotplug import HotPlug
 from vmsnap.network.leasing import FenceDhcp
 from vmsnap.network.linkflap import FLAPS, Flap, LinkFlap
@@ -49,6 +50,7 @@ class NetworkAddressing:
         self._listeners: dict[RunId, tuple[Listener, ...]] = {}
         self._dhcp_for = dhcp_for or (lambda request: FenceDhcp(request, pool=pool, avoid=avoid))
         self._drivers: Mapping[Rung, RungDriver] = drivers or {
+            Rung.FORCERENEW: ForceRenew(),
             Rung.LINK_FLAP: LinkFlap(flaps=flaps),
             Rung.AGENT: AgentRung(),
             Rung.HOT_PLUG: HotPlug(),
