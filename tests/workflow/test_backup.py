@@ -384,7 +384,9 @@ def test_an_unknown_guest_is_refused(tmp_path: Path) -> None:
 def test_an_ssh_server_that_does_not_answer_is_refused(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     _no_agent(lab)
-    assert isinstance(refused(lab, BY_SSH), GuestUnreachableError)
+    error = refused(lab, BY_SSH)
+    assert isinstance(error, PreconditionError)
+    assert "does not answer" in error.brief
 
 
 # Failed: undone, and nothing stored
