@@ -79,6 +79,10 @@ def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, gue
 
         clone = run.restore()
         assert run.driver.clone_state(clone) is GuestState.PAUSED
+        weights = [
+            guest.connection.lookupByName(name).schedulerParameters()["cpu_shares"] for name in (guest.name, clone.name)
+        ]
+        assert weights[1] == weights[0] * PATIENT.cpu_shares // 1024
         assert {resource.kind for resource in run.driver.owned()} == {
             ResourceKind.CLONE, ResourceKind.CLONE_OVERLAYS, ResourceKind.SOURCE_OVERLAYS, ResourceKind.MEMORY,
         }  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.libvirt_domains import RUN, domain_xml
 from vmsnap.errors import BugError, DeadlineError, DriverError, NotCleanError
-from vmsnap.hypervisors.libvirt.clones import Clones, clone_of
+from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, cpu_weight
 from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
 from vmsnap.model.ids import RunId
@@ -23,6 +23,17 @@ SHUTDOWN, STOPPED = libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_
 BY_GUEST = (SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST)
 ENDED = (STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
 SECOND = timedelta(seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("shares", "normal", "weight"),
+    [(64, 1024, 64), (1024, 1024, 1024), (2, 1024, 2), (262144, 1024, 262144),
+     (64, 100, 6), (1024, 100, 100), (2, 100, 2), (262144, 100, 10000)],
+)  # fmt: skip
+def test_a_cpu_weight_means_the_same_under_both_versions_of_control_groups(
+    shares: int, normal: int, weight: int
+) -> None:
+    assert cpu_weight(shares, normal=normal) == weight
 
 
 def error_of(code: int) -> libvirt.libvirtError:

@@ -16,7 +16,7 @@ from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_im
 from vmsnap.hypervisors.libvirt.connection import AGENT_COMMAND_TIMEOUT, Connection, gone, translated
 from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
 from vmsnap.hypervisors.libvirt.inspect import nic_mac
-from vmsnap.hypervisors.libvirt.xml import Tag, devices, parse, read_tag, unparse
+from vmsnap.hypervisors.libvirt.xml import Tag, devices, drop, parse, read_tag, unparse
 from vmsnap.model.capture import CapturePlan, Clone
 from vmsnap.model.guest import GuestState
 from vmsnap.model.ids import RunId
@@ -25,6 +25,8 @@ from vmsnap.ports.clock import Cancel
 
 _LOG = logging.getLogger(__name__)
 _UUIDS = uuid.UUID("6c1e2f0a-7f0b-5a55-9a53-2b8f6f1f9e11")
+_NORMAL_SHARES = 1024
+_WEIGHT_V2 = 100
 _NOTHING_TO_DO = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
@@ -61,8 +63,21 @@ def clone_xml(text: str, *, plan: CapturePlan, fence: FencePlan, nvram: str | No
     rewrite.set_nics(domain, tuple(rewrite.NicAttachment(bridge=port.bridge, tap=port.tap) for port in fence.ports))
     rewrite.privatise_host_ends(domain)
     rewrite.set_nvram(domain, nvram)
-    rewrite.set_life(domain, reboot="destroy", crash="destroy", cpu_shares=plan.settings.cpu_shares)
+    rewrite.set_life(domain, reboot="destroy", crash="destroy")
+    # The clone is loaded at the normal weight, and gets its own before it runs.
+    for tune in domain.findall("cputune"):
+        drop(tune, "shares")
     return unparse(domain)
+
+
+def cpu_weight(cpu_shares: int, *, normal: int) -> int:
+    """Return a policy's CPU weight, in which 1024 is that of other VMs, in the host's measure.
+
+    ``normal`` is what libvirt gives a VM without a word: 1024 in cgroups version 1 (2 to 262144), 100 in version 2 (1 to
+    10000: Linux, Documentation/admin-guide/cgroup-v2.rst, cpu.weight).
+    """
+    largest = 262144 if normal > _WEIGHT_V2 else 10000
+    return min(max(2, cpu_shares * normal // _NORMAL_SHARES), largest)
 
 
 class Clones:
@@ -93,6 +108,10 @@ class Clones:
             nvram=nvram,
             name="the clone",
         )
+        with translated("set the clone's CPU weight"):
+            normal = int(domain.schedulerParametersFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE)["cpu_shares"])
+            weight = cpu_weight(plan.settings.cpu_shares, normal=normal)
+            domain.setSchedulerParametersFlags({"cpu_shares": weight}, libvirt.VIR_DOMAIN_AFFECT_LIVE)
         return clone
 
     def resume(self, clone: Clone, *, proof: IsolationProof) -> None:

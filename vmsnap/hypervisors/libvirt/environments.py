@@ -121,7 +121,7 @@ class Environments:
         rewrite.set_nics(domain, attachments)
         rewrite.privatise_host_ends(domain)
         rewrite.set_nvram(domain, str(folder / _NVRAM) if machine.nvram is not None else None)
-        rewrite.set_life(domain, reboot="restart", crash="destroy", cpu_shares=None)
+        rewrite.set_life(domain, reboot="restart", crash="destroy")
         if plan.memory_bytes is not None:
             for tag in ("memory", "currentMemory"):
                 element = child(domain, tag)

@@ -139,13 +139,11 @@ def _privatise_graphics(graphics: ET.Element) -> None:
     ET.SubElement(graphics, "listen", {"type": "none" if graphics.get("type") == "spice" else "socket"})
 
 
-def set_life(domain: ET.Element, *, reboot: str, crash: str, cpu_shares: int | None) -> None:
-    """Say what happens when the guest reboots or crashes, and how much CPU it gets against others (1024 is normal)."""
+def set_life(domain: ET.Element, *, reboot: str, crash: str) -> None:
+    """Say what happens when the guest reboots or crashes."""
     child(domain, "on_poweroff").text = "destroy"
     child(domain, "on_reboot").text = reboot
     child(domain, "on_crash").text = crash
-    if cpu_shares is not None:
-        child(child(domain, "cputune"), "shares").text = str(cpu_shares)
 
 
 def set_nvram(domain: ET.Element, path: str | None) -> None:
