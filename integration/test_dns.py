@@ -86,7 +86,7 @@ class TestBind(NamesContract):
 
 def test_the_mark_and_the_life_time_are_as_documented(bind: Bind) -> None:
     names, name = DnsNames(), f"db-test.{ZONE}"
-    resource = names.resource(ONE, guest="db", name=name, zone=bind.zone)
+    resource = names.resource(ONE, guest="db", full_name=name, zone=bind.zone)
     names.register(resource, address=HERE, ttl=timedelta(seconds=45))
     assert bind.records(name, "TXT") == (f'"vmsnap {ONE}"',)
     assert bind.ttl(name) == 45
@@ -97,7 +97,7 @@ def test_the_mark_and_the_life_time_are_as_documented(bind: Bind) -> None:
 def test_a_name_with_any_record_of_somebody_else_is_taken(bind: Bind, record: tuple[str, str]) -> None:
     names, name = DnsNames(), f"taken.{ZONE}"
     bind.add(name, *record)
-    resource = names.resource(ONE, guest="db", name=name, zone=bind.zone)
+    resource = names.resource(ONE, guest="db", full_name=name, zone=bind.zone)
     with pytest.raises(HeldError):
         names.register(resource, address=HERE, ttl=TTL)
     names.release(resource, deadline=DEADLINE)
@@ -106,7 +106,7 @@ def test_a_name_with_any_record_of_somebody_else_is_taken(bind: Bind, record: tu
 
 def test_only_what_is_ours_is_removed(bind: Bind) -> None:
     names, name = DnsNames(), f"db-test.{ZONE}"
-    resource = names.resource(ONE, guest="db", name=name, zone=bind.zone)
+    resource = names.resource(ONE, guest="db", full_name=name, zone=bind.zone)
     names.register(resource, address=HERE, ttl=TTL)
     bind.add(name, "AAAA", "2001:db8::7")
     names.release(resource, deadline=DEADLINE)
@@ -116,7 +116,7 @@ def test_only_what_is_ours_is_removed(bind: Bind) -> None:
 
 def test_a_key_that_the_server_does_not_know(bind: Bind) -> None:
     names = DnsNames()
-    resource = names.resource(ONE, guest="db", name=f"db-test.{ZONE}", zone=bind.unknown_key())
+    resource = names.resource(ONE, guest="db", full_name=f"db-test.{ZONE}", zone=bind.unknown_key())
     with pytest.raises(PreconditionError, match="nobody"):
         names.register(resource, address=HERE, ttl=TTL)
     with pytest.raises(PreconditionError, match="nobody"):
@@ -125,7 +125,7 @@ def test_a_key_that_the_server_does_not_know(bind: Bind) -> None:
 
 def test_a_key_file_that_others_may_read_is_not_used(bind: Bind) -> None:
     names = DnsNames()
-    resource = names.resource(ONE, guest="db", name=f"db-test.{ZONE}", zone=bind.zone)
+    resource = names.resource(ONE, guest="db", full_name=f"db-test.{ZONE}", zone=bind.zone)
     for mode in (0o640, 0o604, 0o620):
         bind.key_file.chmod(mode)
         with pytest.raises(ConfigError, match="others") as refused:
@@ -163,7 +163,7 @@ def test_a_server_that_misbehaves_takes_a_few_seconds(bind: Bind, manner: str) -
     try:
         zone = bind.zone.model_copy(update={"port": listener.getsockname()[1]})
         names = DnsNames(limit_seconds=0.5)
-        resource = names.resource(ONE, guest="db", name=f"db-test.{ZONE}", zone=zone)
+        resource = names.resource(ONE, guest="db", full_name=f"db-test.{ZONE}", zone=zone)
         began = time.monotonic()
         with pytest.raises(DriverError):
             names.register(resource, address=HERE, ttl=TTL)
@@ -193,7 +193,7 @@ state, zone, when = Path(sys.argv[1]), DnsZone.model_validate_json(sys.argv[2]),
 run = RunId("00000000d1")
 journal = FileJournals(state).begin(run, kind=RunKind.PROVISION, guest="db", at=datetime.now(UTC))
 names = DnsNames()
-resource = names.resource(run, guest="db", name=f"orphan.{zone.zone}", zone=zone)
+resource = names.resource(run, guest="db", full_name=f"orphan.{zone.zone}", zone=zone)
 journal.intend(resource)
 if when == "after":
     names.register(resource, address=IPv4Address("198.18.0.1"), ttl=timedelta(seconds=60))
@@ -264,8 +264,8 @@ def test_a_server_that_is_gone_keeps_no_environment(bind: Bind, installation: Wo
 def test_run_ids_are_the_marks(bind: Bind) -> None:
     """Two hosts may share a zone: neither touches the other's names."""
     names, name = DnsNames(), f"shared.{ZONE}"
-    theirs = names.resource(RunId("00000000b7"), guest="db", name=name, zone=bind.zone)
+    theirs = names.resource(RunId("00000000b7"), guest="db", full_name=name, zone=bind.zone)
     names.register(theirs, address=THERE, ttl=TTL)
-    ours = names.resource(ONE, guest="db", name=name, zone=bind.zone)
+    ours = names.resource(ONE, guest="db", full_name=name, zone=bind.zone)
     names.release(ours, deadline=DEADLINE)
     assert bind.records(name) == (str(THERE),)

@@ -243,7 +243,9 @@ def _is_clean_up(outcome: Outcome) -> bool:
 
 
 def _warned(outcome: Outcome) -> bool:
-    return isinstance(outcome.result, BackupReport) and "injected" in " ".join(outcome.result.warnings)
+    return isinstance(outcome.result, BackupReport | ProvisionReport) and "injected" in " ".join(
+        outcome.result.warnings
+    )
 
 
 def _all_words(error: BaseException) -> str:

@@ -202,18 +202,24 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 def dns_name(policy: DnsPolicy, *, environment: str, guest: str, run: RunId) -> str:
     """Return the host name (RFC 1123, section 2.1) of an environment, with its zone and without a dot at the end.
 
-    What cannot be in a host name becomes a hyphen. Raises ValueError where the policy's ``name`` makes no name.
+    What cannot be in a host name becomes a hyphen, and labels are cut at 63 characters. Raises ValueError where the
+    policy's ``name`` makes no name, or one of more than 253 characters.
     """
     words = {"{environment}": environment, "{guest}": guest, "{run}": run}
     relative = policy.name
     for place, word in words.items():
         relative = relative.replace(place, _NOT_IN_LABELS.sub("-", word.lower()).strip("-")[:63].strip("-") or run)
-    if not _NAME.match(policy.name) or not all(_LABEL.match(label) for label in relative.lower().split(".")):
+    labels = [label if len(label) <= 63 else label[:63].rstrip("-") for label in relative.lower().split(".")]
+    if not _NAME.match(policy.name) or not all(_LABEL.match(label) for label in labels):
         msg = (
             f"name: {policy.name!r} makes {relative!r}: labels of letters, digits and hyphens, from {', '.join(words)}"
         )
         raise ValueError(msg)
-    return f"{relative.lower()}.{policy.zone.rstrip('.').lower()}"
+    full = f"{'.'.join(labels)}.{policy.zone.rstrip('.').lower()}"
+    if len(full) > 253:
+        msg = f"name: {full!r} is longer than 253 characters"
+        raise ValueError(msg)
+    return full
 
 
 class EnvironmentPolicy(_Section):

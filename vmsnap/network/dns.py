@@ -55,9 +55,11 @@ class DnsNames:
         """Return the one kind that this owner releases."""
         return frozenset({ResourceKind.DNS_RECORD})
 
-    def resource(self, run: RunId, *, guest: str, name: str, zone: DnsZone) -> Resource:
+    def resource(self, run: RunId, *, guest: str, full_name: str, zone: DnsZone) -> Resource:
         """Name the record."""
-        return Resource(kind=ResourceKind.DNS_RECORD, run=run, guest=guest, name=name, detail=zone.model_dump_json())
+        return Resource(
+            kind=ResourceKind.DNS_RECORD, run=run, guest=guest, name=full_name, detail=zone.model_dump_json()
+        )
 
     def register(self, resource: Resource, *, address: IPv4Address, ttl: timedelta) -> None:
         """Add the name or change its address; see ``vmsnap.ports.names.Names``."""

@@ -32,8 +32,8 @@ class Names(Owner, Protocol):
     A name belongs to the run whose id stands beside it, in a TXT record. Whoever else has the name keeps it.
     """
 
-    def resource(self, run: RunId, *, guest: str, name: str, zone: DnsZone) -> Resource:
-        """Name the record. ``name`` is absolute, without a dot at the end."""
+    def resource(self, run: RunId, *, guest: str, full_name: str, zone: DnsZone) -> Resource:
+        """Name the record. ``full_name`` is absolute, without a dot at the end."""
 
     def register(self, resource: Resource, *, address: IPv4Address, ttl: timedelta) -> None:
         """Give the name an address and mark it as the run's, where nobody has it; where the run has it, change the address.

@@ -89,7 +89,7 @@ class FakeHost:
     ``between`` is called inside operations that change several things, with a name of the place: a process may die
     there. ``before_command`` is called with a domain's name before each command in it. A test may set ``findings``,
     ``free_bytes``, ``shutdown`` (how a clone ends: ``in order``, ``hangs``, or in any other word's way) and
-    ``environments_answer``.
+    ``environments_answer``, and their addresses ``environment_addresses``.
     """
 
     def __init__(self, *, network: NetworkWorld) -> None:
@@ -108,6 +108,7 @@ class FakeHost:
         self.shutdown = "in order"
         self.keeps_nics = False
         self.environments_answer = True
+        self.environment_addresses: tuple[IPv4Interface, ...] = ()
         self.pause = timedelta(milliseconds=25)
         self._clock_of_writes = 0
 

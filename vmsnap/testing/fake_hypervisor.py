@@ -355,6 +355,7 @@ class FakeHypervisor:
             live=live,
             persistent=dict(live),
             macs=plan.macs,
+            addresses=self._host.environment_addresses,
             state=GuestState.SHUT_OFF,
             run=plan.run,
             of_guest=plan.guest,

@@ -37,8 +37,10 @@ class FakeNames:
     def kinds(self) -> frozenset[ResourceKind]:
         return frozenset({ResourceKind.DNS_RECORD})
 
-    def resource(self, run: RunId, *, guest: str, name: str, zone: DnsZone) -> Resource:
-        return Resource(kind=ResourceKind.DNS_RECORD, run=run, guest=guest, name=name, detail=zone.model_dump_json())
+    def resource(self, run: RunId, *, guest: str, full_name: str, zone: DnsZone) -> Resource:
+        return Resource(
+            kind=ResourceKind.DNS_RECORD, run=run, guest=guest, name=full_name, detail=zone.model_dump_json()
+        )
 
     def register(self, resource: Resource, *, address: IPv4Address, ttl: timedelta) -> None:  # noqa: ARG002
         self._reach(resource)

@@ -97,7 +97,7 @@ class NamesContract:
 
     def test_a_zone_that_is_not_to_be_updated_is_not(self, harness: NamesHarness) -> None:
         zone = harness.foreign_zone()
-        resource = harness.names().resource(ONE, guest="db", name=f"db-test.{zone.zone}", zone=zone)
+        resource = harness.names().resource(ONE, guest="db", full_name=f"db-test.{zone.zone}", zone=zone)
         with pytest.raises(PreconditionError, match="refused") as refused:
             harness.names().register(resource, address=HERE, ttl=TTL)
         assert refused.value.remedy
@@ -120,4 +120,4 @@ class NamesContract:
 
 def _resource(harness: NamesHarness, label: str, *, run: RunId = ONE, zone: DnsZone | None = None) -> Resource:
     zone = zone or harness.zone
-    return harness.names().resource(run, guest="db", name=f"{label}.{zone.zone}", zone=zone)
+    return harness.names().resource(run, guest="db", full_name=f"{label}.{zone.zone}", zone=zone)

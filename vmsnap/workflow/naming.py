@@ -34,8 +34,15 @@ def register(
     address = address or known_address(world, environment)
     if address is None:
         raise _no_address(environment)
-    name = dns_name(dns, environment=environment.name, guest=environment.guest, run=environment.run)
-    resource = world.names.resource(environment.run, guest=environment.guest, name=name, zone=_zone(dns))
+    try:
+        name = dns_name(dns, environment=environment.name, guest=environment.guest, run=environment.run)
+    except ValueError as error:
+        raise ConfigError(
+            f"the policy of {environment.guest!r} makes no name for environment {environment.name!r}",
+            details=str(error),
+            remedy="change 'name' in its [environment.dns]",
+        ) from error
+    resource = world.names.resource(environment.run, guest=environment.guest, full_name=name, zone=_zone(dns))
     is_new = resource not in resources_of(world, environment, kind=ResourceKind.DNS_RECORD)
     if is_new:
         journal = world.journals.reopen(environment.run)

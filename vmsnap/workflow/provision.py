@@ -120,13 +120,15 @@ class Provision:
     def _name(self, environment: Environment) -> tuple[IPv4Address | None, str | None, tuple[str, ...]]:
         """Return the address of one on a network, where it was waited for, and register it where the policy says so."""
         address = None
+        unknown: tuple[str, ...] = ()
         if self._options.wait and environment.network is not None:
             try:
                 address = wait_for_address(self._world, environment, deadline=_ADDRESS_DEADLINE)
             except Exception as error:  # noqa: BLE001 - it runs; how it is reached can be asked for later
                 told = as_vmsnap_error(error, doing="looking for the address")
-                self._progress.note(f"its address is not known: {told.brief}")
-        dns_name, warnings = register_quietly(self._world, environment, policy=self._policy, address=address)
+                unknown = (f"its address is not known: {told.brief}",)
+        dns_name, unregistered = register_quietly(self._world, environment, policy=self._policy, address=address)
+        warnings = (*unknown, *unregistered)
         for warning in warnings:
             self._progress.note(warning)
         return address, dns_name, warnings
