@@ -1,7 +1,7 @@
 """FORCERENEW against real DHCP clients, each in a namespace that plays the clone.
 
 No DHCP server in Debian hands out nonces (RFC 6704), so the production server here is vmsnap's own responder in a
-namespace of its own; what it knows of its client stands for the last exchange that was seen in production.
+namespace of its own. What is known of the last exchange is what the watcher saw on production's bridge.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from vmsnap.network.frames import ETHERTYPE_IPV4, Datagram, Frame, parse_mac
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.packets import PacketSocket
 from vmsnap.network.responder import FenceResponder, reply_frame
+from vmsnap.network.watcher import DhcpWatcher, Watched
 from vmsnap.ports.network import AddressRequest
 from vmsnap.state.clock import SystemClock
+from vmsnap.state.exchanges import FileExchanges
 
 SERVER = IPv4Address("10.9.8.2")  # not the gateway
 REPLAY_SECONDS = 1000.0
@@ -41,9 +43,9 @@ ONCE = (1.5,)
 
 
 class Production:
-    """A production network with a DHCP server of RFC 6704 that knows one guest."""
+    """A production network with a DHCP server of RFC 6704 that knows one guest, and a watcher on its bridge."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         sh("ip", "link", "add", "prod", "type", "bridge")
         sh("ip", "link", "set", "prod", "up")
         self.machine = StandIn()
@@ -54,6 +56,15 @@ class Production:
         )
         self.server = Responder(config, replay=ReplayCounter(wall_seconds=lambda: REPLAY_SECONDS))
         self.responder = FenceResponder(self.machine.namespace, interface="eth0", responder=self.server)
+        self.book = FileExchanges(folder / "state")
+        watched = Watched(macs=frozenset({MAC}), interfaces=frozenset({"prod"}))
+        self.watcher = DhcpWatcher(self.book, look=lambda: watched, tell=lambda _: None)
+        self.cancel = SwitchCancel()
+        self.watching = threading.Thread(target=lambda: self.watcher.run(cancel=self.cancel))
+        self.watching.start()
+        wait_until(
+            lambda: "promiscuity 1" in sh("ip", "-d", "link", "show", "prod"), seconds=5, what="the watcher's socket"
+        )
         self.responder.start()
 
     def lease(self) -> Lease:
@@ -62,11 +73,17 @@ class Production:
         return lease
 
     def exchange(self) -> Exchange:
-        """Return what somebody who watched the last exchange would know."""
+        """Return what was seen of the last exchange: what the server knows, and no less."""
         lease = self.lease()
-        return Exchange(
-            mac=MAC, address=lease.address, server=SERVER, xid=lease.xid, nonce=lease.nonce, seen=datetime.now(UTC)
-        )
+        wait_until(lambda: self._seen_xid() == lease.xid, seconds=5, what="the exchange in the watcher's book")
+        seen = self.book.get(MAC)
+        assert seen is not None
+        assert (seen.address, seen.server, seen.nonce) == (lease.address, SERVER, lease.nonce)
+        return seen
+
+    def _seen_xid(self) -> int | None:
+        seen = self.book.get(MAC)
+        return None if seen is None else seen.xid
 
     def force_renew(self) -> int:
         """Ask the client to renew, as any server of RFC 6704 may; return the replay value, which the client believed."""
@@ -81,6 +98,9 @@ class Production:
         return proof.replay
 
     def close(self) -> None:
+        self.cancel.on = True
+        self.watching.join(5)
+        assert not self.watching.is_alive()
         self.responder.stop()
         self.machine.close()
 
@@ -111,8 +131,8 @@ def worlds() -> Iterator[Worlds]:
 
 
 @pytest.fixture
-def production(worlds: Worlds) -> Iterator[Production]:
-    made = Production()
+def production(worlds: Worlds, tmp_path: Path) -> Iterator[Production]:
+    made = Production(tmp_path)
     yield made
     made.close()
 
