@@ -30,9 +30,11 @@ class FakeHarness:
 
     def add_foreign_member(self, plan: FencePlan) -> None:
         self._fake.world.fences[plan.run].members.add("eth1")
+        self._fake.world.look(plan.run)
 
     def lose_rule(self, plan: FencePlan) -> None:
         self._fake.world.fences[plan.run].intact = False
+        self._fake.world.look(plan.run)
 
 
 class TestFakeFence(FenceContract):

@@ -22,6 +22,7 @@ class FakeHarness:
 
     def __init__(self, folder: Path) -> None:
         self.lab = FakeWorld(folder, disks=2)
+        self.lab.network.needs_watch = False
         self.hypervisor: Hypervisor = self.another_process()
         self.fence = FakeFence(self.lab.network)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from datetime import timedelta
 from pathlib import Path
 
 import paramiko
@@ -12,6 +13,7 @@ from paramiko.pkey import UnknownKeyType
 
 from vmsnap.errors import ConfigError
 from vmsnap.guests.agent import AgentControl
+from vmsnap.guests.agentfile import read_file
 from vmsnap.guests.ssh import SshControl, host_key_of, open_transport
 from vmsnap.model.guest import SshLogin
 from vmsnap.ports.clock import Cancel, Clock
@@ -33,6 +35,10 @@ class Access:
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent."""
         return AgentControl(channel, clock=self._clock, cancel=self._cancel, urgent=urgent)
+
+    def read_file(self, channel: AgentChannel, *, path: str, timeout: timedelta) -> bytes | None:
+        """Return the beginning of a guest's file as its agent reads it. See ``vmsnap.ports.guest.GuestAccess``."""
+        return read_file(channel, path=path, timeout=timeout)
 
     def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
         """Return a control over SSH to ``address``; nothing is sent yet.

@@ -39,27 +39,27 @@ _UNKNOWN_PID = re.compile(r"Invalid parameter 'pid'|PID -?[0-9]+ does not exist"
 _log = logging.getLogger(__name__)
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     """An answer of the agent. Unknown keys are newer agents' business; known ones must be what they should be."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class _Refusal(_Answer):
+class _Refusal(Answer):
     error_class: str = Field(default="", alias="class")
     desc: str
 
 
-class _Envelope(_Answer):
+class _Envelope(Answer):
     content: dict[str, object] | None = Field(default=None, alias="return")
     error: _Refusal | None = None
 
 
-class _Started(_Answer):
+class _Started(Answer):
     pid: int
 
 
-class _Status(_Answer):
+class _Status(Answer):
     exited: bool
     exitcode: int | None = None
     signal: int | None = None
@@ -69,7 +69,7 @@ class _Status(_Answer):
     err_truncated: bool = Field(default=False, alias="err-truncated")
 
 
-_A = TypeVar("_A", bound=_Answer)
+_A = TypeVar("_A", bound=Answer)
 
 
 class AgentControl:
@@ -95,7 +95,7 @@ class AgentControl:
     def ping(self, *, timeout: timedelta) -> None:
         """Return where the agent answers. Raises GuestUnreachableError otherwise. May be repeated."""
         try:
-            _parse(_Answer, self._ask("guest-ping", arguments={}, timeout=timeout))
+            parse(Answer, self._ask("guest-ping", arguments={}, timeout=timeout))
         except GuestCommandError as error:
             raise GuestUnreachableError("the guest agent answers nonsense", details=error.brief) from error
 
@@ -135,7 +135,7 @@ class AgentControl:
             arguments["input-data"] = base64.b64encode(command.stdin).decode("ascii")
         _log.debug("running %s in the guest", argv)
         try:
-            started = _parse(_Started, self._ask("guest-exec", arguments=arguments, timeout=_REQUEST_TIMEOUT))
+            started = parse(_Started, self._ask("guest-exec", arguments=arguments, timeout=_REQUEST_TIMEOUT))
         except GuestCommandError as error:
             # GLib's words for a program that the agent could not start; QEMU passes them on.
             words = f"{error.brief}\n{error.details}"
@@ -169,7 +169,7 @@ class AgentControl:
                     details=error.details or error.brief,
                 ) from error
             else:
-                status = _parse(_Status, answer)
+                status = parse(_Status, answer)
                 if status.exited:
                     return _result(status)
                 heard = self._clock.monotonic()
@@ -187,7 +187,8 @@ class AgentControl:
         return text
 
 
-def _parse(kind: type[_A], text: str) -> _A:
+def parse(kind: type[_A], text: str) -> _A:
+    """Read an answer of the agent. Raises GuestCommandError where it is a refusal or makes no sense."""
     try:
         answer = _Envelope.model_validate_json(text)
         if answer.error is not None:
@@ -210,7 +211,7 @@ def _result(status: _Status) -> CommandResult:
         exit_status = _SIGNALLED + status.signal
     else:
         raise GuestCommandError("the guest agent says that a program ended, but not how")
-    stdout, stderr = _decode(status.out_data), _decode(status.err_data)
+    stdout, stderr = decode(status.out_data), decode(status.err_data)
     return CommandResult(
         exit_status=exit_status,
         stdout=stdout[:OUTPUT_BYTES],
@@ -219,7 +220,8 @@ def _result(status: _Status) -> CommandResult:
     )
 
 
-def _decode(text: str) -> bytes:
+def decode(text: str) -> bytes:
+    """Read base64 in an answer of the agent. Raises GuestCommandError."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from vmsnap.errors import DeadlineError, IsolationError, PreconditionError
+from vmsnap.errors import BugError, DeadlineError, DriverError, IsolationError, PreconditionError
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof, ProofPoint
 from vmsnap.model.journal import Resource, ResourceKind
@@ -20,6 +20,7 @@ from vmsnap.network.control import send_marked_frames
 from vmsnap.network.rehearsal import rehearse
 from vmsnap.network.rules import Count
 from vmsnap.network.sockets import connector_into
+from vmsnap.network.watch import NetworkWatch
 from vmsnap.ports.guest import Connector
 
 _NAMESPACE = re.compile(r"vmsnap-([0-9a-f]{10})\Z")
@@ -120,6 +121,19 @@ class NetworkFence:
     def connector(self, plan: FencePlan) -> Connector:
         """Return a way to open connections from inside the namespace, to addresses. The namespace must exist by then."""
         return connector_into(plan.namespace)
+
+    def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> NetworkWatch:
+        """Watch a proven fence from now on. See ``vmsnap.ports.network.Fence``."""
+        if proof.run != plan.run:
+            raise BugError(f"the proof is of run {proof.run}, the fence of run {plan.run}")
+        try:
+            return NetworkWatch(plan, alarm=alarm)
+        except DriverError as exc:
+            raise IsolationError(
+                f"the fence {plan.namespace} cannot be watched: {exc.brief}",
+                details=exc.details,
+                remedy="nothing ran; start a new run",
+            ) from exc
 
     def counts(self, plan: FencePlan) -> dict[str, Count]:
         """Return the counters of the fence's rules by label. Raises ToolError where the fence is gone."""

@@ -55,7 +55,8 @@ class Link:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
+    """Turn the errors of netlink and of files into vmsnap's: ``what`` could not be done."""
     try:
         yield
     except NetlinkError as exc:
@@ -82,7 +83,7 @@ def _content_with(code: int) -> Iterator[None]:
 
 def all_links() -> tuple[Link, ...]:
     """Return every link of the calling thread's namespace. Raises DriverError."""
-    with _translated("list the network links"), IPRoute() as route:
+    with translated("list the network links"), IPRoute() as route:
         return tuple(_view(message) for message in route.get_links())
 
 
@@ -114,7 +115,7 @@ def find(name: str) -> Link | None:
 def addresses() -> dict[int, tuple[str, ...]]:
     """Return the IPv4 and IPv6 addresses of every link that has one, by the link's index."""
     found: dict[int, tuple[str, ...]] = {}
-    with _translated("list the network addresses"), IPRoute() as route:
+    with translated("list the network addresses"), IPRoute() as route:
         for message in route.get_addr():
             text = f"{message.get('address')}/{message['prefixlen']}"
             found[message["index"]] = (*found.get(message["index"], ()), text)
@@ -124,7 +125,7 @@ def addresses() -> dict[int, tuple[str, ...]]:
 def routes() -> tuple[str, ...]:
     """Return the routes of the main tables, each as ``destination``, with ``default`` for a default route."""
     found = []
-    with _translated("list the routes"), IPRoute() as route:
+    with translated("list the routes"), IPRoute() as route:
         for message in route.get_routes(table=254):
             destination = message.get("dst")
             found.append(f"{destination}/{message['dst_len']}" if destination else "default")
@@ -133,7 +134,7 @@ def routes() -> tuple[str, ...]:
 
 def gateways() -> tuple[str, ...]:
     """Return the IPv4 gateways of the calling thread's namespace."""
-    with _translated("list the routes"), IPRoute() as route:
+    with translated("list the routes"), IPRoute() as route:
         found = {message.get("gateway") for message in route.get_default_routes(family=socket.AF_INET)}
     return tuple(sorted(gateway for gateway in found if gateway))
 
@@ -144,7 +145,7 @@ def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
     The host neither answers ARP there, which it otherwise does for any address of its own, nor routes what comes from
     there: a firewall manager may flush the fence's rules long after they were proven.
     """
-    with _translated(f"make the bridge {name}"), IPRoute() as route:
+    with translated(f"make the bridge {name}"), IPRoute() as route:
         route.link("add", ifname=name, kind="bridge", **BRIDGE_SETTINGS)
         index = route.link_lookup(ifname=name)[0]
         if mtu is not None:  # set on its own: an MTU given at birth shrinks to that of the smallest port
@@ -158,7 +159,7 @@ def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
 
 def add_veth(name: str, *, peer: str, namespace: Path, alias: str, mtu: int | None) -> None:
     """Make a veth pair whose far end is born in ``namespace``; the near end stays down and without a master."""
-    with _translated(f"make the veth pair {name}, {peer}"), IPRoute() as route:
+    with translated(f"make the veth pair {name}, {peer}"), IPRoute() as route:
         descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
             far: dict[str, Any] = {"ifname": peer, "net_ns_fd": descriptor}
@@ -175,7 +176,7 @@ def add_veth(name: str, *, peer: str, namespace: Path, alias: str, mtu: int | No
 
 def join_bridge(name: str, *, bridge: str) -> None:
     """Make a link a port of a bridge and set it up."""
-    with _translated(f"put {name} into the bridge {bridge}"), IPRoute() as route:
+    with translated(f"put {name} into the bridge {bridge}"), IPRoute() as route:
         master = route.link_lookup(ifname=bridge)[0]
         index = route.link_lookup(ifname=name)[0]
         route.link("set", index=index, master=master)
@@ -184,7 +185,7 @@ def join_bridge(name: str, *, bridge: str) -> None:
 
 def set_up(name: str, *, alias: str | None = None) -> None:
     """Set a link up, and its alias where one is given."""
-    with _translated(f"set the link {name} up"), IPRoute() as route:
+    with translated(f"set the link {name} up"), IPRoute() as route:
         index = route.link_lookup(ifname=name)[0]
         if alias is not None:
             route.link("set", index=index, ifalias=alias)
@@ -193,7 +194,7 @@ def set_up(name: str, *, alias: str | None = None) -> None:
 
 def remove(name: str) -> None:
     """Remove a link, or return where there is none. Raises DriverError."""
-    with _translated(f"remove the link {name}"), IPRoute() as route:
+    with translated(f"remove the link {name}"), IPRoute() as route:
         for index in route.link_lookup(ifname=name):
             try:
                 route.link("del", index=index)
@@ -204,7 +205,7 @@ def remove(name: str) -> None:
 
 def add_address(interface: str, *, address: str, prefix: int) -> None:
     """Give an interface an IPv4 address, or return where it has it."""
-    with _translated(f"give {interface} the address {address}/{prefix}"), IPRoute() as route:
+    with translated(f"give {interface} the address {address}/{prefix}"), IPRoute() as route:
         index = route.link_lookup(ifname=interface)[0]
         with _content_with(errno.EEXIST):
             route.addr("add", index=index, address=address, prefixlen=prefix)
@@ -212,7 +213,7 @@ def add_address(interface: str, *, address: str, prefix: int) -> None:
 
 def remove_address(interface: str, *, address: str, prefix: int) -> None:
     """Take an address away, or return where the interface does not have it or is gone."""
-    with _translated(f"take {address}/{prefix} from {interface}"), IPRoute() as route:
+    with translated(f"take {address}/{prefix} from {interface}"), IPRoute() as route:
         for index in route.link_lookup(ifname=interface):
             try:
                 route.addr("del", index=index, address=address, prefixlen=prefix)
@@ -223,14 +224,14 @@ def remove_address(interface: str, *, address: str, prefix: int) -> None:
 
 def add_host_route(destination: str, *, interface: str, source: str) -> None:
     """Reach one address directly over an interface, speaking as ``source``. Whatever route there was is replaced."""
-    with _translated(f"route {destination} over {interface}"), IPRoute() as route:
+    with translated(f"route {destination} over {interface}"), IPRoute() as route:
         index = route.link_lookup(ifname=interface)[0]
         route.route("replace", dst=f"{destination}/32", oif=index, prefsrc=source, scope=253)
 
 
 def remove_host_route(destination: str, *, interface: str) -> None:
     """Remove what ``add_host_route`` made, or return where it is gone."""
-    with _translated(f"remove the route to {destination}"), IPRoute() as route:
+    with translated(f"remove the route to {destination}"), IPRoute() as route:
         for index in route.link_lookup(ifname=interface):
             try:
                 route.route("del", dst=f"{destination}/32", oif=index, scope=253)
@@ -253,10 +254,10 @@ def set_ipv4(setting: str, *, value: int) -> None:
 def get_ipv4(setting: str) -> int:
     """Read one setting of ``net.ipv4`` in the calling thread's namespace."""
     path = Path("/proc/sys/net/ipv4") / setting
-    with _translated(f"read {path}"):
+    with translated(f"read {path}"):
         return int(path.read_text(encoding="ascii"))
 
 
 def _write(path: Path, *, value: int) -> None:
-    with _translated(f"write {path}"):
+    with translated(f"write {path}"):
         path.write_text(f"{value}\n", encoding="ascii")

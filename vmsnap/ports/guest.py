@@ -59,6 +59,12 @@ class GuestAccess(Protocol):
         ``urgent``: commands go before the guest's other work, which is for clones alone: their work is thrown away.
         """
 
+    def read_file(self, channel: AgentChannel, *, path: str, timeout: timedelta) -> bytes | None:
+        """Return the first 4 KiB of a guest's file as its agent reads them, or None where there is no such file.
+
+        Runs no program in the guest. Raises GuestUnreachableError, GuestCommandError where the agent refuses.
+        """
+
     def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
         """Return a control over SSH to ``address``, every connection opened by ``connector``; always urgent.
 

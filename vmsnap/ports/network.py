@@ -7,12 +7,35 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
+from vmsnap.errors import IsolationError
 from vmsnap.model.guest import OldAddress
-from vmsnap.model.isolation import Addressed, Exchange, FencePlan, IsolationProof, Rung
+from vmsnap.model.isolation import Addressed, Exchange, FencePlan, IsolationProof, ProofPoint, Rung
 from vmsnap.model.journal import Resource
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.guest import Connector, GuestControl
 from vmsnap.ports.owner import Owner
+
+
+class FenceWatch(Protocol):
+    """Ears on production and eyes on a fence, from before its clone runs until ``close``."""
+
+    def observed(self) -> tuple[ProofPoint, ...]:
+        """Return what was seen until now: nothing of the clone anywhere else, the fence as built. May be repeated.
+
+        Raises IsolationError with the breach, where there was one.
+        """
+
+    def original(self) -> tuple[ProofPoint, ...]:
+        """Return how the original is in production: it answers as before, and where it was. May be repeated.
+
+        Empty for a fence without an original. Raises IsolationError.
+        """
+
+    def passed_bytes(self) -> int:
+        """Return how much the clone has sent to our side of the fence. Raises DriverError."""
+
+    def close(self) -> None:
+        """End the watch. May be repeated."""
 
 
 class Fence(Owner, Protocol):
@@ -28,6 +51,14 @@ class Fence(Owner, Protocol):
         """Read the fence back with the clone's taps in it, the clone still paused, and vouch for it.
 
         Raises IsolationError where anything is not as built: another member, an address, a missing rule.
+        """
+
+    def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> FenceWatch:
+        """Watch a proven fence. To be called before the clone runs; close the watch before the fence is released.
+
+        ``alarm`` is called once, from another thread or this one, within a second of: a frame from the clone's side of
+        the fence anywhere else on the host; a change of the fence's links or rules; the original's MAC at another port
+        of its bridge. Raises IsolationError where something is wrong already, BugError for a proof of another run.
         """
 
     def connector(self, plan: FencePlan) -> Connector:

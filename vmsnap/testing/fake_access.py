@@ -7,8 +7,9 @@ import json
 from datetime import timedelta
 from typing import Any
 
-from vmsnap.errors import DeadlineError, GuestUnreachableError, PreconditionError
+from vmsnap.errors import DeadlineError, GuestCommandError, GuestUnreachableError, PreconditionError
 from vmsnap.guests.agent import AgentControl
+from vmsnap.guests.agentfile import read_file
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import GuestState, SshLogin
 from vmsnap.ports.clock import Clock
@@ -26,6 +27,7 @@ class FakeAgentChannel:
         self._host = host
         self._domain = domain
         self._ended: dict[int, CommandResult | None] = {}
+        self._open: dict[int, bytes] = {}
 
     def send(self, request: str, *, timeout: timedelta) -> str:
         """Answer one request. Raises GuestUnreachableError where the VM does not run or its agent is silent."""
@@ -37,6 +39,8 @@ class FakeAgentChannel:
         asked = json.loads(request)
         if asked["execute"] == "guest-ping":
             return json.dumps({"return": {}})
+        if asked["execute"].startswith("guest-file-"):
+            return json.dumps({"return": self._file(machine, asked["execute"], asked["arguments"])})
         if machine.run is None and not self._only_looks(asked):
             self._host.violations.append(f"{asked['execute']} in {self._domain!r}, which is production")
         if asked["execute"] == "guest-exec":
@@ -47,6 +51,23 @@ class FakeAgentChannel:
         """Tell whether a request is the one question that production may be asked, or asks how that went."""
         words = asked["arguments"]
         return asked["execute"] == "guest-exec-status" or (words["path"], *words["arg"]) == ADDRESS_QUESTION.argv
+
+    def _file(self, machine: Machine, request: str, arguments: dict[str, Any]) -> object:
+        """Read a file, which is allowed in production too: it changes nothing and runs nothing."""
+        if request == "guest-file-open":
+            content = machine.guest.file(arguments["path"])
+            if arguments["mode"] != "r":
+                self._host.violations.append(f"{arguments['path']} opened to be written in {machine.name!r}")
+            if content is None:
+                raise GuestCommandError(f"failed to open file '{arguments['path']}': No such file or directory")
+            handle = 1000 + len(self._open)
+            self._open[handle] = content
+            return handle
+        if request == "guest-file-read":
+            content = self._open[arguments["handle"]][: arguments["count"]]
+            return {"count": len(content), "buf-b64": base64.b64encode(content).decode("ascii"), "eof": True}
+        del self._open[arguments["handle"]]
+        return {}
 
     def _start(self, machine: Machine, arguments: dict[str, object]) -> int:
         argv = (str(arguments["path"]), *(str(word) for word in _words(arguments["arg"])))
@@ -104,7 +125,10 @@ class FakeSshControl:
         if machine.run is None:
             self._access.host.violations.append(f"{command.argv[0]} by SSH in {machine.name!r}, which is production")
         self._access.host.before_command(machine.name, command)
-        return self._machine().guest.run(command, timeout=timeout)
+        machine = self._machine()
+        result = machine.guest.run(command, timeout=timeout)
+        self._access.host.network.heard(machine.run, size_bytes=len(result.stdout))
+        return result
 
     def close(self) -> None:
         """Do nothing."""
@@ -132,6 +156,10 @@ class FakeAccess:
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent, the real one."""
         return AgentControl(channel, clock=self._clock, urgent=urgent)
+
+    def read_file(self, channel: AgentChannel, *, path: str, timeout: timedelta) -> bytes | None:
+        """Return a guest's file as its agent reads it, by the real code."""
+        return read_file(channel, path=path, timeout=timeout)
 
     def ssh(self, login: SshLogin, *, address: str, connector: Connector) -> GuestControl:
         """Return a control over SSH."""

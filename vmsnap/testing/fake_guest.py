@@ -41,7 +41,8 @@ class FakeGuest:
     """A ``GuestControl`` over a guest with PostgreSQL servers.
 
     ``answers`` False: it does not answer (it is off, or its agent is dead). ``extra`` maps argument lists to results,
-    for a policy's own commands. ``commands`` records everything that was asked for.
+    for a policy's own commands. ``commands`` records everything that was asked for, ``written`` the files
+    that were made in ``/run``.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FakeGuest:
         self.extra = dict(extra or {})
         self.boot_id = boot_id
         self.answers = True
+        self.written: dict[str, bytes] = {}
         self.commands: list[Command] = []
         self._lock = Lock()
 
@@ -88,6 +90,7 @@ class FakeGuest:
         """Return a guest in the same state whose life goes on apart from this one's."""
         twin = FakeGuest(clusters=copy.deepcopy(self.clusters), extra=self.extra, boot_id=self.boot_id)
         twin.answers = self.answers
+        twin.written = dict(self.written)
         return twin
 
     def file(self, path: str) -> bytes | None:
@@ -95,7 +98,7 @@ class FakeGuest:
         return self._files().get(path)
 
     def _files(self) -> dict[str, bytes]:
-        found = {_BOOT_ID: f"{self.boot_id}\n".encode()}
+        found = {_BOOT_ID: f"{self.boot_id}\n".encode(), **self.written}
         for cluster in self.clusters:
             found.update(cluster.files())
         return found
@@ -116,6 +119,7 @@ class FakeGuest:
             "sleep": lambda: _sleep(argv, limit=limit),
             "sh": lambda: _script(command),
             "cat": lambda: self._cat(argv, stdin=command.stdin),
+            "tee": lambda: self._tee(argv, stdin=command.stdin),
             "ps": self._ps,
             "test": lambda: CommandResult(exit_status=0 if self._is_process(argv[2]) else 1),
             "readlink": lambda: self._readlink(argv),
@@ -133,6 +137,12 @@ class FakeGuest:
         if content is None:
             return CommandResult(exit_status=1, stderr=f"cat: {argv[-1]}: No such file or directory\n".encode())
         return CommandResult(exit_status=0, stdout=content)
+
+    def _tee(self, argv: tuple[str, ...], *, stdin: bytes) -> CommandResult:
+        if not argv[1].startswith("/run/"):
+            return CommandResult(exit_status=1, stderr=f"tee: {argv[1]}: Permission denied\n".encode())
+        self.written[argv[1]] = stdin
+        return CommandResult(exit_status=0, stdout=stdin)
 
     def _ps(self) -> CommandResult:
         lines = [f"{1:>7} {0:>7} S {'root':<64} systemd"]

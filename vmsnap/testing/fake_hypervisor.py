@@ -246,6 +246,9 @@ class FakeHypervisor:
         machine = self._host.machine(clone.name)
         for path in machine.live.values():
             self._host.check_frozen(self._host.files[path], what=f"{clone.name} was resumed")
+        fence = self._host.network.fences.get(clone.run)
+        if self._host.network.needs_watch and (fence is None or fence.watch is None):
+            self._host.violations.append(f"{clone.name} was resumed with nobody watching its fence")
         machine.state = GuestState.RUNNING
         self._host.live_on()
 

@@ -8,25 +8,40 @@ makes proofs.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from vmsnap.errors import DeadlineError, GuestUnreachableError, IsolationError, PreconditionError, VmsnapError
+from vmsnap.errors import BugError, DeadlineError, GuestUnreachableError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.ids import RunId
-from vmsnap.model.isolation import BEFORE_IT_RUNS, Addressed, FencePlan, IsolationProof, ProofPoint, Rung, RungAttempt
+from vmsnap.model.isolation import (
+    BEFORE_IT_RUNS,
+    Addressed,
+    FencePlan,
+    IsolationProof,
+    ProofKind,
+    ProofPoint,
+    Rung,
+    RungAttempt,
+)
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.guest import Connector
-from vmsnap.ports.network import AddressRequest, LinkControl
+from vmsnap.ports.network import AddressRequest, FenceWatch, LinkControl
 
 
 @dataclass
 class FenceState:
-    """One fence of the fake world. ``members``: what is in its bridges; ``intact``: all rules are there."""
+    """One fence of the fake world. ``members``: what is in its bridges; ``intact``: all rules are there.
+
+    ``passed_bytes`` came from the clone; ``watch`` is the watch that is open over it.
+    """
 
     plan: FencePlan
     members: set[str] = field(default_factory=set)
     intact: bool = True
+    passed_bytes: int = 0
+    watch: FakeWatch | None = None
 
 
 @dataclass
@@ -35,11 +50,84 @@ class NetworkWorld:
 
     ``needs_taps``: whether a proof wants the clone's taps in the bridges; tests without a hypervisor's hand on the
     bridges say False. ``servers``: TCP servers, (address, port) to the address and port of a real one on loopback.
+    ``original_answers`` False: the original is silent once the clone runs. ``needs_watch``: a clone that runs without
+    a watch over its fence is a violation. ``by_the_tap`` False: what answers by SSH does not come by the clone's tap.
     """
 
     fences: dict[RunId, FenceState] = field(default_factory=dict)
     needs_taps: bool = True
     servers: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
+    original_answers: bool = True
+    needs_watch: bool = False
+    by_the_tap: bool = True
+
+    def heard(self, run: RunId | None, *, size_bytes: int) -> None:
+        """Count what a clone sent into its fence."""
+        if run in self.fences and self.by_the_tap:
+            self.fences[run].passed_bytes += size_bytes
+
+    def breach(self, run: RunId, *, what: str) -> None:
+        """Let something of a clone get out, or its fence change; a watch that is open sounds the alarm."""
+        watch = self.fences[run].watch
+        if watch is not None:
+            watch.sound(IsolationError(what, remedy="this is a fake"))
+
+    def look(self, run: RunId) -> None:
+        """Let a watch that is open notice that the fence is not as built."""
+        state = self.fences[run]
+        deviation = _deviation(state.plan, state=state, needs_taps=False)
+        if deviation is not None:
+            self.breach(run, what=f"the fence {state.plan.namespace} changed while the clone ran: {deviation}")
+
+    def end_of_process(self) -> None:
+        """Close the watches that a process had open."""
+        for state in self.fences.values():
+            state.watch = None
+
+
+class FakeWatch:
+    """``ports.network.FenceWatch`` over the fake world."""
+
+    def __init__(self, world: NetworkWorld, *, state: FenceState, alarm: Callable[[IsolationError], None]) -> None:
+        self._world = world
+        self._state = state
+        self._alarm = alarm
+        self._breach: IsolationError | None = None
+        state.watch = self
+
+    def sound(self, breach: IsolationError) -> None:
+        """Sound the alarm, once."""
+        if self._breach is None:
+            self._breach = breach
+            self._alarm(breach)
+
+    def observed(self) -> tuple[ProofPoint, ...]:
+        self._require_peace()
+        return (ProofPoint(kind=ProofKind.PRODUCTION, name="ears on the host's links", observed="0 frames"),)
+
+    def original(self) -> tuple[ProofPoint, ...]:
+        self._require_peace()
+        original = self._state.plan.original
+        if original is None:
+            return ()
+        if not self._world.original_answers:
+            raise IsolationError("the original does not answer ARP any more", remedy="this is a fake")
+        return tuple(
+            ProofPoint(kind=ProofKind.ORIGINAL, name=f"original {nic.mac}", observed="answers") for nic in original.nics
+        )
+
+    def passed_bytes(self) -> int:
+        return self._state.passed_bytes
+
+    def close(self) -> None:
+        if self._state.watch is self:
+            self._state.watch = None
+
+    def _require_peace(self) -> None:
+        if self._breach is not None:
+            raise self._breach
+        if self._state.watch is not self:
+            raise IsolationError("the watch over the fence is not there any more", remedy="this is a fake")
 
 
 class FakeFence:
@@ -71,6 +159,15 @@ class FakeFence:
             ProofPoint(kind=kind, name=plan.namespace, observed="as built") for kind in sorted(BEFORE_IT_RUNS)
         )
         return IsolationProof(run=plan.run, made=datetime.now(UTC), points=points)
+
+    def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> FenceWatch:
+        if proof.run != plan.run:
+            raise BugError(f"the proof is of run {proof.run}, the fence of run {plan.run}")
+        state = self.world.fences.get(plan.run)
+        deviation = _deviation(plan, state=state, needs_taps=False)
+        if state is None or deviation is not None:
+            raise IsolationError(f"the fence {plan.namespace} changed: {deviation}", remedy="start a new run")
+        return FakeWatch(self.world, state=state, alarm=alarm)
 
     def connector(self, plan: FencePlan) -> Connector:
         def connect(host: str, port: int, timeout: timedelta) -> socket.socket:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from vmsnap.errors import CancelledError, DriverError
+from vmsnap.errors import CancelledError, DriverError, VmsnapError
 from vmsnap.model.journal import Resource
 from vmsnap.testing.memory_state import ProcessDied
 from vmsnap.workflow.world import World
@@ -140,7 +140,9 @@ class Faults:
             self.cancel.asked = True
             return function(*args, **kwargs)
         if mode in {Mode.FAIL_AFTER, Mode.BUG_AFTER, Mode.DIE_AFTER}:
-            function(*args, **kwargs)
+            # A refusal that belongs to a good run is an effect too.
+            with suppress(VmsnapError):
+                function(*args, **kwargs)
         if mode in DEATHS:
             self.die()
         if mode in {Mode.BUG_BEFORE, Mode.BUG_AFTER}:

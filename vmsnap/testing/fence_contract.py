@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
 import pytest
 
-from vmsnap.errors import GuestUnreachableError, IsolationError, PreconditionError
+from vmsnap.errors import BugError, GuestUnreachableError, IsolationError, PreconditionError
 from vmsnap.model.guest import Guest, GuestState, Nic
 from vmsnap.model.ids import new_run_id
-from vmsnap.model.isolation import FencePlan
+from vmsnap.model.isolation import BEFORE_IT_RUNS, FencePlan, IsolationProof, ProofKind
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.network import Fence
 
@@ -160,6 +163,83 @@ class FenceContract:
         harness.fence.release(harness.fence.resource(second), deadline=DEADLINE)
         assert not {first.run, second.run} & _owned_runs(harness)
 
+    @pytest.mark.parametrize("nics", [1, 2])
+    def test_the_proof_says_everything_that_can_be_said_before_a_clone_runs(
+        self, harness: FenceHarness, nics: int
+    ) -> None:
+        plan = fence_plan(nics=nics)
+        with _proven(harness, plan=plan) as proof:
+            assert {point.kind for point in proof.points} == BEFORE_IT_RUNS
+            assert all(point.name and point.observed for point in proof.points)
+
+    def test_a_watch_says_what_only_a_running_clone_can_show(self, harness: FenceHarness) -> None:
+        plan = fence_plan()
+        alarms: list[IsolationError] = []
+        with _proven(harness, plan=plan) as proof:
+            watch = harness.fence.watch(plan, proof=proof, alarm=alarms.append)
+            assert {point.kind for point in watch.observed()} == {ProofKind.PRODUCTION}
+            assert {point.kind for point in watch.original()} == {ProofKind.ORIGINAL}
+            assert watch.passed_bytes() >= 0
+            watch.close()
+            watch.close()
+        assert alarms == []
+
+    def test_a_fence_of_an_environment_has_no_original(self, harness: FenceHarness) -> None:
+        plan = FencePlan.for_macs(new_run_id(), guest="shop db/1", macs=("52:54:00:00:00:07",))
+        with _proven(harness, plan=plan) as proof:
+            watch = harness.fence.watch(plan, proof=proof, alarm=lambda _: None)
+            assert watch.original() == ()
+            watch.close()
+
+    @pytest.mark.parametrize("change", ["lose_rule", "add_foreign_member"])
+    def test_a_change_sounds_the_alarm_once_within_a_second(self, harness: FenceHarness, change: str) -> None:
+        plan = fence_plan()
+        alarms: list[IsolationError] = []
+        heard = threading.Event()
+
+        def alarm(breach: IsolationError) -> None:
+            alarms.append(breach)
+            heard.set()
+
+        with _proven(harness, plan=plan) as proof:
+            watch = harness.fence.watch(plan, proof=proof, alarm=alarm)
+            getattr(harness, change)(plan)
+            assert heard.wait(1)
+            for look in (watch.observed, watch.original):
+                with pytest.raises(IsolationError):
+                    look()
+            watch.close()
+        assert len(alarms) == 1
+        assert alarms[0].remedy
+
+    @pytest.mark.parametrize("change", ["lose_rule", "add_foreign_member"])
+    def test_a_watch_does_not_begin_over_a_fence_that_changed_since_its_proof(
+        self, harness: FenceHarness, change: str
+    ) -> None:
+        plan = fence_plan()
+        threads = threading.active_count()
+        with _proven(harness, plan=plan) as proof:
+            getattr(harness, change)(plan)
+            with pytest.raises(IsolationError):
+                harness.fence.watch(plan, proof=proof, alarm=lambda _: None)
+        assert threading.active_count() == threads
+
+    def test_a_clone_that_is_gone_is_no_alarm(self, harness: FenceHarness) -> None:
+        plan = fence_plan()
+        alarms: list[IsolationError] = []
+        with _proven(harness, plan=plan) as proof:
+            watch = harness.fence.watch(plan, proof=proof, alarm=alarms.append)
+            harness.detach_clone(plan)
+            time.sleep(0.3)
+            assert watch.observed()
+            watch.close()
+        assert alarms == []
+
+    def test_a_proof_of_another_fence_begins_no_watch(self, harness: FenceHarness) -> None:
+        plan, other = fence_plan(), fence_plan()
+        with _proven(harness, plan=plan) as proof, pytest.raises(BugError):
+            harness.fence.watch(other, proof=proof, alarm=lambda _: None)
+
     def test_the_connector_reaches_nobody_in_an_empty_fence(self, harness: FenceHarness) -> None:
         plan = fence_plan()
         harness.fence.build(plan)
@@ -167,6 +247,17 @@ class FenceContract:
         with pytest.raises(GuestUnreachableError):
             harness.fence.connector(plan)("198.18.0.10", 22, timedelta(seconds=0.2))
         assert threading.active_count() == threads
+        harness.fence.release(harness.fence.resource(plan), deadline=DEADLINE)
+
+
+@contextmanager
+def _proven(harness: FenceHarness, *, plan: FencePlan) -> Iterator[IsolationProof]:
+    harness.fence.build(plan)
+    harness.attach_clone(plan)
+    try:
+        yield harness.fence.prove(plan)
+    finally:
+        harness.detach_clone(plan)
         harness.fence.release(harness.fence.resource(plan), deadline=DEADLINE)
 
 

@@ -87,7 +87,7 @@ class FakeWorld:
     """
 
     def __init__(self, folder: Path, *, disks: int = 1) -> None:
-        self.network = NetworkWorld()
+        self.network = NetworkWorld(needs_watch=True)
         self.host = FakeHost(network=self.network)
         self.host.offline = self._show_disks
         self.clock = FakeClock()
@@ -141,6 +141,7 @@ class FakeWorld:
     def end(self) -> None:
         """End the present process, if it has not died, and begin another."""
         self.host.between = _nothing
+        self.network.end_of_process()
         self.state.die()
         self.state.restart()
 

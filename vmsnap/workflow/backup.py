@@ -8,41 +8,29 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from vmsnap import __version__
-from vmsnap.errors import BusyError, CleanupError, DriverError, PreconditionError, VmsnapError
+from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import SnapshotId
-from vmsnap.model.isolation import Addressed, FencePlan, IsolationProof, ProofPoint
+from vmsnap.model.isolation import Addressed, FencePlan, IsolationEvidence, IsolationProof, ProofPoint
 from vmsnap.model.journal import RunKind
 from vmsnap.model.lifecycle import Event, State, advance
-from vmsnap.model.manifest import (
-    AttemptRecord,
-    CaptureRecord,
-    CleanRecord,
-    DiskRecord,
-    DrainRecord,
-    FileSystemRecord,
-    InstanceRecord,
-    IsolationRecord,
-    MachineRecord,
-    Manifest,
-    ProofRecord,
-    Snapshot,
-    StoreRecord,
-)
+from vmsnap.model.manifest import CaptureRecord, DiskRecord, MachineRecord, Manifest, Snapshot, StoreRecord
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.guest import GuestControl
+from vmsnap.ports.network import FenceWatch
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
 from vmsnap.ports.store import Staging
-from vmsnap.workflow import prune, reach
-from vmsnap.workflow.guard import OverlayGuard
+from vmsnap.workflow import identity, prune, reach
+from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.records import clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.talk import converse
 from vmsnap.workflow.world import World
@@ -81,12 +69,25 @@ def refuse(findings: tuple[Finding, ...], *, what: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Quiesced:
-    """What happened between the clone's resume and its power-off."""
+    """What happened between the clone's resume and its power-off. ``last`` is what the fence's watch saw at its end."""
 
     addressed: Addressed
+    evidence: IsolationEvidence
+    last: tuple[ProofPoint, ...]
     drains: tuple[DrainReport, ...]
     stopped: tuple[StoppedInstance, ...]
     shut_down_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """A clone that may run, and what keeps it in."""
+
+    clone: Clone
+    fence: FencePlan
+    proof: IsolationProof
+    watch: FenceWatch
+    guard: IsolationGuard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,14 @@ class _Facts:
     quiesced: _Quiesced
     clean: CleanShutdown
     machine: MachineRecord
+
+    @property
+    def points(self) -> tuple[ProofPoint, ...]:
+        """Return all points of the proof of isolation; of what the watch saw, the last."""
+        quiesced = self.quiesced
+        seen_last = {point.name for point in quiesced.last}
+        between = tuple(point for point in quiesced.evidence.points if point.name not in seen_last)
+        return (*self.proof.points, *between, *quiesced.last)
 
 
 class Backup:
@@ -124,12 +133,13 @@ class Backup:
         with world.locks.guest(policy.guest, purpose="backup"):
             self._undo_dead_runs()
             started = world.clock.now()
-            guest, login = self._preflight()
+            source, login = self._preflight()
+            guest = source.guest
             run_id = world.new_run_id()
             self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
             run = Run(world, journal=self._journal, progress=self._progress)
             with closing(self._journal):
-                snapshot = self._work(run, guest=guest, login=login, started=started)
+                snapshot = self._work(run, source=source, login=login, started=started)
                 with run.step("prune"):
                     pruned = self._prune()
             return self._report(run, snapshot=snapshot, started=started, pruned=pruned)
@@ -142,7 +152,7 @@ class Backup:
         for item in report.undone:
             self._progress.note(f"left by dead run {item.run}: {item.kind} {item.name}: {item.failure or 'removed'}")
 
-    def _preflight(self) -> tuple[Guest, reach.Login]:
+    def _preflight(self) -> tuple[identity.Source, reach.Login]:
         world, policy = self._world, self._policy
         self._progress.step("preflight")
         guest = world.hypervisor.inspect(policy.guest)
@@ -153,17 +163,18 @@ class Backup:
         warnings += refuse(world.store.findings(needed_bytes=needed), what="the store cannot take a snapshot")
         login = reach.choose(world, policy=policy, guest=guest)
         self._warnings = warnings
-        return guest, login
+        return identity.know(world, guest=guest, by_agent=login.agent), login
 
     def _advance(self, event: Event) -> None:
         self._state = advance(self._state, event)
         if self._journal is not None:
             self._journal.state(self._state)
 
-    def _work(self, run: Run, *, guest: Guest, login: reach.Login, started: datetime) -> Snapshot:
+    def _work(self, run: Run, *, source: identity.Source, login: reach.Login, started: datetime) -> Snapshot:
         """Do the run and undo what it made; the first error wins, errors of the clean-up go beside it."""
+        guest = source.guest
         with undone_on_failure(lambda: self._give_up(run, guest=guest), doing="the backup"):
-            snapshot = self._clone_and_store(run, guest=guest, login=login, started=started)
+            snapshot = self._clone_and_store(run, source=source, login=login, started=started)
         errors = self._discard(run, guest=guest)
         if errors:
             raise CleanupError(f"snapshot {snapshot.id} is stored, but the run left something behind", causes=errors)
@@ -195,9 +206,10 @@ class Backup:
                 f"{guest.name!r} is not on its own disks", remedy=f"'vmsnap doctor {guest.name}' says what it is on"
             )
 
-    def _clone_and_store(self, run: Run, *, guest: Guest, login: reach.Login, started: datetime) -> Snapshot:
+    def _clone_and_store(self, run: Run, *, source: identity.Source, login: reach.Login, started: datetime) -> Snapshot:
         world, policy = self._world, self._policy
         hypervisor = world.hypervisor
+        guest = source.guest
         settings = settings_of(policy)
         plan = CapturePlan(run=run.id, guest=guest, settings=settings)
         fence = FencePlan.for_guest(run.id, guest=guest, addresses=login.addresses)
@@ -215,22 +227,30 @@ class Backup:
             capture = hypervisor.capture(plan, cancel=self._cancel)
             self._advance(Event.CAPTURE)
             self._tell_pause(capture)
-        guard = OverlayGuard(
+
+        def kill_clone() -> None:
+            hypervisor.release(clone_resource, deadline=timedelta(seconds=30))
+
+        overlays = OverlayGuard(
             self._cancel,
             free_bytes=lambda: hypervisor.overlay_free_bytes(plan),
             floor_bytes=settings.min_overlay_free_bytes // 2,
-            kill_clone=lambda: hypervisor.release(clone_resource, deadline=timedelta(seconds=30)),
+            kill_clone=kill_clone,
         )
-        with guard:
+        guard = IsolationGuard(overlays, kill_clone=kill_clone)
+        with overlays:
             try:
                 with run.step("restore clone"):
                     clone = run.acquire(clone_resource, lambda: hypervisor.restore_clone(plan, fence=fence))
                     run.release(memory)
                 with run.step("prove fence"):
                     proof = world.fence.prove(fence)
+                    watch = world.fence.watch(fence, proof=proof, alarm=guard.sound)
+                with closing(watch):
                     self._advance(Event.FENCE)
-                guard.check()
-                quiesced = self._quiesce(run, clone=clone, login=login, fence=fence, proof=proof, guard=guard)
+                    guard.check()
+                    running = _Running(clone=clone, fence=fence, proof=proof, watch=watch, guard=guard)
+                    quiesced = self._quiesce(run, running=running, login=login, source=source)
                 guard.check()
                 views = self._open(run, plan=plan)
                 clean = self._prove(run, quiesced=quiesced, views=views)
@@ -239,9 +259,12 @@ class Backup:
                 )
                 return self._store(run, plan=plan, views=views, facts=facts, cancel=guard)
             except VmsnapError as error:
-                # What failed because the guard ended the clone is the guard's failure.
-                if guard.reason is not None and error is not guard.reason:
-                    raise guard.reason from error
+                if isinstance(error, IsolationError):
+                    guard.sound(error)
+                # What failed because a guard ended the clone is the guard's failure.
+                reason = guard.reason or overlays.reason
+                if reason is not None and error is not reason:
+                    raise reason from error
                 raise
 
     def _tell_pause(self, capture: Capture) -> None:
@@ -252,27 +275,28 @@ class Backup:
                 f"the guest stood still for {capture.pause_ms:.0f} ms; capture.max_pause is {promised_ms:.0f} ms",
             )
 
-    def _quiesce(
-        self,
-        run: Run,
-        *,
-        clone: Clone,
-        login: reach.Login,
-        fence: FencePlan,
-        proof: IsolationProof,
-        guard: OverlayGuard,
-    ) -> _Quiesced:
+    def _quiesce(self, run: Run, *, running: _Running, login: reach.Login, source: identity.Source) -> _Quiesced:
         """Let the clone run, reach it, drain and stop its database, and let it power off."""
         world, policy = self._world, self._policy
+        clone, guard, watch = running.clone, running.guard, running.watch
         with run.step("resume clone"):
-            world.hypervisor.resume_clone(clone, proof=proof)
+            world.hypervisor.resume_clone(clone, proof=running.proof)
             self._advance(Event.RESUME)
         with run.step("reach clone"):
             control, addressed = reach.reach_clone(
-                world, policy=policy, clone=clone, login=login, fence=fence, cancel=guard, progress=run.progress
+                world,
+                policy=policy,
+                clone=clone,
+                login=login,
+                fence=running.fence,
+                cancel=guard,
+                progress=run.progress,
             )
         with closing(control):
-            drains, stopped = self._drain_and_stop(run, control=control, guard=guard)
+            with run.step("identify clone"):
+                evidence = identity.identify(world, source=source, clone=clone, control=control, watch=watch)
+            guard.check()
+            drains, stopped = self._drain_and_stop(run, control=control, guard=guard, isolation=evidence)
         with run.step("shut down clone"):
             deadline = policy.clone.shutdown_deadline
             self._progress.waiting("the guest to power off", deadline_seconds=deadline.total_seconds())
@@ -281,11 +305,20 @@ class Backup:
                 clone, agent_answers=by_agent, deadline=deadline, cancel=guard
             )
             self._advance(Event.SHUT_DOWN)
-        return _Quiesced(addressed=addressed, drains=drains, stopped=stopped, shut_down_by=shut_down_by)
+        return _Quiesced(
+            addressed=addressed,
+            evidence=evidence,
+            last=watch.observed(),
+            drains=drains,
+            stopped=stopped,
+            shut_down_by=shut_down_by,
+        )
 
     def _drain_and_stop(
-        self, run: Run, *, control: GuestControl, guard: OverlayGuard
+        self, run: Run, *, control: GuestControl, guard: Cancel, isolation: IsolationEvidence
     ) -> tuple[tuple[DrainReport, ...], tuple[StoppedInstance, ...]]:
+        if isolation.run != run.id:
+            raise BugError(f"the evidence of isolation is of run {isolation.run}, not of {run.id}")
         world, database = self._world, self._policy.database
         timeout = self._policy.control.command_timeout
         engine = world.engine_for(database)
@@ -375,7 +408,7 @@ class Backup:
     def _manifest(
         self, run: Run, *, staging: Staging, disks: tuple[DiskRecord, ...], facts: _Facts, store_seconds: float
     ) -> Manifest:
-        addressed = facts.quiesced.addressed
+        quiesced = facts.quiesced
         nvram = None if facts.machine.nvram is None else _NVRAM_FILE
         return Manifest(
             id=SnapshotId(run.id),
@@ -390,18 +423,9 @@ class Backup:
                 pause_ms=round(facts.capture.pause_ms, 3),
                 ram_bytes=facts.capture.ram_bytes,
             ),
-            isolation=IsolationRecord(
-                rung=addressed.rung,
-                address=addressed.address,
-                seconds=round(addressed.seconds, 3),
-                proof=tuple(_proof_record(point) for point in facts.proof.points),
-                attempts=tuple(
-                    AttemptRecord(rung=item.rung, seconds=round(item.seconds, 3), failure=item.failure)
-                    for item in addressed.attempts
-                ),
-            ),
-            drain=tuple(_drain_record(report) for report in facts.quiesced.drains),
-            clean=_clean_record(facts.clean),
+            isolation=isolation_record(quiesced.addressed, points=facts.points),
+            drain=tuple(drain_record(report) for report in quiesced.drains),
+            clean=clean_record(facts.clean),
             disks=disks,
             store=StoreRecord(
                 logical_bytes=sum(disk.size_bytes for disk in disks),
@@ -441,39 +465,3 @@ class Backup:
             pruned=pruned,
             warnings=self._warnings,
         )
-
-
-def _proof_record(point: ProofPoint) -> ProofRecord:
-    return ProofRecord(kind=point.kind, name=point.name, observed=point.observed)
-
-
-def _drain_record(report: DrainReport) -> DrainRecord:
-    return DrainRecord(
-        engine=report.engine,
-        instance=report.instance,
-        in_flight_at_start=report.in_flight_at_start,
-        finished=report.finished,
-        rolled_back=report.rolled_back,
-        seconds=round(report.seconds, 3),
-    )
-
-
-def _clean_record(clean: CleanShutdown) -> CleanRecord:
-    return CleanRecord(
-        made=clean.made,
-        guest_shut_down_by=clean.guest_shut_down_by,
-        instances=tuple(
-            InstanceRecord(
-                engine=item.engine,
-                instance=item.instance,
-                data_directory=item.data_directory,
-                method=item.method,
-                observed=dict(item.observed),
-            )
-            for item in clean.instances
-        ),
-        file_systems=tuple(
-            FileSystemRecord(disk=state.disk, kind=state.kind, uuid=state.uuid, observed=state.observed)
-            for state in clean.file_systems
-        ),
-    )

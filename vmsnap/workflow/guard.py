@@ -1,4 +1,7 @@
-"""The watch over overlay space: a full file system would pause production, so the run dies first."""
+"""The guards of a run: what ends its clone, and the run with it, at once.
+
+Overlay space: a full file system would pause production, so the run dies first. Isolation: see ``FenceWatch``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from vmsnap.errors import NoSpaceError
+from vmsnap.errors import IsolationError, NoSpaceError
 from vmsnap.ports.clock import Cancel
 
 _LOG = logging.getLogger(__name__)
@@ -84,3 +87,47 @@ class OverlayGuard:
             except Exception as error:  # noqa: BLE001 - the run's own clean-up tries again
                 _LOG.warning("the clone could not be ended: %s", error)
             return
+
+
+ISOLATION_ALARM = "ISOLATION ALARM"
+"""How the log's line of a breach begins; for whoever looks out for it."""
+
+
+class IsolationGuard:
+    """A Cancel that stops the run when its clone's isolation is broken, and ends the clone in that moment.
+
+    ``inner`` goes on meaning what it means.
+    """
+
+    def __init__(self, inner: Cancel, *, kill_clone: Callable[[], None]) -> None:
+        self._inner = inner
+        self._kill_clone = kill_clone
+        self._lock = threading.Lock()
+        self._reason: IsolationError | None = None
+
+    @property
+    def reason(self) -> IsolationError | None:
+        """Return the breach, or None."""
+        return self._reason
+
+    def sound(self, breach: IsolationError) -> None:
+        """Sound the alarm: the log, the end of the clone, the end of the run. Only the first breach counts."""
+        with self._lock:
+            if self._reason is not None:
+                return
+            self._reason = breach
+        _LOG.critical("%s: %s", ISOLATION_ALARM, breach.brief)
+        try:
+            self._kill_clone()
+        except Exception as error:  # noqa: BLE001 - the run's own clean-up tries again
+            _LOG.critical("%s: the clone could not be ended: %s", ISOLATION_ALARM, error)
+
+    def is_set(self) -> bool:
+        """Tell whether the run shall stop."""
+        return self._reason is not None or self._inner.is_set()
+
+    def check(self) -> None:
+        """Raise IsolationError, or what the inner one raises, where the run shall stop."""
+        if self._reason is not None:
+            raise self._reason
+        self._inner.check()

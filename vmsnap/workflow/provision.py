@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address
 from shlex import quote
 
-from vmsnap.errors import CleanupError, PreconditionError, VmsnapError
+from vmsnap.errors import CleanupError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.environment import Environment, EnvironmentPlan
 from vmsnap.model.guest import GuestState
 from vmsnap.model.ids import RunId
@@ -19,6 +21,7 @@ from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionRe
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
+from vmsnap.workflow.guard import IsolationGuard
 from vmsnap.workflow.location import known_address, resources_of, wait_for_address
 from vmsnap.workflow.naming import register_quietly
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, release_each, undone_on_failure
@@ -27,6 +30,7 @@ from vmsnap.workflow.world import World
 
 _ANSWER_DEADLINE = timedelta(minutes=5)
 _ADDRESS_DEADLINE = timedelta(seconds=10)
+_KILL_DEADLINE = timedelta(seconds=30)
 _UUIDS = uuid.UUID("1d3b9a52-7a39-5d0b-8a37-3d2f0d1b8c44")
 _MIB = 1 << 20
 _LONGEST_NAME = 64
@@ -85,21 +89,22 @@ class Provision:
         self._refuse_taken_name(plan.name)
         journal = world.journals.begin(run_id, kind=RunKind.PROVISION, guest=plan.guest, at=started)
         run = Run(world, journal=journal, progress=self._progress)
-        with (
-            closing(journal),
-            undone_on_failure(lambda: self._undo(run, plan=plan, journal=journal), doing="provisioning"),
-        ):
-            fence, defined_ms = self._define(run, plan=plan, snapshot=snapshot, began=began)
-            proof = self._attach(run, plan=plan, snapshot=snapshot, fence=fence)
-            with run.step("start"):
-                world.hypervisor.start_environment(plan, proof=proof)
-                running_ms = (world.clock.monotonic() - began) * 1000
-            environment = self._record(plan, snapshot=snapshot, started=started)
-            journal.keep(plan.name)
-            run.keep_all()
-        answered_ms = None
-        if self._options.wait:
-            answered_ms = self._wait(run, plan=plan, began=began)
+        with ExitStack() as watching:
+            with (
+                closing(journal),
+                undone_on_failure(lambda: self._undo(run, plan=plan, journal=journal), doing="provisioning"),
+            ):
+                fence, defined_ms = self._define(run, plan=plan, snapshot=snapshot, began=began)
+                proof = self._attach(run, plan=plan, snapshot=snapshot, fence=fence)
+                guard = watching.enter_context(self._watched(plan, fence=fence, proof=proof))
+                with run.step("start"):
+                    world.hypervisor.start_environment(plan, proof=proof)
+                    running_ms = (world.clock.monotonic() - began) * 1000
+                environment = self._record(plan, snapshot=snapshot, started=started)
+                guard.check()
+                journal.keep(plan.name)
+                run.keep_all()
+            answered_ms = self._settle(run, plan=plan, began=began, guard=guard)
         address, dns_name, warnings = self._name(environment)
         return ProvisionReport(
             environment=plan.name,
@@ -174,6 +179,27 @@ class Provision:
             world.hypervisor.attach_environment(plan, machine=snapshot.manifest.machine, fence=fence)
             return None if fence is None else world.fence.prove(fence)
 
+    @contextmanager
+    def _watched(
+        self, plan: EnvironmentPlan, *, fence: FencePlan | None, proof: IsolationProof | None
+    ) -> Iterator[IsolationGuard]:
+        """Watch the environment's fence as long as this run lasts; a breach ends the VM at once, and then the run."""
+        hypervisor = self._world.hypervisor
+        resource = hypervisor.environment_resource(plan)
+        guard = IsolationGuard(self._cancel, kill_clone=lambda: hypervisor.release(resource, deadline=_KILL_DEADLINE))
+        if fence is None or proof is None:
+            yield guard
+            return
+        with closing(self._world.fence.watch(fence, proof=proof, alarm=guard.sound)):
+            try:
+                yield guard
+            except VmsnapError as error:
+                # What failed because the guard ended the VM is the guard's failure.
+                if guard.reason is None or error is guard.reason:
+                    raise
+                guard.reason.also.extend(error.also)
+                raise guard.reason from error
+
     def _record(self, plan: EnvironmentPlan, *, snapshot: Snapshot, started: datetime) -> Environment:
         ttl = self._options.ttl if self._options.ttl is not None else self._policy.ttl
         environment = Environment(
@@ -206,13 +232,27 @@ class Provision:
             errors.append(as_vmsnap_error(error, doing="the end of the run"))
         return tuple(errors)
 
-    def _wait(self, run: Run, *, plan: EnvironmentPlan, began: float) -> float:
+    def _settle(self, run: Run, *, plan: EnvironmentPlan, began: float, guard: IsolationGuard) -> float | None:
+        """Wait where that was asked for; remove the environment whose fence broke meanwhile."""
+        try:
+            answered_ms = self._wait(run, plan=plan, began=began, cancel=guard) if self._options.wait else None
+            if guard.reason is not None:
+                raise guard.reason
+        except IsolationError as breach:
+            try:
+                destroy_environment(self._world, name=plan.name)
+            except VmsnapError as error:
+                breach.also.append(error)
+            raise
+        return answered_ms
+
+    def _wait(self, run: Run, *, plan: EnvironmentPlan, began: float, cancel: Cancel) -> float:
         world = self._world
         with run.step("wait"):
             self._progress.waiting("the guest agent", deadline_seconds=_ANSWER_DEADLINE.total_seconds())
             control = world.access.agent(world.hypervisor.agent(plan.name))
             with closing(control):
-                wait_until_answers(control, deadline=_ANSWER_DEADLINE, clock=world.clock, cancel=self._cancel)
+                wait_until_answers(control, deadline=_ANSWER_DEADLINE, clock=world.clock, cancel=cancel)
         return round((world.clock.monotonic() - began) * 1000, 1)
 
 

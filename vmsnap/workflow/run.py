@@ -70,11 +70,14 @@ class _Closable(Protocol):
         """Let go."""
 
 
+_C = TypeVar("_C", bound=_Closable)
+
+
 @contextmanager
-def closing(thing: _Closable) -> Iterator[None]:
+def closing(thing: _C) -> Iterator[_C]:
     """Close a journal or a control after the body. A failure of that is logged: it ends with the process anyway."""
     try:
-        yield
+        yield thing
     finally:
         try:
             thing.close()
