@@ -53,6 +53,9 @@ def main() -> int:
 
 
 def _furnish(lab: Lab) -> None:
+    # DHCP clients and others write to /etc (resolv.conf above all); what they write must not reach the host.
+    run(["cp", "--archive", "/etc", lab.scratch / "etc"])
+    run(["mount", "--bind", lab.scratch / "etc", "/etc"])
     for folder in ("/run", "/var/lib/libvirt", "/var/cache/libvirt"):
         run(["mount", "-t", "tmpfs", "-o", "mode=755", "lab", folder])
     for folder in ("/run/lock", "/run/libvirt", "/run/netns", "/var/lib/libvirt/images"):
