@@ -24,13 +24,14 @@ from vmsnap.dhcp.message import DhcpMessage, MessageType, OptionCode, decode
 from vmsnap.dhcp.pool import DEFAULT_POOL
 from vmsnap.dhcp.responder import Lease, Responder, ResponderConfig
 from vmsnap.errors import CancelledError, DeadlineError
-from vmsnap.model.isolation import Addressed, Exchange, Rung
-from vmsnap.network import netns
+from vmsnap.model.isolation import Addressed, Exchange, FencePort, Rung
+from vmsnap.network import links, netns, readback
 from vmsnap.network.forcerenew import ForceRenew
-from vmsnap.network.frames import ETHERTYPE_IPV4, Datagram, Frame, parse_mac
+from vmsnap.network.frames import ETHERTYPE_IPV4, Datagram, Frame, parse_mac, vlan_tag
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.packets import PacketSocket
 from vmsnap.network.responder import FenceResponder, reply_frame
+from vmsnap.network.vlans import VlanLink, vlan_link_name
 from vmsnap.network.watcher import DhcpWatcher, Watched
 from vmsnap.ports.network import AddressRequest
 from vmsnap.state.clock import SystemClock
@@ -40,6 +41,15 @@ SERVER = IPv4Address("10.9.8.2")  # not the gateway
 REPLAY_SECONDS = 1000.0
 LIMIT_SECONDS = 8
 ONCE = (1.5,)
+BULK = bytes(range(256)) * 4000
+BULK_PORT = 2223
+ECHO = (
+    "import socket\n"
+    f"s = socket.create_server(('0.0.0.0', {BULK_PORT}))\n"
+    "c, _ = s.accept()\n"
+    "while data := c.recv(1 << 16):\n"
+    "    c.sendall(data)\n"
+)
 
 
 class Production:
@@ -108,16 +118,17 @@ class Production:
 class Dhcpcd(Client):
     """dhcpcd with its defaults, but for lines of the test's own. By default it probes an address for five seconds."""
 
-    def __init__(self, clone: StandIn, folder: Path, *lines: str) -> None:
+    def __init__(self, clone: StandIn, folder: Path, *lines: str, interface: str = "eth0") -> None:
         super().__init__(clone, folder)
         self.lines = lines
+        self.interface = interface
 
     def start(self) -> subprocess.Popen[bytes]:
         config = self.folder / "dhcpcd.conf"
         config.write_text("\n".join(("noipv6", "nohook resolv.conf, hostname, timesyncd", *self.lines, "")))
         script = (
             "mount -t tmpfs none /run && mount -t tmpfs none /var/lib && mkdir /run/dhcpcd /var/lib/dhcpcd && "
-            f"exec /usr/sbin/dhcpcd -4 -B -d -f {config} eth0 >{self.folder}/log 2>&1"
+            f"exec /usr/sbin/dhcpcd -4 -B -d -f {config} {self.interface} >{self.folder}/log 2>&1"
         )
         return self.clone.start("unshare", "--mount", "sh", "-c", script)
 
@@ -245,6 +256,47 @@ def test_an_unsigned_forcerenew_moves_a_dhcpcd_that_needs_no_authentication(
     moved = move(world, Rung.FORCERENEW, exchanges=(replace(production.exchange(), nonce=None),))
     print(f"dhcpcd noauthrequired: unsigned FORCERENEW {moved.seconds:.2f} s")
     assert moved.seconds < LIMIT_SECONDS
+
+
+def test_a_dhcpcd_behind_a_vlan_tag_is_moved_and_reached_inside_its_vlan(
+    worlds: Worlds, production: Production, tmp_path: Path
+) -> None:
+    guest = machine(worlds)
+    card = FencePort(index=0, mac=MAC, bridge="", tap="", veth_host="", veth_inside="eth0")
+    vlan = VlanLink(guest.namespace, port=card, tags=(vlan_tag(42),))
+    vlan.open()
+    try:
+        guest.run("ip", "link", "set", vlan.name, "address", MAC)
+        worlds.keep(guest.start("python3", "-c", ECHO))
+        worlds.keep(Dhcpcd(guest, tmp_path, "noarp", interface=vlan.name).start())
+        wait_until(lambda: guest.addresses(vlan.name) == ["10.9.8.77"], seconds=30, what="a production lease")
+        exchange = production.exchange()
+        assert exchange.vlan == 42
+        world = worlds.around(guest)
+        with NetworkAddressing(clock=SystemClock()) as addressing:
+            request = request_for(world, Rung.FORCERENEW, exchanges=(exchange,))
+            moved = addressing.move(request, links=world.cables, cancel=SwitchCancel())
+            print(f"dhcpcd in a VLAN: signed FORCERENEW {moved.seconds:.2f} s")
+            assert moved.address in guest.addresses(vlan.name)
+            assert guest.addresses("eth0") == []
+            assert greeting(world.plan, str(moved.address)) == "clone"
+            assert readback.changes(world.plan) == ()  # nothing that would alarm who watches the fence
+            ours = worlds.fence.connector(world.plan)(str(moved.address), BULK_PORT, timedelta(seconds=3))
+            with ours:  # more than one frame, both ways, by cards that leave checksums and cutting to the next one
+                ours.settimeout(20)
+                threading.Thread(target=ours.sendall, args=(BULK,)).start()
+                back = b""
+                while len(back) < len(BULK):
+                    back += ours.recv(1 << 16)
+                assert back == BULK
+        assert vlan_link_name(world.plan.ports[0]) not in netns.inside(world.plan.namespace, action=link_names)
+        worlds.fence.prove(world.plan)  # closed, the fence is as it was built
+    finally:
+        vlan.close()
+
+
+def link_names() -> set[str]:
+    return {link.name for link in links.all_links()}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from vmsnap.dhcp.pool import DEFAULT_POOL, choose_networks
 from vmsnap.dhcp.responder import Lease, Responder, ResponderConfig
 from vmsnap.model.isolation import Exchange, FencePort
 from vmsnap.network import links, netns, sockets
-from vmsnap.network.frames import parse_mac
+from vmsnap.network.frames import Tag, parse_mac
 from vmsnap.network.responder import FenceResponder
+from vmsnap.network.vlans import VlanLink
 from vmsnap.ports.network import AddressRequest
 
 _SERVER_HOST = 1
@@ -46,6 +47,11 @@ class Side:
         return self.responder.heard(parse_mac(self.port.mac)).lease
 
     @property
+    def tags(self) -> tuple[Tag, ...]:
+        """Return the VLAN tags that the NIC's DHCP client sends with."""
+        return self.responder.heard(parse_mac(self.port.mac)).tags
+
+    @property
     def messages(self) -> int:
         """Return how many DHCP messages this NIC has sent."""
         return self.responder.heard(parse_mac(self.port.mac)).messages
@@ -63,6 +69,7 @@ class FenceDhcp:
         self._avoid = (*avoid, *(old.interface.network for old in request.old_addresses))
         self._sides: dict[FencePort, Side] = {}
         self._addressed: dict[FencePort, str] = {}
+        self._vlans: dict[FencePort, VlanLink] = {}
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -96,10 +103,12 @@ class FenceDhcp:
             side.responder.start()
 
     def stop(self) -> None:
-        """Stop listening. Our addresses stay: the clone may be spoken to until its lease ends."""
+        """Stop listening. Our addresses stay, but for those in a VLAN: the clone may be spoken to until its lease ends."""
         sides, self._sides = self._sides, {}
         for side in sides.values():
             side.responder.stop()
+        while self._vlans:
+            self._vlans.popitem()[1].close()
 
     def withdraw(self) -> None:
         """Take our addresses away, so that the fence is as it was built. Content where it is gone."""
@@ -154,13 +163,23 @@ class FenceDhcp:
         return ArpPolicy(addresses=frozenset(gateways | {exchange.server}))
 
     def _address(self, side: Side) -> None:
-        if side.port in self._addressed:
+        if side.port in self._addressed or side.port in self._vlans:
+            return
+        if side.tags:
+            self._address_in_vlan(side)
             return
         self._addressed[side.port] = side.server  # first: where giving it fails half-way, withdrawing has to know
         netns.inside(
             self._request.fence.namespace,
             action=lambda: links.add_address(side.port.veth_inside, address=side.server, prefix=_PREFIX),
         )
+
+    def _address_in_vlan(self, side: Side) -> None:
+        namespace = self._request.fence.namespace
+        link = VlanLink(namespace, port=side.port, tags=side.tags)
+        self._vlans[side.port] = link
+        link.open()
+        netns.inside(namespace, action=lambda: links.add_address(link.name, address=side.server, prefix=_PREFIX))
 
 
 def _take_address(port: FencePort, *, address: str) -> None:

@@ -129,6 +129,21 @@ def arp_filter() -> tuple[BpfStep, ...]:
     )
 
 
+def vlan_filter(vlan: int) -> tuple[BpfStep, ...]:
+    """Return a filter that lets only frames of one VLAN through, by their outer tag."""
+    load_word, and_with, equal, give_back = 0x20, 0x54, 0x15, 0x06
+    ancillary, tag, is_tagged = 0xFFFFF000, 44, 48  # SKF_AD_OFF, SKF_AD_VLAN_TAG, SKF_AD_VLAN_TAG_PRESENT
+    return (
+        BpfStep(load_word, 0, 0, ancillary + is_tagged),
+        BpfStep(equal, 4, 0, 0),
+        BpfStep(load_word, 0, 0, ancillary + tag),
+        BpfStep(and_with, 0, 0, 0x0FFF),
+        BpfStep(equal, 0, 1, vlan),
+        BpfStep(give_back, 0, 0, 0x40000),
+        BpfStep(give_back, 0, 0, 0),
+    )
+
+
 def attach_filter(target: socket.socket, *, steps: Sequence[BpfStep]) -> None:
     """Make a packet socket's filter this one. Raises OSError."""
     _attach(target, steps=steps)

@@ -8,6 +8,7 @@ from vmsnap.errors import DriverError, IsolationError
 from vmsnap.model.isolation import FencePlan, FencePort, ProofKind, ProofPoint
 from vmsnap.network import links, netns, rules
 from vmsnap.network.links import Link
+from vmsnap.network.vlans import vlan_link_name
 
 IPV4_SETTINGS = (
     ("ip_forward", 0),
@@ -132,12 +133,12 @@ class _HostSide:
 
 
 def _foreign_links_inside(plan: FencePlan) -> Iterator[str]:
-    """Yield the links of the namespace that are not ours, nor sit on ours (as a VLAN does) without leaving it."""
+    """Yield the links of the namespace that are not ours, nor sit on ours without leaving it."""
     if not netns.is_another(plan.namespace):
         yield f"the namespace {plan.namespace} is missing or is the host's own"
         return
     found = netns.inside(plan.namespace, action=links.all_links)
-    ours = {"lo"} | {port.veth_inside for port in plan.ports}
+    ours = {"lo", *(name for port in plan.ports for name in (port.veth_inside, vlan_link_name(port)))}
     indexes = {link.index for link in found if link.name in ours}
     for link in found:
         sits_on_ours = link.lower in indexes and not link.lower_elsewhere

@@ -32,11 +32,13 @@ _MOST_CLIENTS = 1024  # a clone that makes up MAC addresses shall not fill the h
 class Heard:
     """What the responder has seen of one MAC: how many messages that ask for an address, and the lease that it took.
 
+    ``tags`` are the VLAN tags that the last of these messages came with.
     INFORM does not count: a machine with a static address sends it too (RFC 2131 section 3.4).
     """
 
     messages: int
     lease: Lease | None
+    tags: tuple[Tag, ...] = ()
 
 
 class FenceResponder:
@@ -52,6 +54,7 @@ class FenceResponder:
         self._arp = arp or ArpPolicy()
         self._lock = threading.Lock()
         self._messages: dict[bytes, int] = {}
+        self._tags: dict[bytes, tuple[Tag, ...]] = {}
         self._started = threading.Event()
         self._failure: VmsnapError | None = None
         self._wake_read, self._wake_write = -1, -1
@@ -90,7 +93,11 @@ class FenceResponder:
     def heard(self, mac: bytes) -> Heard:
         """Return what was seen of a client so far."""
         with self._lock:
-            return Heard(messages=self._messages.get(mac, 0), lease=self._responder.bound(mac, now=time.monotonic()))
+            return Heard(
+                messages=self._messages.get(mac, 0),
+                lease=self._responder.bound(mac, now=time.monotonic()),
+                tags=self._tags.get(mac, ()),
+            )
 
     def _run(self) -> None:
         try:
@@ -166,16 +173,17 @@ class FenceResponder:
             return ()
         message = decode(datagram.data)
         with self._lock:
-            self._count(message)
+            self._count(message, tags=tags)
             replies = self._responder.receive(message, destination=datagram.destination, now=time.monotonic())
         kind = message.message_type
         _LOG.debug("%s: %s answered with %d messages", self._interface, kind.name if kind else "?", len(replies))
         return tuple(reply_frame(reply, mac=mac, tags=tags) for reply in replies)
 
-    def _count(self, message: DhcpMessage) -> None:
+    def _count(self, message: DhcpMessage, *, tags: tuple[Tag, ...]) -> None:
         asks = message.message_type in {MessageType.DISCOVER, MessageType.REQUEST}
         if asks and (message.chaddr in self._messages or len(self._messages) < _MOST_CLIENTS):
             self._messages[message.chaddr] = self._messages.get(message.chaddr, 0) + 1
+            self._tags[message.chaddr] = tags
 
 
 def reply_frame(reply: Reply, *, mac: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
