@@ -40,7 +40,7 @@ from vmsnap.state.exchanges import FileExchanges
 SERVER = IPv4Address("10.9.8.2")  # not the gateway
 REPLAY_SECONDS = 1000.0
 LIMIT_SECONDS = 8
-ONCE = (1.5,)
+ONCE = (0.8,)
 BULK = bytes(range(256)) * 4000
 BULK_PORT = 2223
 ECHO = (

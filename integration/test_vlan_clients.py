@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
@@ -12,10 +17,13 @@ from integration.test_addressing import GATEWAY, MAC, Fenced, Worlds
 from vmsnap.dhcp.arp import ArpOperation, ArpPacket, ArpPolicy
 from vmsnap.dhcp.message import UNSPECIFIED, DhcpMessage, MessageType, Op, Option, OptionCode, decode, encode
 from vmsnap.dhcp.responder import IP_BROADCAST, Responder, ResponderConfig
-from vmsnap.network import netns
-from vmsnap.network.frames import ETHERTYPE_ARP, ETHERTYPE_IPV4, Datagram, Frame, Tag, parse_mac
+from vmsnap.errors import DriverError
+from vmsnap.network import links, netns
+from vmsnap.network.fence import NetworkFence
+from vmsnap.network.frames import ETHERTYPE_ARP, ETHERTYPE_IPV4, Datagram, Frame, Tag, parse_mac, vlan_tag
 from vmsnap.network.packets import PacketSocket
 from vmsnap.network.responder import FenceResponder
+from vmsnap.network.vlans import VlanLink, vlan_link_name
 
 NETWORK = IPv4Network("198.18.7.0/24")
 SERVER, ADDRESS = NETWORK[1], NETWORK[10]
@@ -92,3 +100,52 @@ def test_answers_come_inside_the_vlan_of_the_question(tags: tuple[Tag, ...], wor
         frame = client.ask(ethertype=ETHERTYPE_ARP, payload=question)
         answer = ArpPacket.decode(frame.payload)
         assert (answer.operation, answer.sender, frame.tags) == (ArpOperation.REPLY, GATEWAY, tags)
+
+
+HOLD_OPEN = """
+import sys, time
+from vmsnap.model.isolation import FencePort
+from vmsnap.network.frames import vlan_tag
+from vmsnap.network.vlans import VlanLink
+namespace, inside = sys.argv[1:]
+port = FencePort(index=0, mac="", bridge="", tap="", veth_host="", veth_inside=inside)
+VlanLink(namespace, port=port, tags=(vlan_tag(42),)).open()
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_link_inside_a_vlan_ends_with_its_process_however_that_ends(world: Fenced) -> None:
+    port = world.plan.ports[0]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD_OPEN, world.plan.namespace, port.veth_inside], stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        assert vlan_link_name(port) in names_inside(world)
+        process.kill()
+    assert vlan_link_name(port) not in names_inside(world)
+    again = VlanLink(world.plan.namespace, port=port, tags=(vlan_tag(42),))
+    again.open()
+    with pytest.raises(DriverError, match="cannot make the link"):
+        VlanLink(world.plan.namespace, port=port, tags=(vlan_tag(43),)).open()
+    again.close()
+    again.close()
+    assert vlan_link_name(port) not in names_inside(world)
+
+
+def test_a_link_inside_a_vlan_ends_with_its_fence(world: Fenced) -> None:
+    link = VlanLink(world.plan.namespace, port=world.plan.ports[0], tags=(vlan_tag(42),))
+    link.open()
+    fence = NetworkFence()
+    fence.release(fence.resource(world.plan), deadline=timedelta(seconds=10))
+    end = time.monotonic() + 5
+    while any(thread.name.startswith("vmsnap-vlan") for thread in threading.enumerate()):
+        assert time.monotonic() < end, "the thread goes on without its fence"
+        time.sleep(0.05)
+    link.close()
+
+
+def names_inside(world: Fenced) -> set[str]:
+    return {link.name for link in netns.inside(world.plan.namespace, action=links.all_links)}
