@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,26 @@ class Installation:
         return subprocess.Popen(
             self.argv(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
+
+    @contextmanager
+    def going_on(self, *arguments: str, timeout_s: float = RUN_LIMIT_S) -> Iterator[Any]:
+        """Start a command that says with --json that it is ready, and goes on; give its document. End it as Ctrl-C does."""
+        process = subprocess.Popen(
+            self.argv(*arguments, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        watchdog = threading.Timer(timeout_s * max(1.0, self.lab.time_factor), process.kill)
+        watchdog.start()
+        try:
+            said = ""
+            while process.stdout is not None and not said.endswith("\n}\n") and (line := process.stdout.readline()):
+                said += line
+            assert said.endswith("\n}\n") and "error" not in json.loads(said), said  # noqa: PT018 - one cause
+            yield json.loads(said)
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest = process.communicate(timeout=30 * max(1.0, self.lab.time_factor))
+            watchdog.cancel()
+        assert (process.returncode, rest) == (0, ("", "")), (process.returncode, rest)
 
     def run(self, *arguments: str, timeout_s: float = RUN_LIMIT_S) -> Outcome:
         """Run a command to its end, whatever its exit code."""

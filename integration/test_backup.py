@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from datetime import datetime, timedelta
+from typing import Any
+
+import psycopg
 
 from integration.conftest import MakeGuest
 from integration.demo.__main__ import RECOVERY_SIGNS, _last_start
@@ -57,10 +62,38 @@ def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Instal
     assert not impossible & found
     assert not [line for line in _last_start(vm) if any(sign in line for sign in RECOVERY_SIGNS)]
     assert vm.domain.UUIDString() != guest.domain.UUIDString()
+    _reach(vmsnap, made["environment"], lab=guest.lab)
     held = vmsnap.run("prune", guest.name)
     assert held.exit_code == 0, held.explain()
     assert vmsnap.run("env", "destroy", made["environment"]).exit_code == 0
     assert vmsnap.ok("env", "list")["environments"] == []
+
+
+def _reach(vmsnap: Installation, name: str, *, lab: Lab) -> None:
+    """The fenced test VM asks by DHCP, and has found nobody so far. Both its doors lead to it, at the same time."""
+    waits = ("--wait", f"{round(60 * max(1.0, lab.time_factor))}s")
+    began = time.monotonic()
+    with vmsnap.going_on("env", "forward", name, "5432", *waits) as forwarded:
+        print(f"forwarded after {time.monotonic() - began:.1f} s")
+        with _database(forwarded["listen_address"], port=forwarded["listen_port"]) as connection:
+            assert connection.execute("SELECT count(*) >= 5 FROM markers").fetchone() == (True,)
+        began = time.monotonic()
+        with vmsnap.going_on("env", "serve", name, *waits) as served:
+            print(f"served after {time.monotonic() - began:.1f} s")
+            assert (served["ports"], served["address"]) == ([22, 5432], forwarded["address"])
+            assert vmsnap.ok("env", "show", name)["service_address"] == served["service_address"]
+            with _database(served["service_address"], port=5432) as connection:
+                assert connection.execute("SELECT pg_is_in_recovery()").fetchone() == (False,)
+            with socket.create_connection((served["service_address"], 22), timeout=20) as connection_to_ssh:
+                connection_to_ssh.settimeout(20 * max(1.0, lab.time_factor))
+                assert connection_to_ssh.recv(4) == b"SSH-"
+    closed = vmsnap.run("env", "forward", name, "5434", "--json")
+    assert closed.exit_code == 3, closed.explain()
+    assert "nothing listens on port 5434" in closed.document["error"]["brief"]
+
+
+def _database(address: str, *, port: int) -> psycopg.Connection[tuple[Any, ...]]:
+    return psycopg.connect(host=address, port=port, dbname="app", user="postgres", connect_timeout=60)
 
 
 def test_several_disks_of_every_kind_and_firmware_variables(

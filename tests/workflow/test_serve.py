@@ -27,6 +27,7 @@ from vmsnap.model.guest import GuestState
 from vmsnap.model.isolation import Rung
 from vmsnap.model.policy import DnsPolicy, EnvironmentPolicy, IsolationPolicy, Policy
 from vmsnap.model.report import (
+    BackupReport,
     ForwardOptions,
     ForwardReport,
     ProvisionOptions,
@@ -458,3 +459,62 @@ def test_any_fault_while_provisioning_with_a_name(tmp_path: Path, mode: Mode) ->
     trial = Trial(prepare=prepare, work=provisioning(network="default", wait=True))
     trial.every(tmp_path, mode, after=afterwards)
     assert trial.count > 25
+
+
+# Clones
+
+
+CLONE_AT = "198.18.7.10"  # where the fake ladder moves clones
+LOOKED_ON = Policy(guest="db", isolation=IsolationPolicy(address="always", clone_ports=(5432, 22)))
+
+
+def test_a_clone_is_served_while_it_drains(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    seen: list[tuple[str, int]] = []
+
+    def look(_domain: str, _command: object) -> None:
+        for relay in lab.services.relays:
+            if not relay.closed and relay.address not in seen:
+                relay.connect().close()
+                seen.append(relay.address)
+
+    lab.host.before_command = look
+    with answering(lab, (CLONE_AT, 22), (CLONE_AT, 5432)):
+        report = succeed(lab, backup(LOOKED_ON)).result
+    assert isinstance(report, BackupReport)
+    assert report.warnings == ()
+    assert [port for _, port in seen] == [5432, 22]
+    assert all(relay.closed for relay in lab.services.relays)
+    assert lab.services.made == {}
+
+
+@pytest.mark.parametrize("trouble", ["no address", "no room"])
+def test_a_clone_that_cannot_be_served_is_backed_up_with_a_warning(tmp_path: Path, trouble: str) -> None:
+    lab = FakeWorld(tmp_path)
+    policy = LOOKED_ON
+    if trouble == "no address":
+        policy = Policy(guest="db", isolation=IsolationPolicy(clone_ports=(22,)))
+    else:
+        policy = Policy(guest="db", isolation=IsolationPolicy(address="always", clone_ports=(22, 22)))
+    report = succeed(lab, backup(policy)).result
+    assert isinstance(report, BackupReport)
+    (warning,) = report.warnings
+    assert "served" in warning
+    assert all(relay.closed for relay in lab.services.relays)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_any_fault_while_serving_a_clone(tmp_path: Path, mode: Mode) -> None:
+    """Only where services are touched: the rest of a backup has its own trials."""
+    good = invoke(FakeWorld(tmp_path / "good"), backup(LOOKED_ON))
+    numbers = [call.number for call in good.calls if call.name.startswith("services.") and ".owned" not in call.name]
+    assert len(numbers) >= 5
+    for number in numbers:
+        lab = FakeWorld(tmp_path / f"{number}")
+        outcome = invoke(lab, backup(LOOKED_ON), Fault(call=number, mode=mode))
+        name = outcome.hit[0].name
+        if mode not in DEATHS and mode is not Mode.CANCEL and ".release" not in name:
+            assert isinstance(outcome.result, BackupReport), (name, outcome.error)
+            assert outcome.result.warnings or name.endswith(".close"), name
+        assert recovers(lab) == [], name
+        assert lab.services.made == {}, name

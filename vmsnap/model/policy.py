@@ -57,6 +57,10 @@ GuestPath = Annotated[str, Field(pattern=r"^/")]
 """An absolute path in a guest."""
 
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+"""A TCP or UDP port."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,6 +90,7 @@ class IsolationPolicy(_Section):
 
     ``deadlines`` are those of single rungs, the others have ``rung_deadline``. ``exchanges`` names who knows the guest's
     last DHCP exchange. ``static``: whether the guest's addresses are set by hand; ``"auto"``: ask the guest's agent.
+    ``clone_ports`` of the clone are at an address of the host's while its database drains.
     """
 
     address: Literal["auto", "always"] = "auto"
@@ -96,6 +101,7 @@ class IsolationPolicy(_Section):
     static: Literal["auto"] | bool = "auto"
     old_address: IPv4Interface | None = None
     old_gateway: IPv4Address | None = None
+    clone_ports: tuple[Port, ...] = ()
 
     @model_validator(mode="after")
     def _ladder_is_possible(self) -> IsolationPolicy:
@@ -164,10 +170,6 @@ class RetentionPolicy(_Section):
     """How many snapshots stay. Pinned ones, the newest and those an environment uses always stay."""
 
     keep_last: int = Field(default=7, ge=1)
-
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-"""A TCP or UDP port."""
 
 
 class DnsPolicy(_Section):

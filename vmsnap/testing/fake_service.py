@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import timedelta
 from ipaddress import IPv4Address
 from socket import socket
@@ -19,28 +18,28 @@ from vmsnap.testing.fake_network import NetworkWorld
 _FIRST = int(IPv4Address("198.18.0.1"))
 
 
-@dataclass
 class FakeRelay:
     """A relay that a test connects through by ``connect``."""
 
-    address: tuple[str, int]
-    opener: Opener
-    closed: bool = False
+    def __init__(self, address: tuple[str, int], *, opener: Opener) -> None:
+        self.address = address
+        self.closed = False
+        self._opener = opener
 
     def connect(self) -> socket:
         """Open what a client's connection would be joined to."""
-        return self.opener()
+        return self._opener()
 
     def close(self) -> None:
         self.closed = True
 
 
-@dataclass
 class FakeServices:
-    """Service addresses in memory, given out in order. They outlive the fakes where ``made`` does."""
+    """Service addresses in memory."""
 
-    made: dict[RunId, IPv4Address] = field(default_factory=dict)
-    relays: list[FakeRelay] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.made: dict[RunId, IPv4Address] = {}
+        self.relays: list[FakeRelay] = []
 
     @property
     def kinds(self) -> frozenset[ResourceKind]:
@@ -72,7 +71,7 @@ class FakeServices:
     def _relay(self, address: str, *, port: int, opener: Opener) -> FakeRelay:
         if any(not relay.closed and relay.address == (address, port) for relay in self.relays):
             raise PreconditionError(f"{address} port {port} is taken", remedy="this is a fake")
-        self.relays.append(FakeRelay(address=(address, port), opener=opener))
+        self.relays.append(FakeRelay((address, port), opener=opener))
         return self.relays[-1]
 
     def release(self, resource: Resource, *, deadline: timedelta) -> None:  # noqa: ARG002 - nothing takes time here
@@ -85,27 +84,27 @@ class FakeServices:
         )
 
 
-@dataclass
 class FakeResidence:
     """A residence that a test asks about."""
 
-    closed: bool = False
+    def __init__(self) -> None:
+        self.closed = False
 
     def close(self) -> None:
         self.closed = True
 
 
-@dataclass
 class FakeResidences:
     """Residences that are remembered. ``living`` maps fixed addresses to the MACs where they answer."""
 
-    network: NetworkWorld = field(default_factory=NetworkWorld)
-    living: dict[IPv4Address, str] = field(default_factory=dict)
-    opened: list[tuple[Place, ...]] = field(default_factory=list)
-    residences: list[FakeResidence] = field(default_factory=list)
+    def __init__(self, network: NetworkWorld) -> None:
+        self.living: dict[IPv4Address, str] = {}
+        self.opened: list[tuple[Place, ...]] = []
+        self.residences: list[FakeResidence] = []
+        self._network = network
 
     def open(self, plan: FencePlan, *, places: tuple[Place, ...]) -> FakeResidence:
-        if plan.run not in self.network.fences:
+        if plan.run not in self._network.fences:
             raise PreconditionError(f"the namespace {plan.namespace} is gone", remedy="this is a fake")
         self.opened.append(places)
         self.residences.append(FakeResidence())

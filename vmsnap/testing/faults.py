@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
+from ipaddress import IPv4Address
 from pathlib import Path
 from socket import socket
 from types import GeneratorType, TracebackType
@@ -30,7 +31,21 @@ from vmsnap.testing.memory_state import ProcessDied
 from vmsnap.workflow.world import World
 
 T = TypeVar("T")
-_PLAIN = (str, bytes, int, float, type(None), datetime, timedelta, Path, Enum, BaseModel, BaseException, socket)
+_PLAIN = (
+    str,
+    bytes,
+    int,
+    float,
+    type(None),
+    datetime,
+    timedelta,
+    Path,
+    Enum,
+    BaseModel,
+    BaseException,
+    socket,
+    IPv4Address,
+)
 _COLLECTIONS = (frozenset, set, dict, list, GeneratorType)
 
 

@@ -27,6 +27,7 @@ from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
 from vmsnap.ports.store import Staging
 from vmsnap.workflow import identity, prune, reach
+from vmsnap.workflow.clone_service import clone_served
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
@@ -296,7 +297,15 @@ class Backup:
             with run.step("identify clone"):
                 evidence = identity.identify(world, source=source, clone=clone, control=control, watch=watch)
             guard.check()
-            drains, stopped = self._drain_and_stop(run, control=control, guard=guard, isolation=evidence)
+            with clone_served(
+                world,
+                run=run,
+                fence=running.fence,
+                address=addressed.address,
+                ports=policy.isolation.clone_ports,
+                warn=self._warn,
+            ):
+                drains, stopped = self._drain_and_stop(run, control=control, guard=guard, isolation=evidence)
         with run.step("shut down clone"):
             deadline = policy.clone.shutdown_deadline
             self._progress.waiting("the guest to power off", deadline_seconds=deadline.total_seconds())
@@ -313,6 +322,10 @@ class Backup:
             stopped=stopped,
             shut_down_by=shut_down_by,
         )
+
+    def _warn(self, text: str) -> None:
+        self._progress.note(text)
+        self._warnings += (text,)
 
     def _drain_and_stop(
         self, run: Run, *, control: GuestControl, guard: Cancel, isolation: IsolationEvidence

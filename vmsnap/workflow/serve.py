@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 
 from vmsnap.errors import PreconditionError
@@ -13,7 +13,6 @@ from vmsnap.model.policy import Policy
 from vmsnap.model.report import ForwardOptions, ForwardReport, ServeOptions, ServeReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
-from vmsnap.ports.service import Relay
 from vmsnap.workflow.location import resources_of
 from vmsnap.workflow.naming import register_quietly
 from vmsnap.workflow.run import closing
@@ -45,7 +44,7 @@ def forward(
         relay = world.services.forward(
             address=options.listen_address, port=options.listen_port, opener=reached.opener(options.port)
         )
-        with _closed_at_end([relay]):
+        with closing(relay):
             address, port = relay.address
             ready(
                 ForwardReport(
@@ -90,10 +89,10 @@ def serve(
         service = _service_of(world, environment=environment)
         world.services.make(service)
         address = world.services.address(service)
-        relays: list[Relay] = []
-        with _closed_at_end(relays):
-            # One by one, so that those that listen are closed where a later one cannot.
-            relays.extend(world.services.listen(service, port=port, opener=reached.opener(port)) for port in ports)
+        with ExitStack() as relays:
+            for port in ports:
+                relay = world.services.listen(service, port=port, opener=reached.opener(port))
+                relays.enter_context(closing(relay))
             dns_name, warnings = register_quietly(
                 world, environment, policy=None if policy is None else policy.environment, address=address
             )
@@ -122,15 +121,6 @@ def _service_of(world: World, *, environment: Environment) -> Resource:
         service = world.services.resource(environment.run, guest=environment.guest)
         journal.intend(service)
     return service
-
-
-@contextmanager
-def _closed_at_end(relays: list[Relay]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for relay in relays:
-            relay.close()
 
 
 def _stay(world: World, *, name: str, cancel: Cancel) -> None:

@@ -20,6 +20,7 @@ from vmsnap.ports.guest import Connector
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.service import Opener, Place, Residence
 from vmsnap.workflow.location import usable
+from vmsnap.workflow.run import closing
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ _PROBE_TIMEOUT = timedelta(seconds=2)
 _BETWEEN_PROBES = timedelta(milliseconds=300)
 _CABLE_PAUSE = timedelta(seconds=1)
 # A DHCP client that found no server asks more and more rarely; a cable that is plugged in makes most of them ask at once.
+_FIRST_PULL_SECONDS = 4.0
 _BETWEEN_PULLS_SECONDS = 15.0
 _ASSUMED_PREFIX = 24
 
@@ -84,10 +86,8 @@ class Finder:
             site = _FencedSite(world, environment=self._environment, policy=self._policy)
         else:
             site = _OpenSite(world, environment=self._environment)
-        try:
+        with closing(site):
             yield self._wait(site, port=port, closed_is_fine=closed_is_fine, cancel=cancel)
-        finally:
-            site.close()
 
     def _wait(self, site: _FencedSite | _OpenSite, *, port: int, closed_is_fine: bool, cancel: Cancel) -> Reached:
         clock = self._world.clock
@@ -165,7 +165,7 @@ class _FencedSite:
         self._old = _old_addresses(world, environment=environment, policy=policy)
         self._places: tuple[Place, ...] = ()
         self._residence: Residence | None = None
-        self._pulled = world.clock.monotonic()
+        self._next_pull = world.clock.monotonic() + _FIRST_PULL_SECONDS
         self.connector: Connector = world.fence.connector(self._plan)
 
     def look(self) -> tuple[str, ...]:
@@ -177,8 +177,8 @@ class _FencedSite:
             self.close()
             self._residence = self._world.residences.open(self._plan, places=places)
             self._places = places
-            self._pulled = self._world.clock.monotonic()
-        elif leased and self._world.clock.monotonic() - self._pulled >= _BETWEEN_PULLS_SECONDS:
+            self._next_pull = self._world.clock.monotonic() + _FIRST_PULL_SECONDS
+        elif leased and self._world.clock.monotonic() >= self._next_pull:
             self._pull(leased)
         own = [str(place.old.interface.ip) for place in places if place.mac in known]
         return tuple(own or [str(place.old.interface.ip) for place in places])
@@ -223,7 +223,7 @@ class _FencedSite:
             for mac in macs:
                 hypervisor.set_link(name, mac=mac, up=up)
             self._world.clock.sleep(_CABLE_PAUSE)
-        self._pulled = self._world.clock.monotonic()
+        self._next_pull = self._world.clock.monotonic() + _BETWEEN_PULLS_SECONDS
         _LOG.info("pulled the cables of %s: no address is known there yet", ", ".join(macs))
 
 
