@@ -19,17 +19,30 @@ from pathlib import Path
 
 import pytest
 
-from integration.networld import StandIn, attach_clone, fresh_network, plan_for, sh, snapshot_of_network, stop
+from integration.networld import (
+    StandIn,
+    SwitchCancel,
+    TapCables,
+    attach_clone,
+    fresh_network,
+    plan_for,
+    sh,
+    snapshot_of_network,
+    stop,
+)
 from integration.test_addressing import Udhcpc, wait_until
 from vmsnap.errors import GuestUnreachableError, PreconditionError
 from vmsnap.model.guest import OldAddress
 from vmsnap.model.ids import new_run_id
-from vmsnap.model.isolation import FencePlan
+from vmsnap.model.isolation import FencePlan, Rung
 from vmsnap.network import netns
 from vmsnap.network.fence import NetworkFence
+from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.residence import FenceResidences
 from vmsnap.network.service import HostServices
+from vmsnap.ports.network import AddressRequest
 from vmsnap.ports.service import Opener, Place, Services
+from vmsnap.state.clock import SystemClock
 from vmsnap.testing.service_contract import ServiceContract
 
 DEADLINE = timedelta(seconds=10)
@@ -107,6 +120,20 @@ class Vms:
         residence = self.residences.open(plan, places=(Place(mac=MAC, old=old),))
         self.undo.callback(residence.close)
 
+    def climb(self, plan: FencePlan) -> None:
+        """Let the ladder's last rung reach the VM, as a backup does."""
+        addressing = NetworkAddressing(clock=SystemClock())
+        self.undo.callback(addressing.close)
+        request = AddressRequest(
+            fence=plan,
+            ladder=(Rung.OLD_ADDRESS,),
+            old_addresses=(OLD,),
+            probe_port=PORT,
+            rung_deadline=timedelta(seconds=20),
+        )
+        moved = addressing.move(request, links=TapCables(plan), cancel=SwitchCancel())
+        assert moved.address == str(OLD.interface.ip)
+
     def opener(self, plan: FencePlan, *, old: OldAddress = OLD) -> Opener:
         connect = self.fence.connector(plan)
         return lambda: connect(str(old.interface.ip), PORT, timedelta(seconds=5))
@@ -141,12 +168,16 @@ def told(name: str, said: bytes) -> str:
     return f"{name} {hashlib.sha256(said).hexdigest()} {len(said)}"
 
 
-def test_two_clones_of_one_guest_are_reached_at_once(vms: Vms) -> None:
+@pytest.mark.parametrize("way", ["by the ladder, as clones", "by residences, as environments"])
+def test_two_clones_of_one_guest_are_reached_at_once(vms: Vms, way: str) -> None:
     addresses = []
     for name in ("one", "two"):
         plan, _ = vms.fenced(serving=DIGEST % (name, PORT))
         began = time.monotonic()
-        vms.settle(plan)
+        if "ladder" in way:
+            vms.climb(plan)
+        else:
+            vms.settle(plan)
         addresses.append(vms.serve(plan))
         print(f"set up and listening after {(time.monotonic() - began) * 1000:.0f} ms")
     one, two = addresses
