@@ -16,6 +16,7 @@ from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
+from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import Exchange
@@ -53,7 +54,7 @@ from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
-from vmsnap.workflow.prune import prune
+from vmsnap.workflow.prune import foresee, prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.serve import forward, serve
@@ -138,13 +139,19 @@ class Application:
         except PreconditionError:
             return EnvironmentPolicy()
 
-    def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
+    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
         """Apply retention to one guest or to all that have a policy."""
-        policies = (self._policies.get(guest),) if guest is not None else self._policies.all()
         decisions: list[PruneDecision] = []
-        for policy in policies:
-            decisions.extend(prune(self._world, policy=policy, dry_run=dry_run))
+        for policy in self._policies_of(guest):
+            decisions.extend(prune(self._world, policy=policy, dry_run=dry_run, trust_clock=trust_clock))
         return tuple(decisions)
+
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
+        """Return what retention will have kept, of one guest or of all that have a policy."""
+        return tuple(foresee(self._world, policy=policy, span=span, every=every) for policy in self._policies_of(guest))
+
+    def _policies_of(self, guest: str | None) -> tuple[Policy, ...]:
+        return (self._policies.get(guest),) if guest is not None else self._policies.all()
 
     def reconcile(self) -> ReconcileReport:
         """Undo what dead runs left."""

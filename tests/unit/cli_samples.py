@@ -34,6 +34,7 @@ from vmsnap.errors import (
 )
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.environment import Environment
+from vmsnap.model.forecast import Forecast, forecast
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, ProofKind, Rung
@@ -56,6 +57,7 @@ from vmsnap.model.manifest import (
     StepRecord,
     StoreRecord,
 )
+from vmsnap.model.policy import Policy
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
@@ -71,6 +73,8 @@ from vmsnap.model.report import (
     Undone,
     VerifyReport,
 )
+from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.selection import Candidate
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -185,6 +189,10 @@ class FakeApplication:
     findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
     defects: tuple[str, ...] = ()
     left: str | None = None
+    retention: RetentionPolicy = field(
+        default_factory=lambda: RetentionPolicy(keep_daily=7, keep_weekly=5, keep_monthly=12)
+    )
+    existing: tuple[Candidate, ...] = ()
     calls: list[tuple[object, ...]] = field(default_factory=list)
 
     def _called(self, *call: object) -> None:
@@ -254,8 +262,8 @@ class FakeApplication:
             reach=f"vmsnap env forward {options.name or 'db1-3fa9'} PORT",
         )
 
-    def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
-        self._called("prune", guest, dry_run)
+    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
+        self._called("prune", guest, dry_run, trust_clock)
         return (
             PruneDecision(
                 snapshot=sample("00000000a1", captured=AT - timedelta(days=9)),
@@ -265,6 +273,11 @@ class FakeApplication:
             ),
             PruneDecision(snapshot=sample(), keep=True, reasons=("the newest", "in use by an environment")),
         )
+
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
+        self._called("forecast", guest, span, every)
+        policy = Policy(guest=guest or "db1", retention=self.retention, time_zone="Europe/Berlin")
+        return (forecast(self.existing, policy=policy, now=NOW, span=span, every=every),)
 
     def reconcile(self) -> ReconcileReport:
         self._called("reconcile")

@@ -293,7 +293,7 @@ def test_show_prints_everything_in_the_manifest(program: Program) -> None:
 
 def test_prune_says_why(program: Program) -> None:
     outcome = program("prune", "db1", "--dry-run")
-    assert program.application.calls == [("prune", "db1", True)]
+    assert program.application.calls == [("prune", "db1", True, False)]
     assert outcome.stdout == (
         "        GUEST  SNAPSHOT    WHEN               WHY\n"
         "remove  db1    00000000a1  2026-11-12 02:00Z  not among the newest 7 (keep_last)\n"
@@ -301,7 +301,7 @@ def test_prune_says_why(program: Program) -> None:
         "1 kept, 1 would be removed; nothing was removed: dry run.\n"
     )
     outcome = program("prune")
-    assert program.application.calls[-1] == ("prune", None, False)
+    assert program.application.calls[-1] == ("prune", None, False, False)
     assert "removed  db1    00000000a1" in outcome.stdout
     assert "3.0 MiB freed" in outcome.stdout
 
@@ -476,7 +476,8 @@ def test_policy_show_fills_in_the_defaults(program: Program) -> None:
     assert "[retention]\nkeep_last = 3\n" in text
     assert 'max_pause = "500ms"\n' in text
     document = program("policy", "show", "db1", "--json").json
-    assert document["retention"] == {"keep_last": 3}
+    assert document["retention"]["keep_last"] == 3
+    assert document["retention"]["keep_daily"] == 0
     assert document["capture"]["max_pause"] == "500ms"
     assert program("policy", "show", "none").code == 3
 

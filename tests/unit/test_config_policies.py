@@ -26,9 +26,9 @@ from vmsnap.model.policy import (
     EnvironmentPolicy,
     IsolationPolicy,
     Policy,
-    RetentionPolicy,
     SshPolicy,
 )
+from vmsnap.model.retention_policy import Counting, RetentionPolicy
 
 CLUSTER = "[[database.clusters]]\ndata_directory = '/x'\nprograms = '/y'\n"
 EXAMPLES = Path(__file__).parents[2] / "policies"
@@ -233,7 +233,21 @@ policies = st.builds(
         clusters=st.lists(st.builds(ClusterPolicy, data_directory=paths, programs=paths), max_size=2).map(tuple),
         before_drain=st.lists(st.lists(texts, max_size=3).map(tuple), max_size=2).map(tuple),
     ),
-    retention=st.builds(RetentionPolicy, keep_last=st.integers(1, 99)),
+    time_zone=st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kathmandu"]),
+    retention=st.builds(
+        RetentionPolicy,
+        keep_last=st.integers(1, 99),
+        keep_hourly=st.integers(0, 99),
+        keep_yearly=st.integers(0, 2),
+        counting=st.sampled_from(Counting),
+        min_age=st.none().map(lambda _: timedelta(0)) | durations,
+    )
+    | st.builds(
+        RetentionPolicy,
+        keep_daily=st.integers(1, 9),
+        max_age=st.none() | durations.map(lambda one: one + timedelta(days=9)),
+    )
+    | st.builds(RetentionPolicy, replace_on_next=st.just(True)),
     environment=st.builds(EnvironmentPolicy, ttl=durations, vcpus=st.none() | st.integers(1, 64)),
 )
 

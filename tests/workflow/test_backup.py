@@ -40,10 +40,10 @@ from vmsnap.model.policy import (
     DatabasePolicy,
     IsolationPolicy,
     Policy,
-    RetentionPolicy,
     SshPolicy,
 )
 from vmsnap.model.report import BackupReport
+from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.ports.clock import Cancel
 from vmsnap.testing.fake_disks import FakeDiskInspector
 from vmsnap.testing.fake_host import ImageFile

@@ -9,8 +9,9 @@ import pytest
 from tests.workflow.invocations import Outcome, Trial, backup, invoke, provision, pruning, recovers, simply, succeed
 from vmsnap.model.ids import RunId
 from vmsnap.model.manifest import Snapshot
-from vmsnap.model.policy import Policy, RetentionPolicy
+from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
+from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.testing.faults import Fault, Mode
 from vmsnap.testing.memory_store import MemoryStore
 from vmsnap.testing.world import FakeWorld

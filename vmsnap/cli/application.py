@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
+from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding
 from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
@@ -41,8 +42,11 @@ class Application(Protocol):
     ) -> ProvisionReport:
         """Make a test VM of a snapshot."""
 
-    def prune(self, guest: str | None, *, dry_run: bool) -> tuple[PruneDecision, ...]:
-        """Apply retention to one guest or all; a dry run removes nothing."""
+    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
+        """Apply retention to one guest or all; a dry run removes nothing. ``trust_clock``: the clock is right."""
+
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
+        """Return what retention will have kept after ``span`` of a backup each ``every``."""
 
     def reconcile(self) -> ReconcileReport:
         """Undo what dead runs left."""

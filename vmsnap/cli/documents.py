@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from vmsnap.cli.failures import error_fields
 
 if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
+    from vmsnap.model.forecast import Forecast
     from vmsnap.model.guest import Finding
     from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
     from vmsnap.model.report import (
@@ -90,11 +92,43 @@ def prune_document(decisions: Sequence[PruneDecision], *, dry_run: bool) -> Docu
                 **snapshot_summary(decision.snapshot),
                 "keep": decision.keep,
                 "reasons": list(decision.reasons),
+                "rules": list(decision.rules),
                 "removed_bytes": decision.removed_bytes,
             }
             for decision in decisions
         ],
     }
+
+
+def forecasts_document(forecasts: Sequence[Forecast]) -> Document:
+    """Return the document of ``vmsnap prune --simulate``. ``snapshot`` is null where it is an imagined one."""
+    return {
+        "simulations": [
+            {
+                "guest": forecast.guest,
+                "time_zone": forecast.time_zone,
+                "from": _iso(forecast.start),
+                "until": _iso(forecast.end),
+                "every_seconds": forecast.every.total_seconds(),
+                "backups": forecast.backups,
+                "most_kept": forecast.most,
+                "kept": [
+                    {
+                        "snapshot": None if verdict.candidate.id.startswith("+") else verdict.candidate.id,
+                        "captured": _iso(verdict.candidate.captured),
+                        "reasons": [reason.text for reason in verdict.reasons],
+                        "rules": [reason.rule for reason in verdict.reasons],
+                    }
+                    for verdict in forecast.kept
+                ],
+            }
+            for forecast in forecasts
+        ]
+    }
+
+
+def _iso(value: datetime) -> str:
+    return value.isoformat().replace("+00:00", "Z")
 
 
 def verify_document(report: VerifyReport) -> Document:

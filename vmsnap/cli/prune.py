@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.completion import complete_guest
-from vmsnap.cli.context import ConfigOption, JsonOption, begin
-from vmsnap.cli.documents import prune_document
+from vmsnap.cli.context import ConfigOption, JsonOption, Session, begin
+from vmsnap.cli.documents import forecasts_document, prune_document
 from vmsnap.cli.tables import print_lines, print_table
 from vmsnap.cli.text import minute, size
+from vmsnap.cli.times import parse_span
+from vmsnap.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vmsnap.model.forecast import Forecast
     from vmsnap.model.report import PruneDecision
+
+
+_DOUBT = (
+    "This host's clock is far ahead of the newest snapshots: it is wrong, or there were no backups. Nothing that they would not "
+    "let go goes by age or by the end of a pin. If the clock is right: --trust-clock."
+)
 
 
 def prune(
@@ -25,25 +35,59 @@ def prune(
     ] = None,
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            "--simulate", metavar="SPAN", help='Draw what would be left after SPAN ("2y") of regular backups.'
+        ),
+    ] = None,
+    every: Annotated[
+        str | None, typer.Option("--every", metavar="SPAN", help="With --simulate: time between backups. [default: 1d]")
+    ] = None,
+    trust_clock: Annotated[
+        bool, typer.Option("--trust-clock", help="Believe the clock, however far it is from the newest snapshots.")
+    ] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Remove snapshots that retention does not keep, and say why each one stays or goes.
 
-    Pinned snapshots, those an environment uses, and the newest always stay.
+    Pinned snapshots, those an environment uses, the newest and the newest verified one always stay. Where the clock is far
+    ahead of the newest snapshots, nothing goes by age unless --trust-clock is given.
+
+    --simulate removes nothing. It draws a calendar of what the policy will have kept.
 
     For example:
 
         vmsnap prune --dry-run
         vmsnap prune db1
+        vmsnap prune db1 --simulate 2y --every 1d
     """
     session = begin(ctx, json=json, config=config)
+    if simulate is not None:
+        _simulate(session, guest, simulate=simulate, every=every or "1d")
+        return
+    if every is not None:
+        raise ConfigError("--every is given without --simulate", remedy="add --simulate, for example --simulate 2y")
     application = session.application
     with session.unstoppable():
-        decisions = application.prune(guest, dry_run=dry_run)
+        decisions = application.prune(guest, dry_run=dry_run, trust_clock=trust_clock)
     session.show(
         prune_document(decisions, dry_run=dry_run), human=lambda console: _print(console, decisions, dry_run=dry_run)
     )
+
+
+def _simulate(session: Session, guest: str | None, *, simulate: str, every: str) -> None:
+    span, interval = parse_span(simulate, option="--simulate"), parse_span(every, option="--every")
+    forecasts = session.application.forecast(guest, span=span, every=interval)
+    session.show(forecasts_document(forecasts), human=lambda console: _draw(console, forecasts))
+
+
+def _draw(console: Console, forecasts: Sequence[Forecast]) -> None:
+    if not forecasts:
+        print_lines(console, ["No guest has a policy: nothing to simulate."])
+    for number, forecast in enumerate(forecasts):
+        print_lines(console, [*([""] if number else []), *calendar_lines(forecast)])
 
 
 def _print(console: Console, decisions: Sequence[PruneDecision], *, dry_run: bool) -> None:
@@ -66,6 +110,8 @@ def _print(console: Console, decisions: Sequence[PruneDecision], *, dry_run: boo
     end = "nothing was removed: dry run" if dry_run else f"{size(freed)} freed"
     verb = "would be removed" if dry_run else "removed"
     print_lines(console, [f"{len(decisions) - len(goes)} kept, {len(goes)} {verb}; {end}."])
+    if any("clock-in-doubt" in decision.rules for decision in decisions):
+        print_lines(console, [_DOUBT])
 
 
 def _verdict(decision: PruneDecision, *, dry_run: bool) -> str:

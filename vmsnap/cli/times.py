@@ -23,7 +23,7 @@ def parse_time(text: str, *, option: str) -> datetime:
 
 def parse_span(text: str, *, option: str) -> timedelta:
     """Return the time span a text such as ``2h`` or ``1d 12h`` names. Raises ConfigError, also for none at all."""
-    from vmsnap.model.policy import parse_duration  # noqa: PLC0415 - pydantic is slow to load, and --help needs none
+    from vmsnap.model.durations import parse_duration  # noqa: PLC0415 - pydantic is slow to load, and --help needs none
 
     try:
         span = parse_duration(text)

@@ -1,6 +1,6 @@
 """One guest's policy: when, how and how long. Every key has a default but the guest.
 
-Durations are texts such as ``"90s"``, ``"10m"``, ``"2h"``, ``"14d"`` or ``"1h 30m"``.
+Durations are texts such as ``"90s"``, ``"10m"``, ``"2h"``, ``"14d"`` or ``"1h 30m"``; see ``vmsnap.model.durations``.
 """
 
 from __future__ import annotations
@@ -10,40 +10,13 @@ from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vmsnap.model.capture import CaptureMode, OnNoConvergence
+from vmsnap.model.durations import Duration, PositiveDuration, TimeZoneName
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
-
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"\s*(?:\d+(?:\.\d+)?\s*(?:ms|s|m|h|d|w)\s*)+\Z")
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)")
-
-
-def parse_duration(value: object) -> timedelta:
-    """Return the duration that a text such as ``"90s"`` or ``"1h 30m"`` names. Raises ValueError for any other text."""
-    if isinstance(value, timedelta):
-        return value
-    if not isinstance(value, str) or not _DURATION.match(value):
-        msg = 'a duration is a text of numbers with units ms, s, m, h, d or w, such as "90s", "10m" or "1h 30m"'
-        raise ValueError(msg)
-    return timedelta(seconds=sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(value)))
-
-
-def format_duration(value: timedelta) -> str:
-    """Return a duration as a text that ``parse_duration`` reads back to the millisecond."""
-    rest = round(value / timedelta(milliseconds=1))
-    parts = []
-    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count}{unit}")
-    return " ".join(parts) or "0s"
-
-
-Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
-PositiveDuration = Annotated[Duration, Field(gt=timedelta(0))]
+from vmsnap.model.retention_policy import RetentionPolicy
 
 
 def _never_is_none(value: object) -> object:
@@ -166,12 +139,6 @@ class DatabasePolicy(_Section):
     before_drain: tuple[tuple[str, ...], ...] = ()
 
 
-class RetentionPolicy(_Section):
-    """How many snapshots stay. Pinned ones, the newest and those an environment uses always stay."""
-
-    keep_last: int = Field(default=7, ge=1)
-
-
 class DnsPolicy(_Section):
     """Where environments are registered by dynamic update (RFC 2136), signed with a key (TSIG, RFC 8945).
 
@@ -239,10 +206,11 @@ class EnvironmentPolicy(_Section):
 
 
 class Policy(_Section):
-    """Everything one policy file says."""
+    """Everything one policy file says. ``time_zone`` says when its days, weeks, months and years begin."""
 
     guest: str = Field(min_length=1, max_length=255)
     enabled: bool = True
+    time_zone: TimeZoneName = "UTC"
     capture: CapturePolicy = CapturePolicy()
     clone: ClonePolicy = ClonePolicy()
     isolation: IsolationPolicy = IsolationPolicy()

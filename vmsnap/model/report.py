@@ -131,11 +131,15 @@ class RegisterReport(_Report):
 
 
 class PruneDecision(_Report):
-    """What retention says of one snapshot, and why. ``removed_bytes`` None: it was not removed."""
+    """What retention says of one snapshot, and why. ``removed_bytes`` None: it was not removed.
+
+    ``rules`` names what decided, in the order of ``reasons``: a key of the policy, or a ``retention.Keeper``.
+    """
 
     snapshot: Snapshot
     keep: bool
     reasons: tuple[str, ...]
+    rules: tuple[str, ...] = ()
     removed_bytes: int | None = None
 
 

@@ -1,93 +1,233 @@
 """Which snapshots stay. A pure decision: the same snapshots, policy, holds and time give the same answer.
 
-A rule looks at one guest's snapshots, newest first, and says which it keeps and why. A snapshot stays where any rule
-keeps it; one that no rule keeps goes. More rules (hourly, daily, ...) are more entries in ``_rules``.
+A snapshot stays where anything keeps it, and everything that keeps it is named. Some stay whatever the policy says:
+the newest, the newest without known damage, the newest verified one, pinned ones, those an environment uses, and those
+whose time lies ahead of the clock. Every snapshot is proven clean, so the newest is the newest proven one.
+
+Clocks are not trusted. A snapshot from the future stays and takes no other's place. Ages, and ends of pins, are reckoned
+by a clock that is believed to run ahead of the second newest snapshot by a limited time only (``_believed``): one that jumped
+far ahead, or a guest whose backups have stopped, removes nothing. The ``keep_*`` rules look at no clock at all.
+
+A damaged snapshot takes no place from a sound one: the rules choose among the sound ones, and once more among all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
+from enum import StrEnum
 
+from vmsnap.model.durations import format_duration
 from vmsnap.model.ids import SnapshotId
-from vmsnap.model.manifest import Snapshot
-from vmsnap.model.policy import RetentionPolicy
+from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import PruneDecision
+from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.selection import RULES, Candidate, choose, newest_first
 
-Rule = Callable[[Sequence[Snapshot]], Iterator[tuple[SnapshotId, str]]]
+_LEAST_TRUST = timedelta(days=2)
+_TRUST_WITHOUT_MAX_AGE = timedelta(days=30)
+
+
+class Keeper(StrEnum):
+    """What keeps a snapshot beside the ``keep_*`` rules, or lets it go."""
+
+    NEWEST = "newest"
+    NEWEST_SOUND = "newest-undamaged"
+    NEWEST_VERIFIED = "newest-verified"
+    PINNED = "pinned"
+    IN_USE = "in-use"
+    AHEAD_OF_CLOCK = "ahead-of-clock"
+    CLOCK_IN_DOUBT = "clock-in-doubt"
+    MIN_AGE = "min_age"
+    MAX_AGE = "max_age"
+    REPLACED = "replace_on_next"
+    NOT_CHOSEN = "not-chosen"
+    PIN_ENDED = "pin-ended"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reason:
+    """One reason to keep a snapshot or to let it go. ``rule`` is the name of a ``keep_*`` key, or a ``Keeper``."""
+
+    rule: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What retention says of one candidate."""
+
+    candidate: Candidate
+    keep: bool
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Now:
+    """The clock, and the clock as far as it is believed."""
+
+    clock: datetime
+    believed: datetime
+    kept: dict[SnapshotId, list[Reason]] = field(default_factory=dict)
+
+    def keep(self, one: Candidate, rule: str, text: str) -> None:
+        self.kept.setdefault(one.id, []).append(Reason(rule=rule, text=text))
 
 
 def decide(
-    snapshots: Sequence[Snapshot], *, policy: RetentionPolicy, held: frozenset[SnapshotId], now: datetime
+    snapshots: Sequence[Snapshot],
+    *,
+    policy: RetentionPolicy,
+    held: frozenset[SnapshotId],
+    now: datetime,
+    zone: tzinfo = UTC,
+    trust_clock: bool = False,
 ) -> tuple[PruneDecision, ...]:
     """Return what retention says of each of one guest's snapshots, oldest first, with its reasons.
 
-    ``held`` are in use (by environments). ``now`` is aware and only matters for pins that end. The newest snapshot is
-    always kept, and the newest without known damage. Raises ValueError for snapshots of several guests.
+    ``held`` are in use (by environments). ``now`` is aware. ``zone`` is where the policy's days begin. ``trust_clock``:
+    somebody looked at the clock, and it is right. Raises ValueError for snapshots of several guests.
     """
     if len({snapshot.manifest.guest for snapshot in snapshots}) > 1:
         msg = "retention decides for one guest at a time"
         raise ValueError(msg)
-    newest_first = sorted(snapshots, key=lambda snapshot: (snapshot.manifest.captured, snapshot.id), reverse=True)
-    kept: dict[SnapshotId, list[str]] = {}
-    for rule in _rules(policy, held=held, now=now):
-        for snapshot_id, reason in rule(newest_first):
-            kept.setdefault(snapshot_id, []).append(reason)
+    by_id = {snapshot.id: snapshot for snapshot in snapshots}
+    verdicts = judge(
+        [candidate_of(snapshot, held=held) for snapshot in snapshots],
+        policy=policy,
+        now=now,
+        zone=zone,
+        trust_clock=trust_clock,
+    )
     return tuple(
         PruneDecision(
-            snapshot=snapshot,
-            keep=snapshot.id in kept,
-            reasons=tuple(kept.get(snapshot.id, ())) or _why_not(snapshot, policy=policy),
+            snapshot=by_id[verdict.candidate.id],
+            keep=verdict.keep,
+            reasons=tuple(reason.text for reason in verdict.reasons),
+            rules=tuple(reason.rule for reason in verdict.reasons),
         )
-        for snapshot in reversed(newest_first)
+        for verdict in verdicts
     )
 
 
-def _rules(policy: RetentionPolicy, *, held: frozenset[SnapshotId], now: datetime) -> tuple[Rule, ...]:
-    return (
-        _newest,
-        partial(_last, count=policy.keep_last),
-        partial(_pinned, now=now),
-        partial(_held, held=held),
-    )
-
-
-def _newest(snapshots: Sequence[Snapshot]) -> Iterator[tuple[SnapshotId, str]]:
-    if snapshots:
-        yield snapshots[0].id, "the newest"
-    sound = next((snapshot for snapshot in snapshots if not _is_damaged(snapshot)), None)
-    if sound is not None and sound is not snapshots[0]:
-        yield sound.id, "the newest without known damage"
-
-
-def _last(snapshots: Sequence[Snapshot], *, count: int) -> Iterator[tuple[SnapshotId, str]]:
-    for snapshot in snapshots[:count]:
-        yield snapshot.id, f"among the newest {count} (keep_last)"
-
-
-def _pinned(snapshots: Sequence[Snapshot], *, now: datetime) -> Iterator[tuple[SnapshotId, str]]:
-    for snapshot in snapshots:
-        pin = snapshot.marks.pin
-        if pin is not None and (pin.until is None or now < pin.until):
-            end = f" until {pin.until:%Y-%m-%d %H:%MZ}" if pin.until is not None else ""
-            yield snapshot.id, f"pinned by {pin.owner}{end}: {pin.reason}"
-
-
-def _held(snapshots: Sequence[Snapshot], *, held: frozenset[SnapshotId]) -> Iterator[tuple[SnapshotId, str]]:
-    for snapshot in snapshots:
-        if snapshot.id in held:
-            yield snapshot.id, "in use by an environment"
-
-
-def _is_damaged(snapshot: Snapshot) -> bool:
+def candidate_of(snapshot: Snapshot, *, held: frozenset[SnapshotId]) -> Candidate:
+    """Return what retention needs to know of a snapshot."""
     verification = snapshot.marks.verification
-    return verification is not None and verification.bad_blocks > 0
+    return Candidate(
+        id=snapshot.id,
+        captured=snapshot.manifest.captured,
+        pin=snapshot.marks.pin,
+        verified=verification is not None and verification.bad_blocks == 0,
+        damaged=verification is not None and verification.bad_blocks > 0,
+        held=snapshot.id in held,
+    )
 
 
-def _why_not(snapshot: Snapshot, *, policy: RetentionPolicy) -> tuple[str, ...]:
-    reasons = [f"not among the newest {policy.keep_last} (keep_last)"]
-    pin = snapshot.marks.pin
-    if pin is not None and pin.until is not None:
-        reasons.append(f"its pin ended {pin.until:%Y-%m-%d %H:%MZ}")
-    return tuple(reasons)
+def judge(
+    candidates: Sequence[Candidate], *, policy: RetentionPolicy, now: datetime, zone: tzinfo, trust_clock: bool = False
+) -> tuple[Verdict, ...]:
+    """Return what retention says of each of one guest's candidates, oldest first. See ``decide``."""
+    ordered = newest_first(candidates)
+    past = [one for one in ordered if one.captured <= now]
+    moment = _Now(clock=now, believed=now if trust_clock else _believed(past, now=now, policy=policy))
+    for one in ordered[: len(ordered) - len(past)]:
+        moment.keep(one, Keeper.AHEAD_OF_CLOCK, f"its time is ahead of the clock, which says {now:%Y-%m-%d %H:%MZ}")
+    _protect(past, moment=moment)
+    _apply_rules(past, policy=policy, zone=zone, moment=moment)
+    _respect_pins_and_age(ordered, policy=policy, moment=moment)
+    return tuple(
+        Verdict(
+            candidate=one,
+            keep=one.id in moment.kept,
+            reasons=tuple(moment.kept.get(one.id, ())) or tuple(_why_not(one, policy=policy, moment=moment)),
+        )
+        for one in reversed(ordered)
+    )
+
+
+def _believed(past: Sequence[Candidate], *, now: datetime, policy: RetentionPolicy) -> datetime:
+    """Return ``now``, but at most a limited time after the second newest snapshot.
+
+    The newest does not count: its time may come from the same wrong clock. The limit is half of ``max_age``, two days at
+    least, so that a jump removes a snapshot that much too early at worst, until a second backup agrees with the clock.
+    """
+    if not past:
+        return now
+    witness = past[min(1, len(past) - 1)].captured
+    limit = _TRUST_WITHOUT_MAX_AGE if policy.max_age is None else max(policy.max_age / 2, _LEAST_TRUST)
+    return witness + min(now - witness, limit)
+
+
+def _protect(past: Sequence[Candidate], *, moment: _Now) -> None:
+    """Keep the newest, the newest without known damage, and the newest verified one."""
+    if not past:
+        return
+    moment.keep(past[0], Keeper.NEWEST, "the newest")
+    sound = next((one for one in past if not one.damaged), past[0])
+    if sound is not past[0]:
+        moment.keep(sound, Keeper.NEWEST_SOUND, "the newest without known damage")
+    verified = next((one for one in past if one.verified), None)
+    if verified is not None and verified is not past[0]:
+        moment.keep(verified, Keeper.NEWEST_VERIFIED, "the newest verified one")
+
+
+def _apply_rules(past: Sequence[Candidate], *, policy: RetentionPolicy, zone: tzinfo, moment: _Now) -> None:
+    young = [one for one in past if not _is_too_old(one, policy=policy, now=moment.believed)]
+    sound = [one for one in young if not one.damaged]
+    by_id = {one.id: one for one in young}
+    said: set[tuple[SnapshotId, str]] = set()
+    for group in (sound, young) if len(sound) < len(young) else (young,):
+        for choice in choose(group, policy=policy, zone=zone):
+            if (choice.id, choice.rule) not in said:
+                said.add((choice.id, choice.rule))
+                count = getattr(policy, choice.rule)
+                oldest = " (the oldest there is)" if choice.oldest else ""
+                moment.keep(by_id[choice.id], choice.rule, f"{choice.rule} {choice.number} of {count}{oldest}")
+    for one in young:
+        if one.id in moment.kept and _is_too_old(one, policy=policy, now=moment.clock):
+            moment.keep(one, Keeper.CLOCK_IN_DOUBT, "past max_age by a clock in doubt")
+
+
+def _respect_pins_and_age(ordered: Sequence[Candidate], *, policy: RetentionPolicy, moment: _Now) -> None:
+    for one in ordered:
+        if one.pin is not None and _holds(one.pin, moment.believed):
+            moment.keep(one, Keeper.PINNED, _pin_text(one.pin))
+            if not _holds(one.pin, moment.clock):
+                moment.keep(one, Keeper.CLOCK_IN_DOUBT, "the pin has ended by a clock in doubt")
+        if one.held:
+            moment.keep(one, Keeper.IN_USE, "in use by an environment")
+        if policy.min_age and moment.believed - one.captured < policy.min_age and one.captured <= moment.clock:
+            moment.keep(one, Keeper.MIN_AGE, f"younger than {format_duration(policy.min_age)} (min_age)")
+
+
+def _holds(pin: Pin, now: datetime) -> bool:
+    return pin.until is None or now < pin.until
+
+
+def _pin_text(pin: Pin) -> str:
+    end = f" until {pin.until.astimezone(UTC):%Y-%m-%d %H:%MZ}" if pin.until is not None else ""
+    return f"pinned by {pin.owner}{end}: {pin.reason}"
+
+
+def _is_too_old(one: Candidate, *, policy: RetentionPolicy, now: datetime) -> bool:
+    return policy.max_age is not None and now - one.captured > policy.max_age
+
+
+def _why_not(one: Candidate, *, policy: RetentionPolicy, moment: _Now) -> Iterator[Reason]:
+    if policy.max_age is not None and _is_too_old(one, policy=policy, now=moment.believed):
+        yield Reason(rule=Keeper.MAX_AGE, text=f"older than {format_duration(policy.max_age)} (max_age)")
+    elif policy.replace_on_next:
+        yield Reason(rule=Keeper.REPLACED, text="a newer one is there (replace_on_next)")
+    else:
+        yield Reason(rule=Keeper.NOT_CHOSEN, text=f"not among {_wanted(policy)}")
+    if one.pin is not None and one.pin.until is not None:
+        end = one.pin.until.astimezone(UTC)
+        yield Reason(rule=Keeper.PIN_ENDED, text=f"its pin ended {end:%Y-%m-%d %H:%MZ}")
+
+
+def _wanted(policy: RetentionPolicy) -> str:
+    wanted = [(rule, getattr(policy, rule)) for rule in RULES if getattr(policy, rule)]
+    if [rule for rule, _ in wanted] == ["keep_last"]:
+        return f"the newest {policy.keep_last} (keep_last)"
+    return ", ".join(f"{rule} {count}" for rule, count in wanted)

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
+from zoneinfo import ZoneInfo
 
-from vmsnap.errors import HeldError
+from vmsnap.errors import ConfigError, HeldError
+from vmsnap.model.forecast import Forecast, forecast
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import PruneDecision
-from vmsnap.model.retention import decide
+from vmsnap.model.retention import Keeper, candidate_of, decide
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=1)
+_LOG = logging.getLogger(__name__)
 
 
-def prune(world: World, *, policy: Policy, dry_run: bool) -> tuple[PruneDecision, ...]:
+def prune(world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
     """Remove what the policy does not keep; say of every snapshot why. A dry run only says.
 
+    ``trust_clock``: somebody says that the clock is right, however far it is from the newest snapshots.
     Raises BusyError, DriverError; what was removed before stays removed.
     """
     with world.store.lock(policy.guest, timeout=_LOCK_TIMEOUT):
         snapshots = world.store.snapshots(policy.guest)
         held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
-        decisions = decide(snapshots, policy=policy.retention, held=held, now=world.clock.now())
+        decisions = decide(
+            snapshots,
+            policy=policy.retention,
+            held=held,
+            now=world.clock.now(),
+            zone=ZoneInfo(policy.time_zone),
+            trust_clock=trust_clock,
+        )
+        doubtful = [decision.snapshot.id for decision in decisions if Keeper.CLOCK_IN_DOUBT in decision.rules]
+        if doubtful:
+            _LOG.warning(
+                "the clock is far ahead of the newest snapshots of %s: %s would go by age and stay for now",
+                policy.guest,
+                ", ".join(doubtful),
+            )
         if dry_run:
             return decisions
         return tuple(_carry_out(world, decision) for decision in decisions)
+
+
+def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta) -> Forecast:
+    """Return what the policy will have kept after ``span`` of a backup each ``every``. Changes nothing.
+
+    Raises ConfigError where that is too much to reckon, DriverError.
+    """
+    snapshots = world.store.snapshots(policy.guest)
+    held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
+    existing = [candidate_of(snapshot, held=held) for snapshot in snapshots]
+    try:
+        return forecast(existing, policy=policy, now=world.clock.now(), span=span, every=every)
+    except ValueError as error:
+        raise ConfigError(f"--simulate: {error}", remedy="give a shorter --simulate, or a longer --every") from error
 
 
 def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
@@ -34,5 +67,5 @@ def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
         removed = world.store.remove(decision.snapshot)
     except HeldError as error:
         # An environment was made of it since the decision.
-        return decision.model_copy(update={"keep": True, "reasons": (error.brief,)})
+        return decision.model_copy(update={"keep": True, "reasons": (error.brief,), "rules": (Keeper.IN_USE.value,)})
     return decision.model_copy(update={"removed_bytes": removed})

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmsnap.model.forecast import MOST_BACKUPS, Forecast, forecast
+from vmsnap.model.ids import SnapshotId
+from vmsnap.model.manifest import Pin
+from vmsnap.model.policy import Policy
+from vmsnap.model.retention import judge
+from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.selection import Candidate
+
+NOW = datetime(2026, 11, 21, 2, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def ahead(retention: RetentionPolicy, *existing: Candidate, span: timedelta, every: timedelta = DAY) -> Forecast:
+    return forecast(existing, policy=Policy(guest="db", retention=retention), now=NOW, span=span, every=every)
+
+
+def test_two_years_of_nightly_backups() -> None:
+    policy = RetentionPolicy(keep_daily=7, keep_weekly=5, keep_monthly=12, keep_yearly=3)
+    said = ahead(policy, span=timedelta(days=730))
+    assert (said.backups, said.end) == (731, NOW + timedelta(days=730))
+    assert len(said.kept) <= said.most <= 25
+    rules = [{reason.rule for reason in verdict.reasons} for verdict in said.kept]
+    counts = [sum(rule in mine for mine in rules) for rule in ("keep_daily", "keep_weekly", "keep_monthly")]
+    assert counts == [7, 5, 12]
+    years = [verdict.candidate.captured.date().isoformat() for verdict, mine in zip(said.kept, rules, strict=True)
+             if "keep_yearly" in mine]  # fmt: skip
+    assert years == ["2026-12-31", "2027-12-31", "2028-11-20"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.fixed_dictionaries(
+        {f"keep_{name}": st.integers(1, 4) for name in ("last", "hourly", "daily", "monthly")}
+    ),
+    hours=st.integers(20, 900),
+    minutes=st.sampled_from([30, 60, 240, 700]),
+)
+def test_it_is_what_pruning_after_each_backup_leaves(counts: dict[str, int], hours: int, minutes: int) -> None:
+    policy = RetentionPolicy.model_validate(counts)
+    every = timedelta(minutes=minutes)
+    said = ahead(policy, span=timedelta(hours=hours), every=every)
+    left: list[Candidate] = []
+    for number in range(said.backups):
+        moment = NOW + number * every
+        left.append(Candidate(id=SnapshotId(f"+{number:09}"), captured=moment))
+        left = [one.candidate for one in judge(left, policy=policy, now=moment, zone=UTC) if one.keep]
+    assert [verdict.candidate for verdict in said.kept] == left
+
+
+def test_snapshots_that_are_there_are_part_of_it() -> None:
+    pin = Pin(owner="ann", reason="audit", since=NOW, until=NOW + timedelta(days=40))
+    existing = [
+        Candidate(id=SnapshotId("00000000a1"), captured=NOW - timedelta(days=100)),
+        Candidate(id=SnapshotId("00000000a2"), captured=NOW - timedelta(days=90), pin=pin),
+        Candidate(id=SnapshotId("00000000a3"), captured=NOW - timedelta(days=80), held=True),
+    ]
+    kept = {span: [verdict.candidate.id for verdict in ahead(RetentionPolicy(keep_last=1), *existing, span=span).kept]
+            for span in (timedelta(days=30), timedelta(days=50))}  # fmt: skip
+    assert kept[timedelta(days=30)] == ["00000000a2", "00000000a3", "+000000030"]
+    assert kept[timedelta(days=50)] == ["00000000a3", "+000000050"]
+
+
+def test_what_cannot_be_reckoned_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"{MOST_BACKUPS} backups"):
+        ahead(RetentionPolicy(), span=timedelta(days=365), every=timedelta(seconds=1))
+    with pytest.raises(ValueError, match="9999"):
+        ahead(RetentionPolicy(), span=timedelta(days=365 * 9000), every=timedelta(days=365))
