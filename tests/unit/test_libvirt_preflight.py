@@ -217,7 +217,9 @@ def test_without_a_folder_the_overlay_goes_beside_the_disk(tmp_path: Path) -> No
     assert refusals(domain_xml(disks=disks), settings=wish) == []
 
 
-@pytest.mark.parametrize(("available_bytes", "refused"), [(2 * GIB, True), (2 * GIB + (256 << 20), False), (0, True)])
+@pytest.mark.parametrize(
+    ("available_bytes", "refused"), [(GIB + (256 << 20), True), (GIB * 6 // 5 + (257 << 20), False), (0, True)]
+)
 def test_needs_ram_for_the_image_and_the_clone(available_bytes: int, *, refused: bool) -> None:
     meminfo = f"MemTotal: 99999999 kB\nMemAvailable:    {available_bytes // 1024} kB\n"
     (found,) = preflight.check_memory(parse(domain_xml()), meminfo=meminfo)

@@ -16,6 +16,7 @@ from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_im
 from vmsnap.hypervisors.libvirt.connection import AGENT_COMMAND_TIMEOUT, Connection, gone, translated
 from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
 from vmsnap.hypervisors.libvirt.inspect import nic_mac
+from vmsnap.hypervisors.libvirt.stream import StreamFeeder
 from vmsnap.hypervisors.libvirt.xml import Tag, devices, drop, parse, read_tag, unparse
 from vmsnap.model.capture import CapturePlan, Clone
 from vmsnap.model.guest import GuestState
@@ -92,8 +93,10 @@ class Clones:
         with image.open("r+b") as file:
             text = save_image.read_header(file).xml
             save_image.replace_xml(file, xml=clone_xml(text, plan=plan, fence=fence, nvram=nvram))
-        with translated("restore the clone"):
-            self._connection.get().restoreFlags(str(image), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        with StreamFeeder(image) as feeder:
+            with translated("restore the clone"):
+                self._connection.get().restoreFlags(str(feeder.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+            feeder.require_fed()
         memory.discard_image(image.parent)
         domain = self._connection.domain(clone.name)
         if state_of(domain) is not GuestState.PAUSED:

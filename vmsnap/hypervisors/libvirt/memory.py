@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from vmsnap.errors import DriverError, NoSpaceError, ToolError
-from vmsnap.hypervisors.libvirt.preflight import available_memory_bytes, memory_image_bytes
+from vmsnap.hypervisors.libvirt.preflight import KEEP_FREE_BYTES, available_memory_bytes, memory_image_bytes, peak_bytes
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 
 _MIB = 1 << 20
@@ -16,17 +16,18 @@ IMAGE_NAME = "ram.save"
 def create(folder: Path, *, ram_bytes: int) -> None:
     """Mount the tmpfs and make the empty image file that libvirt insists on finding.
 
+    The image may outgrow the guest's RAM, which it holds twice where it changed meanwhile, as far as the host has memory.
+
     Raises NoSpaceError where the host's memory does not hold image and clone, ToolError.
     """
     free = available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
-    # The clone needs RAM as well, so the image may take what is left beside it.
-    size = min(memory_image_bytes(ram_bytes), free - ram_bytes)
-    if size < ram_bytes // 2:
+    if free < peak_bytes(ram_bytes):
         raise NoSpaceError(
             f"the host has {free // _MIB} MiB of memory available; image and clone of this guest need "
-            f"twice its {ram_bytes // _MIB} MiB",
+            f"{peak_bytes(ram_bytes) // _MIB} MiB",
             remedy="run fewer guests or clones at a time, or add memory",
         )
+    size = min(memory_image_bytes(ram_bytes), free - KEEP_FREE_BYTES)
     with translated_os(f"make the memory area {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     run_tool(

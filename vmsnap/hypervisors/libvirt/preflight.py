@@ -25,7 +25,7 @@ from vmsnap.model.guest import Finding, Severity
 _QEMU_9 = 9_000_000
 _MIB = 1 << 20
 _FORMATS = ("raw", "qcow2")
-_KEEP_FREE_BYTES = 256 * _MIB
+KEEP_FREE_BYTES = 256 * _MIB
 # What the clone needs beside its RAM: QEMU itself, and what the stream holds twice because it changed meanwhile.
 MEMORY_IMAGE_FACTOR = 1.5
 _REFUSED_DEVICES = {
@@ -297,6 +297,11 @@ def available_memory_bytes(meminfo: str) -> int:
     return 0
 
 
+def peak_bytes(ram_bytes: int) -> int:
+    """Return what image and clone need together at most: the image is given back as the clone is loaded from it."""
+    return ram_bytes + ram_bytes // 5 + KEEP_FREE_BYTES
+
+
 def memory_image_bytes(ram_bytes: int) -> int:
     """Return how large a memory image may get: RAM, and what changed while it was read."""
     return int(ram_bytes * MEMORY_IMAGE_FACTOR) + 64 * _MIB
@@ -304,8 +309,7 @@ def memory_image_bytes(ram_bytes: int) -> int:
 
 def check_memory(domain: ET.Element, *, meminfo: str) -> Iterator[Finding]:
     """Check that the host has RAM for the memory image and the clone."""
-    ram = memory_bytes(domain)
-    needed = ram + ram + _KEEP_FREE_BYTES
+    needed = peak_bytes(memory_bytes(domain))
     free = available_memory_bytes(meminfo)
     if free < needed:
         yield _refusal(
