@@ -29,6 +29,7 @@ from vmsnap.model.policy import (
     SshPolicy,
 )
 from vmsnap.model.retention_policy import Counting, RetentionPolicy
+from vmsnap.model.schedule_policy import SchedulePolicy
 
 CLUSTER = "[[database.clusters]]\ndata_directory = '/x'\nprograms = '/y'\n"
 EXAMPLES = Path(__file__).parents[2] / "policies"
@@ -174,6 +175,29 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
         ),
         (f"{CLUSTER}prots = 1", "4: database.clusters[1].prots: unknown key; did you mean 'port'?"),
         ("[database]\nbefore_drain = ['systemctl stop x']", '2: database.before_drain[1]: given "systemctl stop x"; '),
+        ("[schedule]\nevery = '0s'", '2: schedule.every: given "0s"; must be more than 0'),
+        ("[schedule]\nevery = '11000d'", '2: schedule.every: given "11000d"; must be at most 3660d'),
+        ("[schedule]\njitter = '25h'", '2: schedule.jitter: given "25h"; must be at most 1d'),
+        ("[schedule]\nat = ['2:00']", '2: schedule.at[1]: given "2:00"; a time of day such as "02:00" is allowed'),
+        ("[schedule]\nat = ['24:00']", '2: schedule.at[1]: given "24:00"; a time of day such as "02:00" is allowed'),
+        ("[schedule]\nat = '02:00'", '2: schedule.at: given "02:00"; a list in square brackets'),
+        (
+            "[schedule]\nevery = '1d'\nat = ['02:00']",
+            "1: schedule: every counts from the newest snapshot, at and calendar",
+        ),
+        (
+            "[schedule]\ncalendar = ['Fri..Mon 1:00']",
+            "2: schedule.calendar[1]: given \"Fri..Mon 1:00\"; 'Fri..Mon' goes",
+        ),
+        (
+            "[schedule]\nwindows = ['13-10']",
+            "2: schedule.windows[1]: given \"13-10\"; '13': months are from 1 to 12",
+        ),
+        (
+            "[schedule]\nblackouts = ['25:00-26:00']",
+            "2: schedule.blackouts[1]: given \"25:00-26:00\"; '25:00-26:00': times go",
+        ),
+        ("[schedule]\nretry_at_most = '1m'", "1: schedule: retry_at_most must not be less than retry_after"),
         ("[environment]\nttl = 5", "2: environment.ttl: given 5; a duration is a text"),
         ("[environment]\nnetwork = 7", "2: environment.network: given 7; a text in quotes is allowed"),
         ("capture = 5", "1: capture: given 5; a section with keys of its own is allowed"),
@@ -232,6 +256,14 @@ policies = st.builds(
         DatabasePolicy,
         clusters=st.lists(st.builds(ClusterPolicy, data_directory=paths, programs=paths), max_size=2).map(tuple),
         before_drain=st.lists(st.lists(texts, max_size=3).map(tuple), max_size=2).map(tuple),
+    ),
+    schedule=st.builds(SchedulePolicy, every=durations)
+    | st.builds(
+        SchedulePolicy,
+        at=st.sampled_from([(), ("02:00", "23:59")]),
+        calendar=st.sampled_from([(), ("Mon..Fri 02:00 Europe/Berlin",)]),
+        windows=st.sampled_from([(), ("Sat,Sun", "22:00-06:00")]),
+        storage=st.none() | texts,
     ),
     time_zone=st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kathmandu"]),
     retention=st.builds(

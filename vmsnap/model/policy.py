@@ -17,6 +17,7 @@ from vmsnap.model.durations import Duration, PositiveDuration, TimeZoneName
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
 from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.schedule_policy import SchedulePolicy
 
 
 def _never_is_none(value: object) -> object:
@@ -206,7 +207,7 @@ class EnvironmentPolicy(_Section):
 
 
 class Policy(_Section):
-    """Everything one policy file says. ``time_zone`` says when its days, weeks, months and years begin."""
+    """Everything one policy file says. ``time_zone`` says what its days, months and times of day are."""
 
     guest: str = Field(min_length=1, max_length=255)
     enabled: bool = True
@@ -216,5 +217,6 @@ class Policy(_Section):
     isolation: IsolationPolicy = IsolationPolicy()
     control: ControlPolicy = ControlPolicy()
     database: DatabasePolicy = DatabasePolicy()
+    schedule: SchedulePolicy = SchedulePolicy()
     retention: RetentionPolicy = RetentionPolicy()
     environment: EnvironmentPolicy = EnvironmentPolicy()
