@@ -11,14 +11,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
-from ipaddress import IPv4Address, IPv4Interface
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
 
 from integration.conftest import MakeGuest
+from integration.dhcp_clients import CLIENTS, Dhcpcd
 from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
@@ -33,8 +34,9 @@ from integration.networld import (
 )
 from vmsnap.dhcp.pool import DEFAULT_POOL
 from vmsnap.errors import CancelledError, DeadlineError, GuestUnreachableError
+from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import OldAddress
-from vmsnap.model.isolation import FencePlan, Rung
+from vmsnap.model.isolation import Addressed, Exchange, FencePlan, Rung
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.linkflap import FLAPS, Flap
@@ -145,74 +147,6 @@ def greeting(plan: FencePlan, address: str) -> str:
         return connection.recv(64).decode()
 
 
-class Client:
-    """A real DHCP client in the clone's namespace."""
-
-    def __init__(self, clone: StandIn, folder: Path) -> None:
-        self.clone = clone
-        self.folder = folder
-
-    def start(self) -> subprocess.Popen[bytes]:
-        raise NotImplementedError
-
-
-class Dhcpcd(Client):
-    def start(self) -> subprocess.Popen[bytes]:
-        config = self.folder / "dhcpcd.conf"
-        config.write_text("noarp\nnoipv6\nnohook resolv.conf, hostname, timesyncd\n")
-        # Its lease and pid files stand at fixed places: each run gets private ones.
-        script = (
-            "mount -t tmpfs none /run && mount -t tmpfs none /var/lib && mkdir /run/dhcpcd /var/lib/dhcpcd && "
-            f"exec /usr/sbin/dhcpcd -4 -B -f {config} eth0"
-        )
-        return self.clone.start("unshare", "--mount", "sh", "-c", script)
-
-
-class Dhclient(Client):
-    def start(self) -> subprocess.Popen[bytes]:
-        leases, pid = self.folder / "leases", self.folder / "pid"
-        script = self.folder / "script"
-        script.write_text(
-            "#!/bin/sh\ncase $reason in BOUND|RENEW|REBIND|REBOOT)\n"
-            "ip addr flush dev $interface; ip addr add $new_ip_address/$new_subnet_mask dev $interface;;\n"
-            "EXPIRE|FAIL) ip addr flush dev $interface;; esac\n"
-        )
-        script.chmod(0o755)
-        return self.clone.start(
-            "/usr/sbin/dhclient", "-4", "-d", "-lf", str(leases), "-pf", str(pid), "-sf", str(script), "eth0"
-        )
-
-
-class Udhcpc(Client):
-    def start(self) -> subprocess.Popen[bytes]:
-        script = self.folder / "script"
-        script.write_text(
-            "#!/bin/sh\ncase $1 in bound|renew) ip addr flush dev $interface\n"
-            f"ip addr add $ip/$mask dev $interface; [ $1 = renew ] && touch {self.folder}/renewed;;\n"
-            "deconfig) ip addr flush dev $interface;; esac\n"
-        )
-        script.chmod(0o755)
-        return self.clone.start("udhcpc", "-f", "-i", "eth0", "-s", str(script))
-
-
-class Networkd(Client):
-    def start(self) -> subprocess.Popen[bytes]:
-        (self.folder / "eth0.network").write_text(
-            "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=no\nLinkLocalAddressing=no\n"
-        )
-        # Private /run and /etc, no bus. A read-only /sys tells networkd that no udev will name its links.
-        script = (
-            "mount -t tmpfs none /run && mkdir -p /run/systemd/netif/links /run/systemd/netif/leases && "
-            "mkdir -p /run/systemd/netif/lldp && chown -R systemd-network /run/systemd/netif && "
-            "mount -t sysfs -o ro none /sys && mount --bind "
-            f"{self.folder} /etc/systemd/network && exec /lib/systemd/systemd-networkd"
-        )
-        return self.clone.start("unshare", "--mount", "--uts", "sh", "-c", script)
-
-
-CLIENTS = {"dhcpcd": Dhcpcd, "networkd": Networkd, "dhclient": Dhclient, "udhcpc": Udhcpc}
-
-
 def start_production(folder: Path, *, lease: str = "12h") -> subprocess.Popen[bytes]:
     """Start a production network, with a DHCP server that knows one guest."""
     sh("ip", "link", "add", "prod", "type", "bridge")
@@ -239,35 +173,190 @@ def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> N
         time.sleep(0.1)
 
 
+def leased(kind: str, worlds: Worlds, folder: Path, *, lease: str = "12h") -> tuple[StandIn, subprocess.Popen[bytes]]:
+    """Return a machine with a lease of production's server, and its DHCP client."""
+    folder.chmod(0o755)
+    worlds.keep(start_production(folder, lease=lease))
+    machine = worlds.machine()
+    machine.plug("guest0", mac=MAC, bridge="prod")
+    client = CLIENTS[kind](machine, folder).start()
+    worlds.keep(client)
+    wait_until(lambda: machine.addresses() == ["10.9.8.77"], seconds=30, what="a production lease")
+    return machine, client
+
+
+def told(moved: Addressed) -> list[tuple[str, float, str | None]]:
+    return [(item.rung.value, round(item.seconds, 2), item.failure) for item in moved.attempts]
+
+
 @pytest.mark.parametrize(
     ("kind", "rung"),
     [
         ("dhcpcd", Rung.LINK_FLAP),
         ("networkd", Rung.LINK_FLAP),
+        ("NetworkManager", Rung.LINK_FLAP),
         ("dhclient", Rung.OLD_ADDRESS),
         ("udhcpc", Rung.OLD_ADDRESS),
     ],
 )
 def test_real_clients_are_reached(kind: str, rung: Rung, worlds: Worlds, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    worlds.keep(start_production(tmp_path))
-    machine = worlds.machine()
-    machine.plug("guest0", mac=MAC, bridge="prod")
-    worlds.keep(CLIENTS[kind](machine, tmp_path).start())
-    wait_until(lambda: machine.addresses() == ["10.9.8.77"], seconds=30, what="a production lease")
+    machine, _ = leased(kind, worlds, tmp_path)
     world = worlds.around(machine)  # same client, same memory, another bridge
     flaps = FLAPS if rung is Rung.LINK_FLAP else QUICK  # the others stay silent however long the flap
     with NetworkAddressing(clock=SystemClock(), flaps=flaps) as addressing:
         moved = addressing.move(
             request_for(world.plan, Rung.LINK_FLAP, Rung.OLD_ADDRESS), links=world.cables, cancel=SwitchCancel()
         )
-        print(f"{kind}: {[(item.rung.value, round(item.seconds, 2), item.failure) for item in moved.attempts]}")
+        print(f"{kind}: {told(moved)}")
         assert moved.rung is rung
         assert moved.address is not None
         assert greeting(world.plan, moved.address) == "clone"
         assert moved.address in machine.addresses()
         in_pool = IPv4Address(moved.address) in DEFAULT_POOL
         assert in_pool if rung is Rung.LINK_FLAP else moved.address == "10.9.8.77"
+        if kind == "networkd":
+            assert moved.seconds < 15
+
+
+class NamespaceAgent:
+    """A GuestControl of a machine whose DHCP client is this process."""
+
+    method = "agent"
+
+    def __init__(self, client: subprocess.Popen[bytes]) -> None:
+        self._client = client
+
+    def ping(self, *, timeout: timedelta) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def run(self, command: Command, *, timeout: timedelta) -> CommandResult:
+        done = subprocess.run(
+            ["nsenter", "-t", str(self._client.pid), "--mount", "--net", *command.argv],
+            capture_output=True, timeout=timeout.total_seconds(), check=False,
+        )  # fmt: skip
+        return CommandResult(exit_status=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+
+@pytest.mark.parametrize("kind", ["dhcpcd", "dhclient", "udhcpc", "NetworkManager"])
+def test_real_clients_obey_the_agent(kind: str, worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path) -> None:
+    machine, client = leased(kind, worlds, tmp_path)
+    world = worlds.around(machine)
+    agent = NamespaceAgent(client)
+    request = replace(request_for(world.plan, Rung.AGENT), agent=agent)
+    moved = addressing.move(request, links=world.cables, cancel=SwitchCancel())
+    print(f"{kind}: {told(moved)}")
+    assert moved.rung is Rung.AGENT
+    assert IPv4Address(str(moved.address)) in DEFAULT_POOL
+    assert greeting(world.plan, str(moved.address)) == "clone"
+    assert world.cables.events == []
+    if kind == "dhclient":  # the one that the agent started is nobody's child
+        agent.run(Command(argv=("dhclient", "-4", "-x", "eth0")), timeout=timedelta(seconds=10))
+
+
+def test_a_client_that_renews_by_itself_is_noticed(
+    worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path
+) -> None:
+    machine, client = leased("udhcpc", worlds, tmp_path)
+    world = worlds.around(machine)
+    seen = Exchange(mac=MAC, address=OLD.interface.ip, server=GATEWAY, xid=1, seen=datetime.now(UTC))
+    timer = threading.Timer(0.1, lambda: client.send_signal(signal.SIGUSR1))  # udhcpc: renew now, at the old server
+    timer.start()
+    moved = addressing.move(
+        replace(request_for(world.plan, Rung.LINK_FLAP), exchanges=(seen,)), links=world.cables, cancel=SwitchCancel()
+    )
+    timer.join()
+    print(f"udhcpc: {told(moved)}")
+    assert moved.rung is Rung.BY_ITSELF
+    assert greeting(world.plan, str(moved.address)) == "clone"
+    assert world.cables.events == []
+
+
+SECOND = "52:54:00:aa:00:02"
+
+
+def in_pool(machine: StandIn, interface: str) -> bool:
+    found = machine.addresses(interface)
+    return bool(found) and all(IPv4Address(address) in DEFAULT_POOL for address in found)
+
+
+def test_every_nic_that_asks_is_leased_an_address(
+    worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path
+) -> None:
+    world = worlds.empty(macs=(MAC, SECOND))
+    tmp_path.chmod(0o755)
+    client = Dhcpcd(world.clone, tmp_path)
+    client.interfaces = ("eth0", "eth1")
+    worlds.keep(client.start())
+    moved = addressing.move(request_for(world.plan, Rung.LINK_FLAP), links=world.cables, cancel=SwitchCancel())
+    assert greeting(world.plan, str(moved.address)) == "clone"
+    for interface in ("eth0", "eth1"):
+        wait_until(lambda: in_pool(world.clone, interface), seconds=20, what=f"a lease of ours on {interface}")  # noqa: B023
+    networks = {IPv4Network(f"{world.clone.addresses(nic)[0]}/24", strict=False) for nic in ("eth0", "eth1")}
+    assert len(networks) == 2
+
+
+def test_a_static_nic_does_not_keep_the_other_from_moving(
+    worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path
+) -> None:
+    world = worlds.empty(macs=(MAC, SECOND))
+    be_static(world.clone)
+    tmp_path.chmod(0o755)
+    client = Dhcpcd(world.clone, tmp_path)
+    client.interfaces = ("eth1",)
+    worlds.keep(client.start())
+    moved = addressing.move(
+        replace(request_for(world.plan, Rung.LINK_FLAP, Rung.OLD_ADDRESS), static_macs=frozenset({MAC})),
+        links=world.cables, cancel=SwitchCancel(),
+    )  # fmt: skip
+    assert moved.address in world.clone.addresses("eth1")
+    assert greeting(world.plan, str(moved.address)) == "clone"
+    assert world.clone.addresses("eth0") == ["10.9.8.77"]
+
+
+def test_beside_the_old_address_the_other_nic_is_leased_one_of_ours(
+    worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path
+) -> None:
+    world = worlds.empty(macs=(MAC, SECOND))
+    be_static(world.clone)
+    moved = addressing.move(request_for(world.plan, Rung.OLD_ADDRESS), links=world.cables, cancel=SwitchCancel())
+    assert moved.address == "10.9.8.77"
+    tmp_path.chmod(0o755)
+    client = Dhcpcd(world.clone, tmp_path)
+    client.interfaces = ("eth1",)
+    worlds.keep(client.start())
+    wait_until(lambda: in_pool(world.clone, "eth1"), seconds=20, what="a lease of ours on eth1")
+    assert greeting(world.plan, "10.9.8.77") == "clone"
+
+
+def test_two_old_addresses_on_two_nics_are_both_reached(worlds: Worlds, addressing: NetworkAddressing) -> None:
+    """Linux answers ARP for any of its addresses on any of its NICs; the MAC says where each belongs."""
+    world = worlds.empty(macs=(MAC, SECOND))
+    be_static(world.clone, interface="eth1")
+    world.clone.run("ip", "addr", "add", "10.7.6.5/24", "dev", "eth0")
+    world.clone.run("sysctl", "-w", "net.ipv4.conf.eth0.rp_filter=1", "net.ipv4.conf.eth1.rp_filter=1")
+    here = replace(OLD, mac=SECOND)
+    there = OldAddress(interface=IPv4Interface("10.7.6.5/24"), mac=MAC)
+    moved = addressing.move(
+        request_for(world.plan, Rung.OLD_ADDRESS, old=(here, there)), links=world.cables, cancel=SwitchCancel()
+    )
+    assert moved.seconds < 2
+    for address in ("10.9.8.77", "10.7.6.5"):
+        assert greeting(world.plan, address) == "clone"
+
+
+def test_an_ipv6_only_second_nic_is_left_alone(worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path) -> None:
+    world = worlds.empty(macs=(MAC, SECOND))
+    world.clone.run("ip", "addr", "add", "2001:db8::7/64", "dev", "eth1", "nodad")
+    tmp_path.chmod(0o755)
+    worlds.keep(Dhcpcd(world.clone, tmp_path).start())
+    moved = addressing.move(request_for(world.plan, Rung.LINK_FLAP), links=world.cables, cancel=SwitchCancel())
+    assert moved.address in world.clone.addresses()
+    assert greeting(world.plan, str(moved.address)) == "clone"
+    assert "2001:db8::7/64" in world.clone.run("ip", "-6", "addr", "show", "dev", "eth1")
+    assert world.clone.addresses("eth1") == []
 
 
 def test_a_static_guest_and_its_twin_are_reached_at_once(worlds: Worlds, addressing: NetworkAddressing) -> None:
@@ -369,13 +458,7 @@ def test_no_address_is_needed_on_rung_none(worlds: Worlds, addressing: NetworkAd
 
 
 def test_the_old_lease_is_renewed_as_before(worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    worlds.keep(start_production(tmp_path, lease="120"))
-    machine = worlds.machine()
-    machine.plug("guest0", mac=MAC, bridge="prod")
-    client = Udhcpc(machine, tmp_path).start()
-    worlds.keep(client)
-    wait_until(lambda: machine.addresses() == ["10.9.8.77"], seconds=30, what="a production lease")
+    machine, client = leased("udhcpc", worlds, tmp_path, lease="120")
     world = worlds.around(machine)
     addressing.move(request_for(world.plan, Rung.OLD_ADDRESS), links=world.cables, cancel=SwitchCancel())
     log = tmp_path / "renewed"

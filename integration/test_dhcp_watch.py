@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from integration.dhcp_clients import Dhcpcd
 from integration.networld import StandIn, SwitchCancel, fresh_network, sh, stop
-from integration.test_addressing import Dhcpcd
 from vmsnap.dhcp.authentication import Authentication, Proof
 from vmsnap.dhcp.message import DhcpMessage, MessageType, Op, Option, OptionCode, encode
 from vmsnap.model.isolation import Exchange

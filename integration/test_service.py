@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.dhcp_clients import Udhcpc
 from integration.networld import (
     StandIn,
     SwitchCancel,
@@ -30,7 +31,7 @@ from integration.networld import (
     snapshot_of_network,
     stop,
 )
-from integration.test_addressing import Udhcpc, wait_until
+from integration.test_addressing import wait_until
 from vmsnap.errors import GuestUnreachableError, PreconditionError
 from vmsnap.model.guest import OldAddress
 from vmsnap.model.ids import new_run_id

@@ -84,6 +84,8 @@ class AgentRung:
             )
         macs = {port.mac.lower() for port in request.fence.ports} - {mac.lower() for mac in request.static_macs}
         nics = tuple(guest.interfaces(macs))
+        if not nics:
+            raise DriverError("no network interface in the clone has the MAC of one of its NICs that use DHCP")
         failures: list[str] = []
         for client in clients:
             for step in zip(*(client.renewals(nic) for nic in nics), strict=True):

@@ -25,7 +25,9 @@ from vmsnap.ports.network import AddressRequest, LinkControl
 
 _LOG = logging.getLogger(__name__)
 _FIRST_LOOK_SECONDS = 0.3  # a client that renews as soon as the clone runs has spoken by then
-_SETTLE_SECONDS = 3.0  # from a client's first message to its lease and an answer from there
+_SETTLE_SECONDS = (
+    6.0  # from a client's first message to its lease and an answer from there: udhcpc rests 3 s after a NAK
+)
 
 
 class NetworkAddressing:
