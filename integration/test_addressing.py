@@ -34,12 +34,17 @@ from integration.networld import (
 )
 from vmsnap.dhcp.pool import DEFAULT_POOL
 from vmsnap.errors import CancelledError, DeadlineError, GuestUnreachableError
+from vmsnap.guests.agent import AgentControl
+from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
+from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import OldAddress
-from vmsnap.model.isolation import Addressed, Exchange, FencePlan, Rung
+from vmsnap.model.isolation import Addressed, Exchange, FencePlan, FencePort, Rung
 from vmsnap.network.fence import NetworkFence
+from vmsnap.network.frames import vlan_tag
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.linkflap import FLAPS, Flap
+from vmsnap.network.vlans import VlanLink
 from vmsnap.ports.network import AddressRequest
 from vmsnap.state.clock import SystemClock
 
@@ -479,6 +484,28 @@ def test_the_connector_says_what_is_wrong(worlds: Worlds) -> None:
         connect("10.9.8.77", PORT, timedelta(seconds=0.5))
 
 
+def test_a_tagged_static_guest_is_reached_inside_its_vlan(worlds: Worlds, addressing: NetworkAddressing) -> None:
+    world = worlds.empty()
+    inside = FencePort(index=0, mac=MAC, bridge="", tap="", veth_host="", veth_inside="eth0")
+    link = VlanLink(world.clone.namespace, port=inside, tags=(vlan_tag(42),))  # for want of VLAN devices
+    link.open()
+    try:
+        be_static(world.clone, interface=link.name)
+        blind = request_for(world.plan, Rung.OLD_ADDRESS, seconds=2)
+        for old in (OLD, replace(OLD, vlan=43)):
+            with pytest.raises(DeadlineError, match="could not be reached"):
+                addressing.move(replace(blind, old_addresses=(old,)), links=world.cables, cancel=SwitchCancel())
+            worlds.fence.prove(world.plan)
+        moved = addressing.move(
+            request_for(world.plan, Rung.OLD_ADDRESS, old=(replace(OLD, vlan=42),)),
+            links=world.cables, cancel=SwitchCancel(),
+        )  # fmt: skip
+        assert moved.seconds < 2
+        assert greeting(world.plan, "10.9.8.77") == "clone"
+    finally:
+        link.close()
+
+
 # --- real guests: their kernels, their virtio cards with unfinished checksums, libvirt's way to pull a cable
 
 
@@ -493,40 +520,54 @@ class VirshCables:
         raise AssertionError
 
 
-def move_into_fence(guest: LabGuest, plan: FencePlan) -> None:
-    """Turn a running guest's tap into the fence's, as if libvirt had restored a clone there."""
-    tap = sh("virsh", "domiflist", guest.name).split()[-5]
-    sh("ip", "link", "set", tap, "name", plan.ports[0].tap)
-    sh("ip", "link", "set", plan.ports[0].tap, "master", plan.ports[0].bridge)
-
-
 @pytest.mark.parametrize("static", [None, "10.77.0.55/24"], ids=["networkd", "static"])
 def test_real_guests_are_reached(static: str | None, make_guest: MakeGuest, lab: Lab) -> None:
     guest = make_guest(GuestSpec(static_address=static))
     old = OldAddress(interface=IPv4Interface(f"{guest.address()}/24"), gateway=IPv4Address("10.77.0.1"))
-    rung = Rung.LINK_FLAP if static is None else Rung.OLD_ADDRESS
+    tap = sh("virsh", "domiflist", guest.name).split()[-5]
+    connection = Connection("qemu:///system")
+    try:
+        # From one fence to the next: for a DHCP client each is a network on which its lease is not valid.
+        for rung in (Rung.AGENT, Rung.LINK_FLAP) if static is None else (Rung.OLD_ADDRESS,):
+            tap = reach_real_guest(guest, rung, tap=tap, old=old, connection=connection, factor=lab.time_factor)
+    finally:
+        connection.close()
+
+
+def reach_real_guest(
+    guest: LabGuest, rung: Rung, *, tap: str, old: OldAddress, connection: Connection, factor: float
+) -> str:
+    """Turn a running guest's tap into a fence's, as if libvirt had restored a clone there, and reach it by one rung.
+
+    Returns the tap's new name; the fence is gone by then.
+    """
     plan = plan_for(macs=guest.spec.macs)
+    (port,) = plan.ports
     fence = NetworkFence()
     fence.build(plan)
     try:
-        move_into_fence(guest, plan)
+        sh("ip", "link", "set", tap, "name", port.tap)
+        sh("ip", "link", "set", port.tap, "master", port.bridge)
         fence.prove(plan)
         request = AddressRequest(
-            fence=plan, ladder=(rung,), old_addresses=(old,), probe_port=22,
-            rung_deadline=timedelta(seconds=20 * lab.time_factor),
+            fence=plan, ladder=(rung,), old_addresses=(old,), probe_port=22, rung_deadline=timedelta(seconds=20 * factor),
+            agent=AgentControl(LibvirtAgentChannel(connection, domain=guest.name), clock=SystemClock()),
         )  # fmt: skip
         with NetworkAddressing(clock=SystemClock()) as addressing:
             moved = addressing.move(request, links=VirshCables(guest.name), cancel=SwitchCancel())
             print(f"real guest, {rung}: {moved.seconds:.2f} s, {moved.address}")
+            assert moved.rung is rung
+            assert moved.seconds < (2 if rung is Rung.OLD_ADDRESS else 15) * factor
             assert moved.address is not None
             assert (moved.address == str(old.interface.ip)) is (rung is Rung.OLD_ADDRESS)
-            connection = fence.connector(plan)(moved.address, 22, timedelta(seconds=5 * lab.time_factor))
-            with connection:
-                connection.settimeout(5 * lab.time_factor)
-                assert connection.recv(64).startswith(b"SSH-2.0")
+            with fence.connector(plan)(moved.address, 22, timedelta(seconds=5 * factor)) as ssh:
+                ssh.settimeout(5 * factor)
+                assert ssh.recv(64).startswith(b"SSH-2.0")
             counts = fence.counts(plan)
-            assert all(
-                counts[f"elsewhere to {link}"].packets == 0 for link in (plan.ports[0].tap, plan.ports[0].veth_host)
-            )
+            assert all(counts[f"elsewhere to {link}"].packets == 0 for link in (port.tap, port.veth_host))
     finally:
+        # Removing a fence removes its taps: this one is the guest's, and not the fence's to remove.
+        sh("ip", "link", "set", port.tap, "nomaster", check=False)
+        sh("ip", "link", "set", port.tap, "name", f"{port.tap[:-2]}x0", check=False)
         fence.release(fence.resource(plan), deadline=timedelta(seconds=10))
+    return f"{port.tap[:-2]}x0"

@@ -86,11 +86,15 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class OldAddress:
-    """Where the guest lives in production: its address with prefix, and where known its gateway and the NIC's MAC."""
+    """Where the guest lives in production: its address with prefix and, where known, more.
+
+    ``gateway``; ``mac`` of the NIC that has it; ``vlan``, the tag that the guest itself puts on its frames there.
+    """
 
     interface: IPv4Interface
     gateway: IPv4Address | None = None
     mac: str | None = None
+    vlan: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

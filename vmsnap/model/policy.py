@@ -75,6 +75,7 @@ class IsolationPolicy(_Section):
     static: Literal["auto"] | bool = "auto"
     old_address: IPv4Interface | None = None
     old_gateway: IPv4Address | None = None
+    old_vlan: int | None = Field(default=None, ge=1, le=4094)
     clone_ports: tuple[Port, ...] = ()
 
     @model_validator(mode="after")

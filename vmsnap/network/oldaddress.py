@@ -8,9 +8,9 @@ gateway's new MAC (RFC 826). A responder goes on renewing the old lease, so that
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from ipaddress import IPv4Address
 
@@ -20,10 +20,12 @@ from vmsnap.errors import DriverError
 from vmsnap.model.guest import OldAddress
 from vmsnap.model.isolation import FencePort
 from vmsnap.network import links, netns, sockets
-from vmsnap.network.frames import ETHERTYPE_ARP, Frame
+from vmsnap.network.frames import ETHERTYPE_ARP, Frame, vlan_tag
+from vmsnap.network.leasing import exchange_of
 from vmsnap.network.packets import PacketSocket
 from vmsnap.network.responder import FenceResponder
-from vmsnap.network.rungs import Dhcp, Keeper, Timer
+from vmsnap.network.rungs import Dhcp, Keeper, Listener, Timer
+from vmsnap.network.vlans import VlanLink
 from vmsnap.ports.network import AddressRequest, LinkControl
 
 _BROADCAST = b"\xff" * 6
@@ -34,15 +36,32 @@ _HOST_PREFIX = 32
 
 @dataclass(frozen=True, kw_only=True)
 class _Home:
-    """A NIC of the clone and the old address that lives there, with our side as its gateway."""
+    """A NIC of the clone and the old address that lives there, with our side as its gateway.
 
-    port: FencePort
+    ``near`` is the port as seen from our side: ``veth_inside`` is the link to speak by, in a VLAN that of the VLAN.
+    """
+
+    near: FencePort
     old: OldAddress
     responder: FenceResponder
 
     @property
     def address(self) -> str:
         return str(self.old.interface.ip)
+
+
+@dataclass(frozen=True)
+class _KeptLink:
+    """A link inside a VLAN, kept as long as its clone is reached by it."""
+
+    link: VlanLink
+
+    @property
+    def is_running(self) -> bool:
+        return False  # it is no reason to keep anything else
+
+    def stop(self) -> None:
+        self.link.close()
 
 
 class OldAddressWorld:
@@ -70,39 +89,61 @@ class OldAddressWorld:
         dhcp.stop()  # it would refuse the old address; from here on every renewal is granted as before
         dhcp.withdraw()
         with ExitStack() as undo:
+            kept: list[Listener] = []
+            nears = {port: _near(request, port=port, undo=undo, kept=kept) for port in request.fence.ports}
             homes: dict[FencePort, _Home] = {}
             while (home := _answering(request, homes=homes.values())) is None:
                 for port in request.fence.ports:
-                    self._look(request, port=port, homes=homes, undo=undo)
+                    if port in homes:  # tell the clone again who its gateway is
+                        lives_on(nears[port], namespace=request.fence.namespace, old=homes[port].old)
+                    else:
+                        homes.update(_move_in(request, port=port, near=nears[port], homes=homes, undo=undo))
                 timer.tick(missing=_what_is_missing(request, homes=homes.values()))
             undo.callback(dhcp.stop)
             dhcp.start([port for port in request.fence.ports if port not in homes])
             undo.pop_all()
-        self._keeper.keep(request.fence.run, listeners=tuple(item.responder for item in homes.values()))
+        self._keeper.keep(request.fence.run, listeners=(*(item.responder for item in homes.values()), *kept))
         return home.address
 
-    def _look(
-        self, request: AddressRequest, *, port: FencePort, homes: dict[FencePort, _Home], undo: ExitStack
-    ) -> None:
-        """Ask a NIC for old addresses and become the gateway of one that answers, or tell it again who that is."""
-        namespace = request.fence.namespace
-        known = homes.get(port)
-        if known is not None:
-            lives_on(port, namespace=namespace, old=known.old)
-            return
-        taken = [home.old for home in homes.values()]
-        for old in request.old_addresses:
-            if old in taken or old.mac not in {None, port.mac} or not lives_on(port, namespace=namespace, old=old):
-                continue
-            undo.callback(_leave, namespace, port=port, old=old)
-            netns.inside(namespace, action=lambda: _become_gateway(port, old=old))  # noqa: B023 - runs at once
-            responder = FenceResponder(
-                namespace, interface=port.veth_inside, responder=Responder(_as_before(old)), arp=_arp_policy(old)
-            )
-            undo.callback(responder.stop)
-            responder.start()
-            homes[port] = _Home(port=port, old=old, responder=responder)
-            return
+
+def _near(request: AddressRequest, *, port: FencePort, undo: ExitStack, kept: list[Listener]) -> FencePort:
+    """Return the port with the link to speak by: one inside the VLAN that the guest is known to use on this NIC."""
+    exchange = exchange_of(request, mac=port.mac)
+    known = [old.vlan for old in request.old_addresses if old.mac in {None, port.mac}]
+    vlan = next((vlan for vlan in (*known, None if exchange is None else exchange.vlan) if vlan is not None), None)
+    if vlan is None:
+        return port
+    link = VlanLink(request.fence.namespace, port=port, tags=(vlan_tag(vlan),))
+    undo.callback(link.close)
+    link.open()
+    kept.append(_KeptLink(link))
+    return replace(port, veth_inside=link.name)
+
+
+def _move_in(
+    request: AddressRequest,
+    *,
+    port: FencePort,
+    near: FencePort,
+    homes: Mapping[FencePort, _Home],
+    undo: ExitStack,
+) -> dict[FencePort, _Home]:
+    """Ask a NIC for the old addresses that may be its own, and become the gateway of the first that answers."""
+    namespace = request.fence.namespace
+    taken = [home.old for home in homes.values()]
+    for old in request.old_addresses:
+        if old in taken or old.mac not in {None, port.mac} or not lives_on(near, namespace=namespace, old=old):
+            continue
+        undo.callback(_leave, namespace, port=near, old=old)
+        netns.inside(namespace, action=lambda: _become_gateway(near, old=old))  # noqa: B023 - runs at once
+        # The responder answers in the VLAN that it is asked in.
+        responder = FenceResponder(
+            namespace, interface=port.veth_inside, responder=Responder(_as_before(old)), arp=_arp_policy(old)
+        )
+        undo.callback(responder.stop)
+        responder.start()
+        return {port: _Home(near=near, old=old, responder=responder)}
+    return {}
 
 
 def _answering(request: AddressRequest, *, homes: Iterable[_Home]) -> _Home | None:
@@ -191,7 +232,7 @@ def _reply_comes(packets: PacketSocket, *, address: IPv4Address) -> bool:
 def _is_reply(data: bytes, *, address: IPv4Address) -> bool:
     try:
         frame = Frame.decode(data)
-        if frame.ethertype != ETHERTYPE_ARP or frame.tags:
+        if frame.ethertype != ETHERTYPE_ARP:
             return False
         packet = ArpPacket.decode(frame.payload)
     except DriverError:

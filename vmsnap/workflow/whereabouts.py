@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Interface
 from typing import Any
@@ -28,22 +29,19 @@ def old_addresses(policy: Policy, *, guest: Guest) -> tuple[OldAddress, ...]:
 
     An address whose prefix nobody knows is taken for a /24; the prefix only decides who counts as a neighbour.
     """
-    gateway = policy.isolation.old_gateway
+    gateway, vlan = policy.isolation.old_gateway, policy.isolation.old_vlan
     if policy.isolation.old_address is not None:
-        return (OldAddress(interface=policy.isolation.old_address, gateway=gateway),)
+        return (OldAddress(interface=policy.isolation.old_address, gateway=gateway, vlan=vlan),)
     found = []
     for nic in guest.nics:
         for interface in nic.addresses:
             known = interface
             if interface.network.prefixlen == interface.max_prefixlen:
                 known = IPv4Interface(f"{interface.ip}/{_ASSUMED_PREFIX}")
-            found.append(OldAddress(interface=known, gateway=gateway, mac=nic.mac))
+            found.append(OldAddress(interface=known, gateway=gateway, mac=nic.mac, vlan=vlan))
     if gateway is not None and any(gateway in old.interface.network for old in found):
         # The gateway is on one of the guest's networks; on the others it would not be believed.
-        return tuple(
-            old if gateway in old.interface.network else OldAddress(interface=old.interface, mac=old.mac)
-            for old in found
-        )
+        return tuple(old if gateway in old.interface.network else replace(old, gateway=None) for old in found)
     return tuple(found)
 
 
