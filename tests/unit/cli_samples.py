@@ -193,6 +193,8 @@ class FakeApplication:
         default_factory=lambda: RetentionPolicy(keep_daily=7, keep_weekly=5, keep_monthly=12)
     )
     existing: tuple[Candidate, ...] = ()
+    forecasts: tuple[Forecast, ...] | None = None
+    doubtful: bool = False
     calls: list[tuple[object, ...]] = field(default_factory=list)
 
     def _called(self, *call: object) -> None:
@@ -268,14 +270,21 @@ class FakeApplication:
             PruneDecision(
                 snapshot=sample("00000000a1", captured=AT - timedelta(days=9)),
                 keep=False,
-                reasons=("not among the newest 7 (keep_last)",),
+                reasons=("beyond keep_last 7",),
                 removed_bytes=None if dry_run else 3 << 20,
             ),
-            PruneDecision(snapshot=sample(), keep=True, reasons=("the newest", "in use by an environment")),
+            PruneDecision(
+                snapshot=sample(),
+                keep=True,
+                reasons=("the newest", "in use by an environment"),
+                rules=("newest", "in-use", *(["clock-in-doubt"] if self.doubtful else [])),
+            ),
         )
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
         self._called("forecast", guest, span, every)
+        if self.forecasts is not None:
+            return self.forecasts
         policy = Policy(guest=guest or "db1", retention=self.retention, time_zone="Europe/Berlin")
         return (forecast(self.existing, policy=policy, now=NOW, span=span, every=every),)
 

@@ -1,20 +1,29 @@
 from __future__ import annotations
 
+import io
 import json
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
+from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
+from vmsnap.model.forecast import forecast
 from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Marks, Pin, Verification
+from vmsnap.model.policy import Policy
 from vmsnap.model.report import ForwardOptions, ServeOptions
+from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.selection import Candidate
 
 WARNED = (
     Finding(check="store", severity=Severity.OK, message="XFS with reflinks", remedy="nothing"),
@@ -172,6 +181,9 @@ def test_provision_passes_its_options_on(program: Program) -> None:
         (("provision", "db1", "--at", "yesterday"), "--at: 'yesterday' is no time"),
         (("provision", "db1", "--at", "2026-11-21T02:00"), "--at: '2026-11-21T02:00' has no time zone"),
         (("pin", "3fa9", "--reason", " "), "--reason is empty"),
+        (("prune", "--every", "1d"), "--every is given without --simulate"),
+        (("prune", "--simulate", "soon"), "--simulate: given 'soon'"),
+        (("prune", "--simulate", "1y", "--every", "0s"), "--every: given '0s'"),
         (
             ("pin", "3fa9", "--reason", "x", "--for", "1d", "--until", "2030-01-01T00:00Z"),
             "--until and --for contradict",
@@ -296,7 +308,7 @@ def test_prune_says_why(program: Program) -> None:
     assert program.application.calls == [("prune", "db1", True, False)]
     assert outcome.stdout == (
         "        GUEST  SNAPSHOT    WHEN               WHY\n"
-        "remove  db1    00000000a1  2026-11-12 02:00Z  not among the newest 7 (keep_last)\n"
+        "remove  db1    00000000a1  2026-11-12 02:00Z  beyond keep_last 7\n"
         "keep    db1    3fa9b0c1d2  2026-11-21 02:00Z  the newest; in use by an environment\n"
         "1 kept, 1 would be removed; nothing was removed: dry run.\n"
     )
@@ -312,9 +324,101 @@ def test_prune_in_json(program: Program) -> None:
     assert [
         (item["snapshot"], item["keep"], item["reasons"], item["removed_bytes"]) for item in document["decisions"]
     ] == [
-        ("00000000a1", False, ["not among the newest 7 (keep_last)"], None),
+        ("00000000a1", False, ["beyond keep_last 7"], None),
         ("3fa9b0c1d2", True, ["the newest", "in use by an environment"], None),
     ]
+
+
+def test_prune_says_where_the_clock_is_in_doubt(program: Program) -> None:
+    program.application.doubtful = True
+    outcome = program("prune", "--dry-run")
+    assert "This host's clock is far ahead of the newest snapshots" in outcome.stdout
+    program("prune", "--trust-clock")
+    assert program.application.calls[-1] == ("prune", None, False, True)
+
+
+def test_prune_simulates_without_removing(program: Program) -> None:
+    outcome = program("prune", "db1", "--simulate", "60d", "--dry-run")
+    assert program.application.calls == [("forecast", "db1", timedelta(days=60), timedelta(days=1))]
+    assert outcome.stdout == (
+        "db1, 2026-11-21 to 2027-01-20 (Europe/Berlin)\n"
+        "61 backups, one each 1d; 13 kept at the end, 14 at most\n"
+        "\n"
+        "         1       5         10        15        20        25        30\n"
+        "2026-11                                          M · · · · · · · · M      2 of 10\n"
+        "2026-12  · · · · · · · · · · · · · · · · · · · · · · · · · · W · · · M    2 of 31\n"
+        "2027-01  · · W · · · · · · W · · · D D D W D D M                          9 of 20\n"
+        "\n"
+        "M keep_monthly   W keep_weekly   D keep_daily   · removed by then\n"
+    )
+
+
+def test_a_simulation_shows_what_is_there_already_and_several_of_a_day(program: Program) -> None:
+    program.application.retention = RetentionPolicy(keep_last=12, keep_daily=2)
+    pin = Pin(owner="ann", reason="audit", since=NOW)
+    program.application.existing = (
+        Candidate(id=SnapshotId("00000000a1"), captured=NOW - timedelta(days=800), pin=pin),
+        Candidate(id=SnapshotId("00000000a2"), captured=NOW - timedelta(days=3), held=True),
+        Candidate(id=SnapshotId("00000000a3"), captured=NOW - timedelta(days=4)),
+    )
+    outcome = program("prune", "db1", "--simulate", "14h", "--every", "2h")
+    lines = outcome.stdout.splitlines()
+    assert lines[1] == "8 backups, one each 2h; 11 kept at the end, 11 at most"
+    assert lines[4] == "2024-09                        P                                          1 of 1"
+    assert lines[5] == "2026-11                                  L U     D8                      10 of 10"
+    assert lines[7] == "P pinned   U in use by an environment   D keep_daily   L keep_last   2-9+ so many of that day"
+
+
+def test_a_simulation_in_json(program: Program) -> None:
+    program.application.existing = (Candidate(id=SnapshotId("00000000a2"), captured=NOW, held=True),)
+    (said,) = program("prune", "--simulate", "2d", "--every", "1d", "--json").json["simulations"]
+    kept = said.pop("kept")
+    assert said == {
+        "guest": "db1",
+        "time_zone": "Europe/Berlin",
+        "from": "2026-11-21T08:00:03Z",
+        "until": "2026-11-23T08:00:03Z",
+        "every_seconds": 86400.0,
+        "backups": 3,
+        "most_kept": 4,
+    }
+    assert [(item["snapshot"], item["captured"]) for item in kept] == [
+        (None, "2026-11-21T08:00:03Z"),
+        ("00000000a2", "2026-11-21T08:00:03Z"),
+        (None, "2026-11-22T08:00:03Z"),
+        (None, "2026-11-23T08:00:03Z"),
+    ]
+    assert kept[-1]["rules"] == ["newest", "keep_daily", "keep_weekly", "keep_monthly"]
+    assert kept[-1]["reasons"][:2] == ["the newest", "keep_daily 1 of 7"]
+
+
+def test_a_simulation_on_a_terminal_is_coloured_and_fits_a_hundred_columns() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system="standard", highlight=False)
+    policy = Policy(
+        guest="db1",
+        time_zone="America/St_Johns",
+        retention=RetentionPolicy(
+            keep_last=3, keep_hourly=20, keep_daily=7, keep_weekly=5, keep_monthly=12, keep_yearly=2
+        ),
+    )
+    said = forecast((), policy=policy, now=NOW, span=timedelta(days=730), every=timedelta(hours=12))
+    for line in calendar_lines(said):
+        console.print(line)
+    text = stream.getvalue()
+    # Letter and colour of each rule: black on magenta, blue, cyan, green and yellow.
+    for letter, colour in (("Y", 45), ("M", 44), ("W", 46), ("D", 42), ("H", 43)):
+        assert f"\x1b[1;30;{colour}m{letter}\x1b[0m" in text
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert max(len(line) for line in plain) < 100
+    assert len([line for line in plain if re.match(r"20\d\d-\d\d ", line)]) == 25
+    kept = sum(int(found[1]) for line in plain if (found := re.search(r"(\d+) of \d+$", line)))
+    assert kept == len(said.kept)
+
+
+def test_simulations_of_no_guest_and_of_too_many_backups_are_told(program: Program) -> None:
+    program.application.forecasts = ()
+    assert program("prune", "--simulate", "1y").stdout == "No guest has a policy: nothing to simulate.\n"
 
 
 def test_pin_says_who_why_and_until_when(program: Program) -> None:

@@ -156,6 +156,36 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
         ("[clone]\ncpu_shares = 300000", "2: clone.cpu_shares: given 300000; must be at most 262144"),
         ('[clone]\ncpu_shares = "64"', '2: clone.cpu_shares: given "64"; a whole number is allowed, without quotes'),
         ("[retention]\nkeep_last = 7.5", "2: retention.keep_last: given 7.5; a whole number is allowed"),
+        ("[retention]\nkeep_daily = -1", "2: retention.keep_daily: given -1; must be at least 0"),
+        ("[retention]\nkeep_daily = '7'", '2: retention.keep_daily: given "7"; a whole number is allowed'),
+        ("[retention]\nkeep_last = 0", "1: retention: every keep_* is 0, so each snapshot would go as soon as"),
+        ("[retention]\nkeep_last = 0\nkeep_daily = 0", "1: retention: every keep_* is 0"),
+        (
+            "[retention]\nkeep_last = 2\nkeep_weekly = 4\nreplace_on_next = true",
+            "1: retention: replace_on_next = true contradicts keep_last = 2, keep_weekly = 4: keep one of the two",
+        ),
+        (
+            "[retention]\nmax_age = '30d'",
+            "1: retention: max_age says what goes, and nothing says what stays: add keep_last",
+        ),
+        ("[retention]\nmax_age = '0s'\nkeep_last = 1", '2: retention.max_age: given "0s"; must be more than 0'),
+        (
+            "[retention]\nkeep_last = 1\nmin_age = '2w'\nmax_age = '1w'",
+            "1: retention: min_age 14d is longer than max_age 7d",
+        ),
+        (
+            "[retention]\nkeep_monthly = 12\nmax_age = '30d'",
+            "1: retention: keep_monthly = 12 cannot be had with max_age 30d: make max_age longer, or keep_monthly smaller",
+        ),
+        ("[retention]\nmin_age = '99999999999999w'", '2: retention.min_age: given "99999999999999w"; a duration may'),
+        ("[retention]\ncounting = 'inturn'", '2: retention.counting: given "inturn"; allowed: '),
+        ("time_zone = 'Europe/Berlim'", '1: time_zone: given "Europe/Berlim"; this system knows no such time zone; '),
+        (
+            "time_zone = '../../etc/passwd'",
+            '1: time_zone: given "../../etc/passwd"; this system knows no such time zone',
+        ),
+        ("time_zone = 'Europe'", '1: time_zone: given "Europe"; this system knows no such time zone'),
+        ("time_zone = ''", '1: time_zone: given ""; this system knows no such time zone'),
         ('[control]\nvia = "ssh"', '1: control: via = "ssh" needs a section [control.ssh] with key_file'),
         ("[control.ssh]\nuser = 'x'", "1: control.ssh.key_file: this key is required"),
         (
@@ -287,6 +317,29 @@ policies = st.builds(
 @given(policies)
 def test_a_policy_printed_and_read_again_is_the_same(policy: Policy) -> None:
     assert Policy.model_validate(tomllib.loads(policy_text(policy))) == policy
+
+
+def test_the_nearest_time_zone_is_named(tmp_path: Path) -> None:
+    for name in ("europe/berlin", "Europe/Berlni", "Berlin/Europe/Berlin"):
+        assert refused(tmp_path, f"time_zone = '{name}'").brief.endswith("; did you mean 'Europe/Berlin'?")
+
+
+@pytest.mark.parametrize(
+    ("text", "keep_last"),
+    [
+        ("", 7),
+        ("keep_last = 3", 3),
+        ("min_age = '30d'", 7),
+        ("min_age = '30d'\nmax_age = '30d'", 7),
+        ("keep_daily = 7", 0),
+        ("keep_daily = 0", 7),
+        ("keep_yearly = 1\nkeep_last = 2", 2),
+        ("replace_on_next = true", 0),
+        ("replace_on_next = true\nkeep_last = 0", 0),
+    ],
+)
+def test_keep_last_gives_way_to_other_rules(tmp_path: Path, text: str, keep_last: int) -> None:
+    assert book(tmp_path, db=f"[retention]\n{text}").get("db").retention.keep_last == keep_last
 
 
 # The examples.

@@ -197,8 +197,8 @@ def test_the_reasons_say_what_decided() -> None:
         snapshots, policy=RetentionPolicy(keep_last=1), held=frozenset({SnapshotId("0000000004")}), now=NOW
     )
     assert [(item.keep, item.reasons) for item in decisions] == [
-        (False, ("not among the newest 1 (keep_last)",)),
-        (False, ("not among the newest 1 (keep_last)", "its pin ended 2026-11-21 00:00Z")),
+        (False, ("beyond keep_last 1",)),
+        (False, ("beyond keep_last 1", "its pin ended 2026-11-21 00:00Z")),
         (True, ("pinned by ann until 2026-11-23 00:00Z: audit",)),
         (True, ("in use by an environment",)),
         (True, ("the newest verified one",)),
@@ -206,8 +206,8 @@ def test_the_reasons_say_what_decided() -> None:
         (True, ("its time is ahead of the clock, which says 2026-11-21 00:00Z",)),
     ]
     assert [item.rules for item in decisions] == [
-        ("not-chosen",),
-        ("not-chosen", "pin-ended"),
+        ("beyond",),
+        ("beyond", "pin-ended"),
         ("pinned",),
         ("in-use",),
         ("newest-verified",),
@@ -222,9 +222,26 @@ def test_several_rules_may_keep_a_snapshot_and_all_are_named() -> None:
     verdicts = judge(candidates, policy=policy, now=NOW, zone=UTC)
     assert [[reason.text for reason in verdict.reasons] for verdict in verdicts] == [
         ["keep_yearly 2 of 3 (the oldest there is)"],
-        ["not among keep_daily 2, keep_weekly 1, keep_yearly 3"],
+        ["beyond keep_daily 2", "another of its week and year stays"],
         ["keep_daily 2 of 2"],
         ["the newest", "keep_daily 1 of 2", "keep_weekly 1 of 1", "keep_yearly 1 of 3", "younger than 2h (min_age)"],
+    ]
+
+
+def test_in_turn_says_that_another_of_the_period_stays() -> None:
+    policy = RetentionPolicy(keep_last=2, keep_daily=1, keep_weekly=1, counting=Counting.IN_TURN)
+    moments = [NOW - timedelta(hours=hours) for hours in (0, 1, 2, 30, 31, 24 * 8, 24 * 9, 24 * 30)]
+    candidates = [Candidate(id=SnapshotId(f"{number:010x}"), captured=moment) for number, moment in enumerate(moments)]
+    verdicts = judge(candidates, policy=policy, now=NOW, zone=UTC)
+    assert [[reason.text for reason in verdict.reasons] for verdict in reversed(verdicts)] == [
+        ["the newest", "keep_last 1 of 2"],
+        ["keep_last 2 of 2"],
+        ["beyond keep_last 2", "another of its day and week stays"],
+        ["keep_daily 1 of 1"],
+        ["beyond keep_last 2", "another of its day and week stays"],
+        ["keep_weekly 1 of 1"],
+        ["beyond keep_last 2, keep_daily 1", "another of its week stays"],
+        ["beyond keep_last 2, keep_daily 1, keep_weekly 1"],
     ]
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.workflow.invocations import Outcome, Trial, backup, invoke, provision, pruning, recovers, simply, succeed
-from vmsnap.model.ids import RunId
-from vmsnap.model.manifest import Snapshot
+from vmsnap.errors import ConfigError
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.manifest import Marks, Pin, Snapshot, Verification
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.testing.faults import Fault, Mode
 from vmsnap.testing.memory_store import MemoryStore
-from vmsnap.testing.world import FakeWorld
-from vmsnap.workflow.prune import prune
+from vmsnap.testing.world import START, FakeWorld
+from vmsnap.workflow.prune import foresee, prune
 
 KEEP_ONE = Policy(guest="db", retention=RetentionPolicy(keep_last=1))
 
@@ -51,6 +53,86 @@ def test_any_fault_while_pruning(tmp_path: Path, mode: Mode) -> None:
 
     trial.every(tmp_path, mode, after=afterwards)
     assert trial.count > 8
+
+
+REPLACE = Policy(guest="db", retention=RetentionPolicy(replace_on_next=True))
+RICH = Policy(
+    guest="db",
+    time_zone="Europe/Berlin",
+    retention=RetentionPolicy(keep_last=1, keep_daily=1, keep_weekly=2, max_age=timedelta(days=30)),
+)
+
+
+def _with_marks(folder: Path) -> FakeWorld:
+    """Return a world whose snapshots are: pinned, with nothing, verified, damaged, with nothing, newest and damaged."""
+    lab = FakeWorld(folder)
+    bad = Verification(at=START, blocks=9, bad_blocks=1)
+    for marks in (
+        Marks(pin=Pin(owner="ann", reason="audit", since=START)),
+        Marks(),
+        Marks(verification=Verification(at=START, blocks=9, bad_blocks=0)),
+        Marks(verification=bad),
+        Marks(),
+        Marks(verification=bad),
+    ):
+        succeed(lab, backup(Policy(guest="db", retention=RetentionPolicy(keep_last=9))))
+        newest = lab.store.snapshots("db")[-1]
+        lab.store.mark(newest, marks=marks)
+    return lab
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("policy", [REPLACE, RICH], ids=["replace", "rich"])
+def test_what_is_protected_outlives_any_fault(tmp_path: Path, mode: Mode, policy: Policy) -> None:
+    trial = Trial(prepare=_with_marks, work=pruning(policy))
+    before: dict[FakeWorld, list[SnapshotId]] = {}
+
+    def prepared(folder: Path) -> FakeWorld:
+        lab = _with_marks(folder)
+        before[lab] = [snapshot.id for snapshot in lab.store.snapshots("db")]
+        return lab
+
+    trial.prepare = prepared
+
+    def afterwards(lab: FakeWorld, outcome: Outcome) -> list[str]:
+        pinned, _, verified, _, sound, newest = before[lab]
+        protected = {pinned, verified, sound, newest}
+        wrong = recovers(lab)
+        left = {snapshot.id for snapshot in lab.store.snapshots("db")}
+        wrong += [f"{gone} is gone" for gone in protected - left]
+        simply(lab, pruning(policy))
+        left = {snapshot.id for snapshot in lab.store.snapshots("db")}
+        if left != protected:
+            wrong.append(f"after the next prune there are {left}, protected are {protected}")
+        return wrong
+
+    trial.every(tmp_path, mode, after=afterwards)
+    assert trial.count > 8
+
+
+def test_the_policys_time_zone_and_the_clock_are_used(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    for _ in range(2):
+        succeed(lab, backup())
+    first, second = lab.store.snapshots("db")
+    aged = Policy(guest="db", retention=RetentionPolicy(keep_last=9, max_age=timedelta(days=4)))
+    lab.clock.sleep(timedelta(days=400))
+    kept = prune(lab.process(), policy=aged, dry_run=False)
+    # Believed are two days after the second newest: not four.
+    assert [decision.keep for decision in kept] == [True, True]
+    assert "clock-in-doubt" in kept[0].rules
+    removed = prune(lab.process(), policy=aged, dry_run=False, trust_clock=True)
+    assert [(decision.snapshot.id, decision.keep) for decision in removed] == [(first.id, False), (second.id, True)]
+
+
+def test_a_forecast_changes_nothing_and_knows_what_is_in_use(tmp_path: Path) -> None:
+    lab = _with_four_snapshots(tmp_path)
+    ids = [snapshot.id for snapshot in lab.store.snapshots("db")]
+    said = foresee(lab.process(), policy=KEEP_ONE, span=timedelta(days=9), every=timedelta(days=1))
+    assert [verdict.candidate.id for verdict in said.kept] == [ids[1], "+000000009"]
+    assert [snapshot.id for snapshot in lab.store.snapshots("db")] == ids
+    with pytest.raises(ConfigError, match="more than"):
+        foresee(lab.process(), policy=KEEP_ONE, span=timedelta(days=9), every=timedelta(milliseconds=1))
 
 
 def test_pruning_that_fails_after_a_good_backup_is_a_warning(tmp_path: Path) -> None:

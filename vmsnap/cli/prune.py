@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 _DOUBT = (
-    "This host's clock is far ahead of the newest snapshots: it is wrong, or there were no backups. Nothing that they would not "
-    "let go goes by age or by the end of a pin. If the clock is right: --trust-clock."
+    "This host's clock is far ahead of the newest snapshots: it is wrong, or there were no backups for long. What only such "
+    "a clock calls old, or not pinned any more, stays. If the clock is right, add --trust-clock."
 )
 
 

@@ -6,6 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 from vmsnap.errors import ConfigError
 
+_SPANS = 'write it like this: 90m, 12h, 14d, 2y, or "1d 12h"'
+
 
 def parse_time(text: str, *, option: str) -> datetime:
     """Return the UTC time a text names. Raises ConfigError, also for a time without a zone: it would be a guess."""
@@ -28,9 +30,9 @@ def parse_span(text: str, *, option: str) -> timedelta:
     try:
         span = parse_duration(text)
     except ValueError as error:
-        raise ConfigError(f"{option}: given '{text}'; {error}") from error
+        raise ConfigError(f"{option}: given '{text}'; {error}", remedy=_SPANS) from error
     if span <= timedelta(0):
-        raise ConfigError(f"{option}: given '{text}'; it must be longer than nothing")
+        raise ConfigError(f"{option}: given '{text}'; it must be longer than nothing", remedy=_SPANS)
     return span
 
 

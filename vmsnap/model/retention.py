@@ -13,7 +13,7 @@ A damaged snapshot takes no place from a sound one: the rules choose among the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -22,11 +22,18 @@ from vmsnap.model.durations import format_duration
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import PruneDecision
-from vmsnap.model.retention_policy import RetentionPolicy
-from vmsnap.model.selection import RULES, Candidate, choose, newest_first
+from vmsnap.model.retention_policy import Counting, RetentionPolicy
+from vmsnap.model.selection import PERIODS, RULES, Candidate, choose, newest_first
 
 _LEAST_TRUST = timedelta(days=2)
 _TRUST_WITHOUT_MAX_AGE = timedelta(days=30)
+_NAMES = {
+    "keep_hourly": "hour",
+    "keep_daily": "day",
+    "keep_weekly": "week",
+    "keep_monthly": "month",
+    "keep_yearly": "year",
+}
 
 
 class Keeper(StrEnum):
@@ -42,7 +49,8 @@ class Keeper(StrEnum):
     MIN_AGE = "min_age"
     MAX_AGE = "max_age"
     REPLACED = "replace_on_next"
-    NOT_CHOSEN = "not-chosen"
+    BEYOND = "beyond"
+    ANOTHER_STAYS = "another-stays"
     PIN_ENDED = "pin-ended"
 
 
@@ -65,11 +73,12 @@ class Verdict:
 
 @dataclass(kw_only=True, slots=True)
 class _Now:
-    """The clock, and the clock as far as it is believed."""
+    """The clock, the clock as far as it is believed, and what is kept so far. ``chosen``: by each ``keep_*`` rule."""
 
     clock: datetime
     believed: datetime
     kept: dict[SnapshotId, list[Reason]] = field(default_factory=dict)
+    chosen: dict[str, set[SnapshotId]] = field(default_factory=dict)
 
     def keep(self, one: Candidate, rule: str, text: str) -> None:
         self.kept.setdefault(one.id, []).append(Reason(rule=rule, text=text))
@@ -136,11 +145,13 @@ def judge(
     _protect(past, moment=moment)
     _apply_rules(past, policy=policy, zone=zone, moment=moment)
     _respect_pins_and_age(ordered, policy=policy, moment=moment)
+    stand_ins = _stand_ins(past, policy=policy, zone=zone, moment=moment)
     return tuple(
         Verdict(
             candidate=one,
             keep=one.id in moment.kept,
-            reasons=tuple(moment.kept.get(one.id, ())) or tuple(_why_not(one, policy=policy, moment=moment)),
+            reasons=tuple(moment.kept.get(one.id, ()))
+            or tuple(_why_not(one, policy=policy, zone=zone, moment=moment, stand_ins=stand_ins)),
         )
         for one in reversed(ordered)
     )
@@ -176,11 +187,11 @@ def _apply_rules(past: Sequence[Candidate], *, policy: RetentionPolicy, zone: tz
     young = [one for one in past if not _is_too_old(one, policy=policy, now=moment.believed)]
     sound = [one for one in young if not one.damaged]
     by_id = {one.id: one for one in young}
-    said: set[tuple[SnapshotId, str]] = set()
     for group in (sound, young) if len(sound) < len(young) else (young,):
         for choice in choose(group, policy=policy, zone=zone):
-            if (choice.id, choice.rule) not in said:
-                said.add((choice.id, choice.rule))
+            chosen = moment.chosen.setdefault(choice.rule, set())
+            if choice.id not in chosen:
+                chosen.add(choice.id)
                 count = getattr(policy, choice.rule)
                 oldest = " (the oldest there is)" if choice.oldest else ""
                 moment.keep(by_id[choice.id], choice.rule, f"{choice.rule} {choice.number} of {count}{oldest}")
@@ -214,20 +225,37 @@ def _is_too_old(one: Candidate, *, policy: RetentionPolicy, now: datetime) -> bo
     return policy.max_age is not None and now - one.captured > policy.max_age
 
 
-def _why_not(one: Candidate, *, policy: RetentionPolicy, moment: _Now) -> Iterator[Reason]:
+def _stand_ins(
+    past: Sequence[Candidate], *, policy: RetentionPolicy, zone: tzinfo, moment: _Now
+) -> dict[str, set[Hashable]]:
+    """Return for each rule in use the periods of which something stays on its account."""
+    found: dict[str, set[Hashable]] = {}
+    standing: set[SnapshotId] = set()
+    for rule in RULES:
+        mine = moment.chosen.get(rule, set())
+        # In turn, a rule also passes over the periods from which an earlier one keeps something.
+        standing = standing | mine if policy.counting is Counting.IN_TURN else mine
+        if getattr(policy, rule) and rule in PERIODS:
+            found[rule] = {PERIODS[rule](one.captured.astimezone(zone)) for one in past if one.id in standing}
+    return found
+
+
+def _why_not(
+    one: Candidate, *, policy: RetentionPolicy, zone: tzinfo, moment: _Now, stand_ins: dict[str, set[Hashable]]
+) -> Iterator[Reason]:
     if policy.max_age is not None and _is_too_old(one, policy=policy, now=moment.believed):
         yield Reason(rule=Keeper.MAX_AGE, text=f"older than {format_duration(policy.max_age)} (max_age)")
     elif policy.replace_on_next:
         yield Reason(rule=Keeper.REPLACED, text="a newer one is there (replace_on_next)")
     else:
-        yield Reason(rule=Keeper.NOT_CHOSEN, text=f"not among {_wanted(policy)}")
+        local = one.captured.astimezone(zone)
+        replaced = [rule for rule, periods in stand_ins.items() if PERIODS[rule](local) in periods]
+        beyond = [f"{rule} {getattr(policy, rule)}" for rule in RULES if getattr(policy, rule) and rule not in replaced]
+        if beyond:
+            yield Reason(rule=Keeper.BEYOND, text=f"beyond {', '.join(beyond)}")
+        if replaced:
+            periods = " and ".join(_NAMES[rule] for rule in replaced)
+            yield Reason(rule=Keeper.ANOTHER_STAYS, text=f"another of its {periods} stays")
     if one.pin is not None and one.pin.until is not None:
         end = one.pin.until.astimezone(UTC)
         yield Reason(rule=Keeper.PIN_ENDED, text=f"its pin ended {end:%Y-%m-%d %H:%MZ}")
-
-
-def _wanted(policy: RetentionPolicy) -> str:
-    wanted = [(rule, getattr(policy, rule)) for rule in RULES if getattr(policy, rule)]
-    if [rule for rule, _ in wanted] == ["keep_last"]:
-        return f"the newest {policy.keep_last} (keep_last)"
-    return ", ".join(f"{rule} {count}" for rule, count in wanted)
