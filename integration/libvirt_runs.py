@@ -63,6 +63,7 @@ class DriverRun:
     plan: CapturePlan
     fence: FencePlan
     clone: Clone | None = None
+    network: NetworkFence = field(default_factory=NetworkFence)  # who proves a fence must have built it
     resources: list[Resource] = field(default_factory=list)
 
     def prepare(self) -> None:
@@ -85,14 +86,13 @@ class DriverRun:
         return self.clone
 
     def build_fence(self) -> None:
-        fence = NetworkFence()
-        self.resources.append(fence.resource(self.fence))
-        fence.build(self.fence)
+        self.resources.append(self.network.resource(self.fence))
+        self.network.build(self.fence)
 
     def resume(self) -> Clone:
         """Prove the fence, let the clone run, and wait until its agent has opened its end of the new channel."""
         assert self.clone is not None
-        self.driver.resume_clone(self.clone, proof=NetworkFence().prove(self.fence))
+        self.driver.resume_clone(self.clone, proof=self.network.prove(self.fence))
         wait_until(self._clone_answers, "an answer of the clone's agent")
         return self.clone
 
@@ -106,7 +106,7 @@ class DriverRun:
 
     def release(self, *, driver: LibvirtHypervisor | None = None) -> None:
         """Undo everything, the last thing first, as a run's clean-up or reconcile does."""
-        owners = (driver or self.driver, NetworkFence())
+        owners = (driver or self.driver, self.network)
         for resource in reversed(self.resources):
             (owner,) = (owner for owner in owners if resource.kind in owner.kinds)
             owner.release(resource, deadline=DEADLINE)
