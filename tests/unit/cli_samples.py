@@ -34,7 +34,7 @@ from vmsnap.errors import (
 )
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.environment import Environment
-from vmsnap.model.forecast import Forecast, forecast
+from vmsnap.model.forecast import Forecast, every_so_often, forecast
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, ProofKind, Rung
@@ -286,7 +286,8 @@ class FakeApplication:
         if self.forecasts is not None:
             return self.forecasts
         policy = Policy(guest=guest or "db1", retention=self.retention, time_zone="Europe/Berlin")
-        return (forecast(self.existing, policy=policy, now=NOW, span=span, every=every),)
+        moments = every_so_often(every, now=NOW)
+        return (forecast(self.existing, policy=policy, moments=moments, now=NOW, span=span, every=every),)
 
     def reconcile(self) -> ReconcileReport:
         self._called("reconcile")

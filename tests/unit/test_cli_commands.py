@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
-from vmsnap.model.forecast import forecast
+from vmsnap.model.forecast import every_so_often, forecast
 from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Marks, Pin, Verification
@@ -402,7 +402,9 @@ def test_a_simulation_on_a_terminal_is_coloured_and_fits_a_hundred_columns() -> 
             keep_last=3, keep_hourly=20, keep_daily=7, keep_weekly=5, keep_monthly=12, keep_yearly=2
         ),
     )
-    said = forecast((), policy=policy, now=NOW, span=timedelta(days=730), every=timedelta(hours=12))
+    every = timedelta(hours=12)
+    moments = every_so_often(every, now=NOW)
+    said = forecast((), policy=policy, moments=moments, now=NOW, span=timedelta(days=730), every=every)
     for line in calendar_lines(said):
         console.print(line)
     text = stream.getvalue()

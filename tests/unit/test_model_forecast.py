@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmsnap.model.forecast import MOST_BACKUPS, Forecast, forecast
+from vmsnap.model.forecast import MOST_BACKUPS, Forecast, every_so_often, forecast
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Pin
 from vmsnap.model.policy import Policy
@@ -19,13 +19,15 @@ DAY = timedelta(days=1)
 
 
 def ahead(retention: RetentionPolicy, *existing: Candidate, span: timedelta, every: timedelta = DAY) -> Forecast:
-    return forecast(existing, policy=Policy(guest="db", retention=retention), now=NOW, span=span, every=every)
+    policy = Policy(guest="db", retention=retention)
+    moments = every_so_often(every, now=NOW)
+    return forecast(existing, policy=policy, moments=moments, now=NOW, span=span, every=every)
 
 
 def test_two_years_of_nightly_backups() -> None:
     policy = RetentionPolicy(keep_daily=7, keep_weekly=5, keep_monthly=12, keep_yearly=3)
     said = ahead(policy, span=timedelta(days=730))
-    assert (said.backups, said.end) == (731, NOW + timedelta(days=730))
+    assert (len(said.backups), said.end) == (731, NOW + timedelta(days=730))
     assert len(said.kept) <= said.most <= 25
     rules = [{reason.rule for reason in verdict.reasons} for verdict in said.kept]
     counts = [sum(rule in mine for mine in rules) for rule in ("keep_daily", "keep_weekly", "keep_monthly")]
@@ -48,8 +50,8 @@ def test_it_is_what_pruning_after_each_backup_leaves(counts: dict[str, int], hou
     every = timedelta(minutes=minutes)
     said = ahead(policy, span=timedelta(hours=hours), every=every)
     left: list[Candidate] = []
-    for number in range(said.backups):
-        moment = NOW + number * every
+    assert said.backups == tuple(NOW + number * every for number in range(int(timedelta(hours=hours) / every) + 1))
+    for number, moment in enumerate(said.backups):
         left.append(Candidate(id=SnapshotId(f"+{number:09}"), captured=moment))
         left = [one.candidate for one in judge(left, policy=policy, now=moment, zone=UTC) if one.keep]
     assert [verdict.candidate for verdict in said.kept] == left
@@ -73,3 +75,12 @@ def test_what_cannot_be_reckoned_is_refused() -> None:
         ahead(RetentionPolicy(), span=timedelta(days=365), every=timedelta(seconds=1))
     with pytest.raises(ValueError, match="9999"):
         ahead(RetentionPolicy(), span=timedelta(days=365 * 9000), every=timedelta(days=365))
+    assert len(ahead(RetentionPolicy(), span=timedelta(days=9), every=timedelta(days=365 * 9000)).backups) == 1
+
+
+def test_a_schedule_without_backups_leaves_what_retention_leaves() -> None:
+    existing = [Candidate(id=SnapshotId(f"00000000a{n}"), captured=NOW - n * DAY) for n in range(3)]
+    policy = Policy(guest="db", retention=RetentionPolicy(keep_last=2))
+    said = forecast(existing, policy=policy, moments=(), now=NOW, span=DAY, every=None)
+    assert [verdict.candidate.id for verdict in said.kept] == ["00000000a1", "00000000a0"]
+    assert (said.backups, said.most) == ((), 3)

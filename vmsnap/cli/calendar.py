@@ -43,10 +43,10 @@ def calendar_lines(forecast: Forecast) -> Iterator[Text]:
     for verdict in forecast.kept:
         kept.setdefault(verdict.candidate.captured.astimezone(zone).date(), []).append(verdict)
     first, last = forecast.start.astimezone(zone).date(), forecast.end.astimezone(zone).date()
-    days = _backup_days(forecast, zone=zone)
+    days = Counter(moment.astimezone(zone).date() for moment in forecast.backups)
     yield Text.assemble((printable(forecast.guest), "bold"), f", {first} to {last} ({forecast.time_zone})")
     yield Text(
-        f"{count(forecast.backups, thing='backup')}, one each {_span(forecast.every)}; "
+        f"{count(len(forecast.backups), thing='backup')}, {_rhythm(forecast.every)}; "
         f"{len(forecast.kept)} kept at the end, {forecast.most} at most"
     )
     yield Text()
@@ -62,16 +62,10 @@ def calendar_lines(forecast: Forecast) -> Iterator[Text]:
     yield from _legend(drawn)
 
 
-def _span(every: timedelta) -> str:
+def _rhythm(every: timedelta | None) -> str:
     from vmsnap.model.durations import format_duration  # noqa: PLC0415 - pydantic is slow to load, and --help needs none
 
-    return format_duration(every)
-
-
-def _backup_days(forecast: Forecast, *, zone: ZoneInfo) -> Counter[date]:
-    return Counter(
-        (forecast.start + number * forecast.every).astimezone(zone).date() for number in range(forecast.backups)
-    )
+    return "as scheduled" if every is None else f"one each {format_duration(every)}"
 
 
 def _months(first: date, last: date) -> Iterator[date]:

@@ -109,8 +109,8 @@ def forecasts_document(forecasts: Sequence[Forecast]) -> Document:
                 "time_zone": forecast.time_zone,
                 "from": _iso(forecast.start),
                 "until": _iso(forecast.end),
-                "every_seconds": forecast.every.total_seconds(),
-                "backups": forecast.backups,
+                "every_seconds": None if forecast.every is None else forecast.every.total_seconds(),
+                "backups": len(forecast.backups),
                 "most_kept": forecast.most,
                 "kept": [
                     {

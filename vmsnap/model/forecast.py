@@ -1,10 +1,11 @@
-"""What a policy will have kept after some time of regular backups: retention, applied after each of them. Pure."""
+"""What a policy will have kept after some time of backups: retention, applied after each of them. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from zoneinfo import ZoneInfo
 
 from vmsnap.model.ids import SnapshotId
@@ -14,56 +15,71 @@ from vmsnap.model.selection import Candidate
 
 MOST_BACKUPS = 100_000
 _PRUNING_EVERY = timedelta(hours=6)
-_A_DAY = timedelta(days=1)
+# Months are drawn whole, and the one after the last is looked at.
+_LAST = datetime.max.replace(tzinfo=UTC) - timedelta(days=40)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is there at the end. ``backups`` were imagined; ``most`` is the largest number kept at any time.
+    """What is there at the end. ``backups`` were imagined, at these times; ``most`` is the largest number ever kept.
 
-    ``kept`` are the verdicts on what is left, oldest first; the ids of imagined snapshots begin with ``+``.
+    ``every`` is the time between them; None: they are as the policy's schedule has it. ``kept`` are the verdicts on what is
+    left, oldest first; the ids of imagined snapshots begin with ``+``.
     """
 
     guest: str
     time_zone: str
     start: datetime
     end: datetime
-    every: timedelta
-    backups: int
+    every: timedelta | None
+    backups: tuple[datetime, ...]
     most: int
     kept: tuple[Verdict, ...]
 
 
+def every_so_often(every: timedelta, *, now: datetime) -> Iterator[datetime]:
+    """Yield ``now``, and a time each ``every`` after it, as long as there is a calendar."""
+    yield now
+    while every <= _LAST - now:
+        now += every
+        yield now
+
+
 def forecast(
-    existing: Sequence[Candidate], *, policy: Policy, now: datetime, span: timedelta, every: timedelta
+    existing: Sequence[Candidate],
+    *,
+    policy: Policy,
+    moments: Iterable[datetime],
+    now: datetime,
+    span: timedelta,
+    every: timedelta | None,
 ) -> Forecast:
-    """Return what stays of ``existing`` snapshots and of one backup each ``every``, from ``now`` to ``now + span``.
+    """Return what stays of ``existing`` snapshots and of backups at ``moments``, up to ``now + span``.
 
     Retention is applied after each backup, but every six hours at most: for the rules it is the same, and quicker.
     What environments hold now, they hold to the end. Raises ValueError for more than ``MOST_BACKUPS``, and for an end
     beyond the year 9999.
     """
-    if span / every >= MOST_BACKUPS:
-        msg = f"that would be more than {MOST_BACKUPS} backups"
-        raise ValueError(msg)
-    if span > datetime.max.replace(tzinfo=UTC) - _A_DAY - now:
+    if span > _LAST - now:
         msg = "the calendar ends with the year 9999"
         raise ValueError(msg)
     zone = ZoneInfo(policy.time_zone)
     left = list(existing)
     most = len(left)
     verdicts: tuple[Verdict, ...] = ()
-    backups = int(span / every) + 1
     pruned = None
-    for number in range(backups):
-        moment = now + number * every
+    backups = _up_to(now + span, moments)
+    for number, moment in enumerate(backups):
         left.append(Candidate(id=SnapshotId(f"+{number:09}"), captured=moment))
-        if pruned is not None and moment - pruned < _PRUNING_EVERY and number < backups - 1:
-            continue
-        pruned = moment
-        verdicts = judge(left, policy=policy.retention, zone=zone, now=moment)
-        left = [verdict.candidate for verdict in verdicts if verdict.keep]
-        most = max(most, len(left))
+        if pruned is None or moment - pruned >= _PRUNING_EVERY:
+            pruned = moment
+            left = [
+                verdict.candidate
+                for verdict in judge(left, policy=policy.retention, zone=zone, now=moment)
+                if verdict.keep
+            ]
+            most = max(most, len(left))
+    verdicts = judge(left, policy=policy.retention, zone=zone, now=backups[-1] if backups else now)
     return Forecast(
         guest=policy.guest,
         time_zone=policy.time_zone,
@@ -71,6 +87,16 @@ def forecast(
         end=now + span,
         every=every,
         backups=backups,
-        most=most,
+        most=max(most, sum(verdict.keep for verdict in verdicts)),
         kept=tuple(verdict for verdict in verdicts if verdict.keep),
     )
+
+
+def _up_to(end: datetime, moments: Iterable[datetime]) -> tuple[datetime, ...]:
+    found: list[datetime] = []
+    for moment in takewhile(lambda one: one <= end, moments):
+        if len(found) == MOST_BACKUPS:
+            msg = f"that would be more than {MOST_BACKUPS} backups"
+            raise ValueError(msg)
+        found.append(moment)
+    return tuple(found)

@@ -7,7 +7,7 @@ from datetime import timedelta
 from zoneinfo import ZoneInfo
 
 from vmsnap.errors import ConfigError, HeldError
-from vmsnap.model.forecast import Forecast, forecast
+from vmsnap.model.forecast import Forecast, every_so_often, forecast
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
@@ -54,8 +54,10 @@ def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta) 
     snapshots = world.store.snapshots(policy.guest)
     held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
     existing = [candidate_of(snapshot, held=held) for snapshot in snapshots]
+    now = world.clock.now()
     try:
-        return forecast(existing, policy=policy, now=world.clock.now(), span=span, every=every)
+        moments = every_so_often(every, now=now)
+        return forecast(existing, policy=policy, moments=moments, now=now, span=span, every=every)
     except ValueError as error:
         raise ConfigError(f"--simulate: {error}", remedy="give a shorter --simulate, or a longer --every") from error
 
