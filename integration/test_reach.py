@@ -154,6 +154,30 @@ def test_two_guests_are_backed_up_at_the_same_time(
         require_home(guest)
 
 
+def test_the_watcher_keeps_a_guests_exchange_until_it_is_told_to_end(
+    moving: LabGuest, vmsnap: Installation, lab: Lab
+) -> None:
+    vmsnap.policy(moving.name)
+    kept = vmsnap.state / "exchanges" / f"{moving.spec.macs[0].replace(':', '-')}.json"
+    process = vmsnap.start("dhcp", "watch", moving.name)
+    try:
+        end = time.monotonic() + 30 * lab.time_factor
+        while not kept.exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end, "no exchange was recorded"
+            moving.run(["networkctl", "renew", "eth0"])
+            time.sleep(1)
+    finally:
+        process.terminate()
+        output, _ = process.communicate(timeout=20 * lab.time_factor)
+    assert process.returncode == 0, output
+    record = json.loads(kept.read_text())
+    assert (record["address"], record["server"]) == (moving.address(), GATEWAY)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert f"{moving.address()} from {GATEWAY}, no nonce" in output
+    assert "Stopped; " in output
+
+
 def test_the_rungs_are_tried_in_order_and_each_failure_is_kept(fixed: LabGuest, vmsnap: Installation, lab: Lab) -> None:
     key = lab.image.host_key
     for memory in (vmsnap.state / "rungs").iterdir():  # what worked last would come first

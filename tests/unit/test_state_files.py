@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,15 @@ from hypothesis import strategies as st
 from vmsnap.errors import BusyError, DriverError, NoSpaceError, PreconditionError
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, ResourceKind, RunKind
 from vmsnap.state import files
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.events import Beginning, History, begin_line, resource_line, state_line
+from vmsnap.state.exchanges import FileExchanges
 from vmsnap.state.journal import KEEP_FINISHED_COUNT, FileJournals, FileRunJournal
 from vmsnap.state.locks import FileLocks
+from vmsnap.state.rungs import FileRungMemory
 
 AT = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
 RUN = RunId("00000000a1")
@@ -354,3 +358,48 @@ def test_a_writer_killed_at_any_moment_leaves_a_prefix(tmp_path: Path, seed: int
     assert names == [str(number) for number in range(len(names))]
     # Everything acknowledged is there; at most one more was written and not yet acknowledged.
     assert len(acknowledged) <= len(names) <= len(acknowledged) + 1
+
+
+# Exchanges and rungs
+
+EXCHANGE = Exchange(
+    mac="52:54:00:aa:00:01", address=IPv4Address("192.0.2.7"), server=IPv4Address("192.0.2.1"), xid=7, seen=AT,
+    nonce=b"0123456789abcdef",
+)  # fmt: skip
+
+
+def test_exchanges_and_rungs_are_their_owners_alone(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    FileExchanges(state).put(EXCHANGE)
+    FileRungMemory(state).remember("db", rung=Rung.AGENT)
+    for path in state.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
+    assert sorted(path.name for path in state.rglob("*.json")) == ["52-54-00-aa-00-01.json", "db.json"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"version": 1', '"version": 2'), ('"xid": 7', '"xid": "x"'), ("192.0.2.7", "192.0.2"), ("{", ""), ("3031", "31")],
+)
+def test_a_damaged_exchange_is_an_error_that_shows_nothing_of_it(before: str, after: str, tmp_path: Path) -> None:
+    book = FileExchanges(tmp_path / "state")
+    book.put(EXCHANGE)
+    (path,) = (tmp_path / "state" / "exchanges").iterdir()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(DriverError, match="describes no DHCP exchange") as caught:
+        book.get(EXCHANGE.mac)
+    shown = f"{caught.value} {caught.value.details} {EXCHANGE!r}"
+    assert EXCHANGE.nonce is not None
+    assert EXCHANGE.nonce.hex() not in shown
+    assert EXCHANGE.nonce.decode() not in shown
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1, "rung": "ladder"}', '{"version": 2, "rung": "agent"}'])
+def test_a_damaged_memory_of_rungs_is_no_memory(content: str, tmp_path: Path) -> None:
+    memory = FileRungMemory(tmp_path / "state")
+    memory.remember("db", rung=Rung.AGENT)
+    (path,) = (tmp_path / "state" / "rungs").iterdir()
+    path.write_text(content)
+    assert memory.recall("db") is None
+    memory.remember("db", rung=Rung.LINK_FLAP)
+    assert memory.recall("db") is Rung.LINK_FLAP

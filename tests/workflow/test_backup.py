@@ -34,7 +34,7 @@ from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.drain import CleanShutdown, FileSystemState, InstanceEvidence
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.ids import RunId
-from vmsnap.model.isolation import DEFAULT_LADDER, Exchange, Rung
+from vmsnap.model.isolation import DEFAULT_LADDER, Addressed, Exchange, Rung
 from vmsnap.model.policy import (
     ControlPolicy,
     DatabasePolicy,
@@ -45,6 +45,7 @@ from vmsnap.model.policy import (
 from vmsnap.model.report import BackupReport
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.ports.clock import Cancel
+from vmsnap.ports.network import AddressRequest, LinkControl
 from vmsnap.testing.fake_disks import FakeDiskInspector
 from vmsnap.testing.fake_host import ImageFile
 from vmsnap.testing.fake_network import FakeAddressing, RungOutcome
@@ -236,6 +237,35 @@ def test_static_addresses_are_known_from_the_policy_or_the_agent(
     succeed(lab, backup(Policy(guest="db", isolation=IsolationPolicy(address="always", static=static))))
     (request,) = lab.addressing.requests
     assert request.static_macs == (frozenset({mac}) if expected else frozenset())
+
+
+HOT_PLUG = Policy(guest="db", isolation=IsolationPolicy(address="always", ladder=(Rung.HOT_PLUG, Rung.LINK_FLAP)))
+
+
+def test_a_clone_whose_fence_cannot_be_proven_after_its_card_was_plugged_anew_is_ended(tmp_path: Path) -> None:
+    class Holed(FakeAddressing):
+        def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:
+            lab.network.fences[request.fence.run].intact = False
+            return super().move(request, links=links, cancel=cancel)
+
+    lab = FakeWorld(tmp_path)
+    lab.addressing = Holed({Rung.HOT_PLUG: RungOutcome(CLONE_ADDRESS)})
+    error = failed(lab, HOT_PLUG)
+    assert isinstance(error, IsolationError)
+    assert error.exit_code is ExitCode.SAFETY
+    assert lab.host.machines["db"].state is GuestState.RUNNING
+
+
+def test_a_guest_that_keeps_its_card_is_tried_by_the_next_rung(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.addressing = FakeAddressing(
+        {Rung.HOT_PLUG: RungOutcome(CLONE_ADDRESS), Rung.LINK_FLAP: RungOutcome(CLONE_ADDRESS)}
+    )
+    lab.host.keeps_nics = True
+    report = report_of(succeed(lab, backup(HOT_PLUG)))
+    first, second = report.isolation.attempts
+    assert (first.rung, second.rung) == (Rung.HOT_PLUG, Rung.LINK_FLAP)
+    assert "did not let go" in (first.failure or "")
 
 
 def test_production_is_asked_nothing_where_no_address_is_needed(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from tests.workflow.invocations import POLICY, Outcome, Trial, backup, invoke, order, recovers, simply, succeed
 from vmsnap.engines.pg_control import ClusterState
 from vmsnap.errors import CancelledError, CleanupError, ExitCode, GuestCommandError, NotCleanError, VmsnapError
-from vmsnap.model.policy import DatabasePolicy
+from vmsnap.model.isolation import Rung
+from vmsnap.model.policy import DatabasePolicy, IsolationPolicy, Policy
+from vmsnap.testing.fake_network import FakeAddressing, RungOutcome
 from vmsnap.testing.faults import DEATHS, Fault, Mode
 from vmsnap.testing.world import FakeWorld
 
@@ -45,6 +47,33 @@ def _afterwards(lab: FakeWorld, outcome: Outcome) -> list[str]:
     elif len(lab.store.snapshots("db")) != len(stored) + 1:
         wrong.append("the following backup stored nothing")
     return wrong
+
+
+ALWAYS_HOT_PLUG = Policy(guest="db", isolation=IsolationPolicy(address="always", ladder=(Rung.HOT_PLUG,)))
+
+
+def _pluggable(folder: Path) -> FakeWorld:
+    lab = FakeWorld(folder)
+    lab.addressing = FakeAddressing({Rung.HOT_PLUG: RungOutcome("198.18.7.10")})
+    return lab
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_any_fault_while_a_card_is_plugged_anew(tmp_path: Path, mode: Mode) -> None:
+    good = invoke(_pluggable(tmp_path / "good"), backup(ALWAYS_HOT_PLUG))
+    names = [call.name for call in good.calls]
+    first, last = names.index("rungs.recall"), names.index("rungs.remember")
+    inside = names[first : last + 1]
+    replugged = inside.index("hypervisor.replug_nic")
+    proven = inside.index("fence.prove", replugged)
+    assert inside.index("hypervisor.resume_clone", replugged) > proven, "the clone has its card back, and stands still"
+    for number in range(first, last + 1):
+        if good.calls[number].inside and mode not in DEATHS:
+            continue
+        lab = _pluggable(tmp_path / f"{number}")
+        outcome = invoke(lab, backup(ALWAYS_HOT_PLUG), Fault(call=number, mode=mode))
+        assert outcome.hit
+        assert _afterwards(lab, outcome) == [], names[number]
 
 
 def test_the_following_backup_needs_no_reconcile_by_hand(tmp_path: Path) -> None:

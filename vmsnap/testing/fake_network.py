@@ -229,6 +229,8 @@ class FakeAddressing:
                 return _addressed(rung, address=None, attempts=attempts, seconds=0.0)
             request.note(f"rung {rung} began")
             outcome = self.outcomes.get(rung, RungOutcome(failure=DeadlineError(f"{rung} does not work here")))
+            if rung is Rung.HOT_PLUG:
+                outcome = _replugged(request, links=links, outcome=outcome)
             if rung is Rung.LINK_FLAP:
                 for up in (False, True):
                     for port in request.fence.ports:
@@ -243,6 +245,16 @@ class FakeAddressing:
 
     def close(self) -> None:
         """Let go of nothing."""
+
+
+def _replugged(request: AddressRequest, *, links: LinkControl, outcome: RungOutcome) -> RungOutcome:
+    """Plug every NIC anew; return what comes of the rung."""
+    try:
+        for port in request.fence.ports:
+            links.replug(mac=port.mac, deadline=timedelta(seconds=1))
+    except DeadlineError as exc:
+        return RungOutcome(failure=exc)
+    return outcome
 
 
 def _addressed(rung: Rung, *, address: str | None, attempts: list[RungAttempt], seconds: float) -> Addressed:
