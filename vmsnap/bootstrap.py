@@ -146,7 +146,7 @@ class Application:
             decisions.extend(prune(self._world, policy=policy, dry_run=dry_run, trust_clock=trust_clock))
         return tuple(decisions)
 
-    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         """Return what retention will have kept, of one guest or of all that have a policy."""
         return tuple(foresee(self._world, policy=policy, span=span, every=every) for policy in self._policies_of(guest))
 

@@ -281,12 +281,12 @@ class FakeApplication:
             ),
         )
 
-    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         self._called("forecast", guest, span, every)
         if self.forecasts is not None:
             return self.forecasts
         policy = Policy(guest=guest or "db1", retention=self.retention, time_zone="Europe/Berlin")
-        moments = every_so_often(every, now=NOW)
+        moments = every_so_often(every or timedelta(days=1), now=NOW)
         return (forecast(self.existing, policy=policy, moments=moments, now=NOW, span=span, every=every),)
 
     def reconcile(self) -> ReconcileReport:

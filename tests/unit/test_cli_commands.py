@@ -339,10 +339,10 @@ def test_prune_says_where_the_clock_is_in_doubt(program: Program) -> None:
 
 def test_prune_simulates_without_removing(program: Program) -> None:
     outcome = program("prune", "db1", "--simulate", "60d", "--dry-run")
-    assert program.application.calls == [("forecast", "db1", timedelta(days=60), timedelta(days=1))]
+    assert program.application.calls == [("forecast", "db1", timedelta(days=60), None)]
     assert outcome.stdout == (
         "db1, 2026-11-21 to 2027-01-20 (Europe/Berlin)\n"
-        "61 backups, one each 1d; 13 kept at the end, 14 at most\n"
+        "61 backups, as scheduled; 13 kept at the end, 14 at most\n"
         "\n"
         "         1       5         10        15        20        25        30\n"
         "2026-11                                          M · · · · · · · · M      2 of 10\n"

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmsnap.model.forecast import MOST_BACKUPS, Forecast, every_so_often, forecast
+from vmsnap.model.forecast import MOST_BACKUPS, Forecast, as_scheduled, every_so_often, forecast
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Pin
 from vmsnap.model.policy import Policy
 from vmsnap.model.retention import judge
 from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.schedule_policy import SchedulePolicy
 from vmsnap.model.selection import Candidate
 
 NOW = datetime(2026, 11, 21, 2, tzinfo=UTC)
@@ -70,10 +71,26 @@ def test_snapshots_that_are_there_are_part_of_it() -> None:
     assert kept[timedelta(days=50)] == ["00000000a3", "+000000050"]
 
 
+def test_backups_come_when_the_schedule_has_them_and_one_that_is_overdue_comes_first() -> None:
+    policy = Policy(
+        guest="db",
+        time_zone="Europe/Berlin",
+        schedule=SchedulePolicy(calendar=("Mon..Fri 03:00",)),
+        retention=RetentionPolicy(keep_last=3),
+    )
+    existing = [Candidate(id=SnapshotId("00000000a1"), captured=NOW - 9 * DAY)]
+    moments = as_scheduled(policy, existing=existing, now=NOW)
+    said = forecast(existing, policy=policy, moments=moments, now=NOW, span=9 * DAY, every=None)
+    assert [f"{moment:%a %d %H:%M}" for moment in said.backups] == [
+        "Sat 21 02:00", "Mon 23 02:00", "Tue 24 02:00", "Wed 25 02:00", "Thu 26 02:00", "Fri 27 02:00", "Mon 30 02:00",
+    ]  # fmt: skip
+    assert [verdict.candidate.captured for verdict in said.kept] == list(said.backups[-3:])
+
+
 def test_what_cannot_be_reckoned_is_refused() -> None:
     with pytest.raises(ValueError, match=f"{MOST_BACKUPS} backups"):
         ahead(RetentionPolicy(), span=timedelta(days=365), every=timedelta(seconds=1))
-    with pytest.raises(ValueError, match="9999"):
+    with pytest.raises(ValueError, match="a thousand years"):
         ahead(RetentionPolicy(), span=timedelta(days=365 * 9000), every=timedelta(days=365))
     assert len(ahead(RetentionPolicy(), span=timedelta(days=9), every=timedelta(days=365 * 9000)).backups) == 1
 

@@ -131,6 +131,8 @@ def test_a_forecast_changes_nothing_and_knows_what_is_in_use(tmp_path: Path) -> 
     said = foresee(lab.process(), policy=KEEP_ONE, span=timedelta(days=9), every=timedelta(days=1))
     assert [verdict.candidate.id for verdict in said.kept] == [ids[1], "+000000009"]
     assert [snapshot.id for snapshot in lab.store.snapshots("db")] == ids
+    scheduled = foresee(lab.process(), policy=KEEP_ONE, span=timedelta(days=9), every=None)
+    assert (len(scheduled.backups), scheduled.every) == (9, None), "every day, the first a day after the newest"
     with pytest.raises(ConfigError, match="more than"):
         foresee(lab.process(), policy=KEEP_ONE, span=timedelta(days=9), every=timedelta(milliseconds=1))
 

@@ -45,8 +45,8 @@ class Application(Protocol):
     def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
         """Apply retention to one guest or all; a dry run removes nothing. ``trust_clock``: the clock is right."""
 
-    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta) -> tuple[Forecast, ...]:
-        """Return what retention will have kept after ``span`` of a backup each ``every``."""
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
+        """Return what retention will have kept after ``span`` of a backup each ``every``; None: as scheduled."""
 
     def reconcile(self) -> ReconcileReport:
         """Undo what dead runs left."""

@@ -101,7 +101,10 @@ def prune_document(decisions: Sequence[PruneDecision], *, dry_run: bool) -> Docu
 
 
 def forecasts_document(forecasts: Sequence[Forecast]) -> Document:
-    """Return the document of ``vmsnap prune --simulate``. ``snapshot`` is null where it is an imagined one."""
+    """Return the document of ``vmsnap prune --simulate``.
+
+    ``snapshot`` is null where it is an imagined one, ``every_seconds`` where backups are as scheduled.
+    """
     return {
         "simulations": [
             {

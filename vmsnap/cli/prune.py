@@ -42,7 +42,8 @@ def prune(
         ),
     ] = None,
     every: Annotated[
-        str | None, typer.Option("--every", metavar="SPAN", help="With --simulate: time between backups. [default: 1d]")
+        str | None,
+        typer.Option("--every", metavar="SPAN", help="With --simulate: time between backups. [default: as scheduled]"),
     ] = None,
     trust_clock: Annotated[
         bool, typer.Option("--trust-clock", help="Believe the clock, however far it is from the newest snapshots.")
@@ -61,11 +62,11 @@ def prune(
 
         vmsnap prune --dry-run
         vmsnap prune db1
-        vmsnap prune db1 --simulate 2y --every 1d
+        vmsnap prune db1 --simulate 2y
     """
     session = begin(ctx, json=json, config=config)
     if simulate is not None:
-        _simulate(session, guest, simulate=simulate, every=every or "1d")
+        _simulate(session, guest, simulate=simulate, every=every)
         return
     if every is not None:
         raise ConfigError("--every is given without --simulate", remedy="add --simulate, for example --simulate 2y")
@@ -77,8 +78,9 @@ def prune(
     )
 
 
-def _simulate(session: Session, guest: str | None, *, simulate: str, every: str) -> None:
-    span, interval = parse_span(simulate, option="--simulate"), parse_span(every, option="--every")
+def _simulate(session: Session, guest: str | None, *, simulate: str, every: str | None) -> None:
+    span = parse_span(simulate, option="--simulate")
+    interval = None if every is None else parse_span(every, option="--every")
     forecasts = session.application.forecast(guest, span=span, every=interval)
     session.show(forecasts_document(forecasts), human=lambda console: _draw(console, forecasts))
 

@@ -11,12 +11,13 @@ from zoneinfo import ZoneInfo
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.policy import Policy
 from vmsnap.model.retention import Verdict, judge
+from vmsnap.model.schedule import newest_before, upcoming
 from vmsnap.model.selection import Candidate
 
 MOST_BACKUPS = 100_000
 _PRUNING_EVERY = timedelta(hours=6)
-# Months are drawn whole, and the one after the last is looked at.
-_LAST = datetime.max.replace(tzinfo=UTC) - timedelta(days=40)
+_LONGEST = timedelta(days=365_000)
+_LAST = datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,12 @@ def every_so_often(every: timedelta, *, now: datetime) -> Iterator[datetime]:
         yield now
 
 
+def as_scheduled(policy: Policy, *, existing: Sequence[Candidate], now: datetime) -> Iterator[datetime]:
+    """Yield when the policy's schedule has backups from ``now`` on, the next one first."""
+    newest = newest_before((one.captured for one in existing), now=now)
+    return (due.at for due in upcoming(policy, newest=newest, now=now) if due.at is not None)
+
+
 def forecast(
     existing: Sequence[Candidate],
     *,
@@ -57,18 +64,18 @@ def forecast(
     """Return what stays of ``existing`` snapshots and of backups at ``moments``, up to ``now + span``.
 
     Retention is applied after each backup, but every six hours at most: for the rules it is the same, and quicker.
-    What environments hold now, they hold to the end. Raises ValueError for more than ``MOST_BACKUPS``, and for an end
-    beyond the year 9999.
+    What environments hold now, they hold to the end. Raises ValueError for more than ``MOST_BACKUPS``, and for
+    more than a thousand years.
     """
-    if span > _LAST - now:
-        msg = "the calendar ends with the year 9999"
+    if span > _LONGEST:
+        msg = "that is more than a thousand years"
         raise ValueError(msg)
     zone = ZoneInfo(policy.time_zone)
     left = list(existing)
     most = len(left)
     verdicts: tuple[Verdict, ...] = ()
     pruned = None
-    backups = _up_to(now + span, moments)
+    backups = _between(now, now + span, moments)
     for number, moment in enumerate(backups):
         left.append(Candidate(id=SnapshotId(f"+{number:09}"), captured=moment))
         if pruned is None or moment - pruned >= _PRUNING_EVERY:
@@ -92,11 +99,12 @@ def forecast(
     )
 
 
-def _up_to(end: datetime, moments: Iterable[datetime]) -> tuple[datetime, ...]:
+def _between(start: datetime, end: datetime, moments: Iterable[datetime]) -> tuple[datetime, ...]:
+    """Return the moments up to ``end``. One that is overdue is made up for at the start."""
     found: list[datetime] = []
     for moment in takewhile(lambda one: one <= end, moments):
         if len(found) == MOST_BACKUPS:
             msg = f"that would be more than {MOST_BACKUPS} backups"
             raise ValueError(msg)
-        found.append(moment)
+        found.append(max(moment, start))
     return tuple(found)

@@ -7,7 +7,7 @@ from datetime import timedelta
 from zoneinfo import ZoneInfo
 
 from vmsnap.errors import ConfigError, HeldError
-from vmsnap.model.forecast import Forecast, every_so_often, forecast
+from vmsnap.model.forecast import Forecast, as_scheduled, every_so_often, forecast
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
@@ -46,17 +46,17 @@ def prune(world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = Fa
         return tuple(_carry_out(world, decision) for decision in decisions)
 
 
-def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta) -> Forecast:
-    """Return what the policy will have kept after ``span`` of a backup each ``every``. Changes nothing.
+def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta | None) -> Forecast:
+    """Return what the policy will have kept after ``span`` of a backup each ``every``; None: as it schedules them.
 
-    Raises ConfigError where that is too much to reckon, DriverError.
+    Changes nothing. Raises ConfigError where that is too much to reckon, DriverError.
     """
     snapshots = world.store.snapshots(policy.guest)
     held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
     existing = [candidate_of(snapshot, held=held) for snapshot in snapshots]
     now = world.clock.now()
     try:
-        moments = every_so_often(every, now=now)
+        moments = every_so_often(every, now=now) if every else as_scheduled(policy, existing=existing, now=now)
         return forecast(existing, policy=policy, moments=moments, now=now, span=span, every=every)
     except ValueError as error:
         raise ConfigError(f"--simulate: {error}", remedy="give a shorter --simulate, or a longer --every") from error
