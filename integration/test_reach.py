@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,7 @@ def lease_of(lab: Lab, guest: LabGuest) -> str:
 @pytest.fixture(scope="module")
 def moved(moving: LabGuest, vmsnap: Installation, lab: Lab) -> Any:
     """The report of a backup whose clone was moved to an address of the fence. No host key in the policy."""
-    vmsnap.policy(moving.name, ssh_policy(lab, ladder=("link-flap",)))
+    vmsnap.policy(moving.name, ssh_policy(lab, ladder=("link-flap",), isolation="clone_ports = [22, 5432]\n"))
     moving.address()  # waits until it has one: PostgreSQL may be up before
     lease = lease_of(lab, moving)
     report = vmsnap.ok("backup", moving.name)
@@ -134,6 +135,9 @@ def test_a_clone_with_dhcp_is_moved_to_an_address_of_the_fence(
     assert isolation["rung"] == "link-flap"
     assert IPv4Address(isolation["address"]) in FENCE_POOL
     assert [(item["rung"], item["failure"]) for item in isolation["attempts"]] == [("link-flap", None)]
+    journal = (vmsnap.state / "runs" / f"{moved['snapshot']}.jsonl").read_text(encoding="utf-8")
+    assert "the clone is served at 198.18." in journal, "and its ports could be reached while it drained"
+    assert not [warning for warning in moved["warnings"] if "served" in warning]
     require_proven(vmsnap, moved)
     require_home(moving)
 
@@ -238,6 +242,13 @@ def test_a_test_vm_on_a_network_holds_its_snapshot(
     made = vmsnap.ok("provision", older, "--name", "on a network", "--network", NETWORK, "--ttl", "1h", "--wait")
     name = made["environment"]
     address = leased(network, lab=lab)
+    assert made["address"] == address
+    with (
+        vmsnap.going_on("env", "forward", name, "22") as forwarded,
+        socket.create_connection((forwarded["listen_address"], forwarded["listen_port"]), timeout=20) as connection,
+    ):
+        connection.settimeout(20 * max(1.0, lab.time_factor))
+        assert connection.recv(4) == b"SSH-"
     answer = over_ssh(lab, address, ["cat", "/sys/class/net/eth0/address"])
     assert answer.stdout.strip() != moving.spec.macs[0], "it has an address card of its own"
     (listed,) = vmsnap.ok("env", "list")["environments"]
