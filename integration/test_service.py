@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
@@ -32,10 +33,13 @@ from integration.networld import (
     stop,
 )
 from integration.test_addressing import wait_until
+from tests.workflow.invocations import backup, provision, succeed
 from vmsnap.errors import GuestUnreachableError, PreconditionError
 from vmsnap.model.guest import OldAddress
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import FencePlan, Rung
+from vmsnap.model.policy import IsolationPolicy, Policy
+from vmsnap.model.report import ForwardOptions, ForwardReport, ServeOptions, ServeReport
 from vmsnap.network import netns
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
@@ -44,7 +48,10 @@ from vmsnap.network.service import HostServices
 from vmsnap.ports.network import AddressRequest
 from vmsnap.ports.service import Opener, Place, Services
 from vmsnap.state.clock import SystemClock
+from vmsnap.testing.faults import FaultCancel
 from vmsnap.testing.service_contract import ServiceContract
+from vmsnap.testing.world import FakeWorld, QuietProgress
+from vmsnap.workflow.serve import forward, serve
 
 DEADLINE = timedelta(seconds=10)
 PATIENCE_SECONDS = 10.0
@@ -100,17 +107,22 @@ class Vms:
     def fenced(self, *, serving: str | None = None, address: OldAddress | None = OLD) -> tuple[FencePlan, StandIn]:
         """Return a fence with a VM that lives at an address, or has none, and runs a Python server."""
         plan = plan_for(macs=(MAC,))
-        self.undo.callback(lambda: self.fence.release(self.fence.resource(plan), deadline=DEADLINE))
-        self.fence.build(plan)
-        vm = attach_clone(plan)
-        self.undo.callback(vm.close)
-        self.fence.prove(plan)
+        vm = self.fence_around(plan)
         if address is not None:
             vm.run("ip", "addr", "add", str(address.interface), "dev", "eth0")
             vm.run("ip", "route", "add", "default", "via", str(address.gateway))
         if serving is not None:
             self.start(vm, serving)
         return plan, vm
+
+    def fence_around(self, plan: FencePlan) -> StandIn:
+        """Build a fence, and put a VM into it that has no address."""
+        self.undo.callback(lambda: self.fence.release(self.fence.resource(plan), deadline=DEADLINE))
+        self.fence.build(plan)
+        vm = attach_clone(plan)
+        self.undo.callback(vm.close)
+        self.fence.prove(plan)
+        return vm
 
     def start(self, vm: StandIn, program: str) -> None:
         process = vm.start(sys.executable, "-c", program)
@@ -381,3 +393,48 @@ def test_a_killed_relay_leaves_an_address_where_nobody_listens(vms: Vms) -> None
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((resource.detail, PORT), timeout=PATIENCE_SECONDS)
     vms.services.listen(resource, port=PORT, opener=socket.socket).close()
+
+
+@pytest.mark.parametrize("configured", ["static", "dhcp"])
+def test_an_environment_without_an_agent_is_forwarded_and_served(vms: Vms, tmp_path: Path, configured: str) -> None:
+    """The whole way, but for the hypervisor: it only tells the MAC, and no address."""
+    lab = FakeWorld(tmp_path / "world")
+    succeed(lab, backup())
+    succeed(lab, provision())
+    (mac,) = lab.host.machines["test"].macs
+    environment = lab.state.environments.get("test")
+    plan = FencePlan.for_macs(environment.run, guest="db", macs=(mac,))
+    vm = vms.fence_around(plan)
+    policy = None
+    if configured == "static":
+        vm.run("ip", "addr", "add", str(OLD.interface), "dev", "eth0")
+        policy = Policy(guest="db", isolation=IsolationPolicy(old_address=OLD.interface))
+    else:
+        client = Udhcpc(vm, tmp_path).start()
+        vms.undo.callback(lambda: stop(client))
+    vms.start(vm, DIGEST % ("vm", PORT))
+    world = replace(
+        lab.process(), fence=vms.fence, services=vms.services, residences=vms.residences, clock=SystemClock()
+    )
+    vms.undo.callback(
+        lambda: vms.services.release(vms.services.resource(environment.run, guest="db"), deadline=DEADLINE)
+    )
+    asked: list[str] = []
+    for _ in range(2):  # the second time it has its address, and the fence its gateway
+        forwarding, serving = FaultCancel(), FaultCancel()
+
+        def forwarded(report: ForwardReport, *, cancel: FaultCancel = forwarding) -> None:
+            asked.append(ask((report.listen_address, report.listen_port), b"by forward"))
+            cancel.asked = True
+
+        def served(report: ServeReport, *, cancel: FaultCancel = serving) -> None:
+            asked.append(ask((report.service_address, PORT), b"by serve"))
+            cancel.asked = True
+
+        options = ForwardOptions(port=PORT)
+        waiting = (QuietProgress(), forwarding)
+        forward(world, name="test", options=options, policy=policy, ready=forwarded, waiting=waiting)
+        ports = ServeOptions(ports=(PORT,))
+        serve(world, name="test", options=ports, policy=policy, ready=served, waiting=(QuietProgress(), serving))
+    assert asked == [told("vm", b"by forward"), told("vm", b"by serve")] * 2
+    assert [item.run for item in vms.services.owned()] == [environment.run], "its address stays with it"
