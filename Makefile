@@ -20,7 +20,8 @@ test: setup
 	$(MAKE) --no-print-directory check
 	$(MAKE) --no-print-directory integration
 
-check: venv lint unit
+check: venv
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
 
 lint: venv
 	.venv/bin/ruff check .
