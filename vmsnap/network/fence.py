@@ -102,6 +102,8 @@ class NetworkFence:
         for port in plan.ports:
             if links.find(port.tap) is not None:
                 links.switch_ipv6_off(port.tap)
+            if links.find(port.bridge) is not None:
+                links.route_nothing(port.bridge)
         points = (
             *readback.read_back(plan),
             *self._rehearsed_before(plan),

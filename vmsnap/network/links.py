@@ -152,9 +152,16 @@ def add_bridge(name: str, *, alias: str, mtu: int | None) -> None:
             route.link("set", index=index, mtu=mtu)
         route.link("set", index=index, ifalias=alias)
         switch_ipv6_off(name)
-        for setting, value in BRIDGE_IPV4_SETTINGS.items():
-            set_ipv4(f"conf/{name}/{setting}", value=value)
+        route_nothing(name)
         route.link("set", index=index, state="up")
+
+
+def route_nothing(bridge: str) -> None:
+    """Make a bridge nobody's router (again): whoever writes the host's ``ip_forward`` changes that of every link."""
+    for setting, value in BRIDGE_IPV4_SETTINGS.items():
+        path = f"conf/{bridge}/{setting}"
+        if get_ipv4(path) != value:
+            set_ipv4(path, value=value)
 
 
 def add_veth(name: str, *, peer: str, namespace: Path, alias: str, mtu: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from vmsnap.errors import DriverError, IsolationError
 from vmsnap.model.isolation import FencePlan, FencePort, ProofKind, ProofPoint
@@ -58,7 +58,7 @@ def changes(plan: FencePlan) -> tuple[str, ...]:
     A tap that is gone is no change: the hypervisor unplugs NICs, and a clone that is off has none. Addresses, routes and
     settings inside the namespace are the ladder's; a foreign link in it would be a way out.
     """
-    host = _HostSide(plan, taps_may_be_gone=True)
+    host = _HostSide(plan, while_running=True)
     return (*host.deviations(), *_foreign_links_inside(plan), *rules.deviations(plan))
 
 
@@ -69,9 +69,9 @@ def _point(name: str, *, observed: str) -> ProofPoint:
 class _HostSide:
     """The host's links, read once."""
 
-    def __init__(self, plan: FencePlan, *, taps_may_be_gone: bool = False) -> None:
+    def __init__(self, plan: FencePlan, *, while_running: bool = False) -> None:
         self._plan = plan
-        self._taps_may_be_gone = taps_may_be_gone
+        self._while_running = while_running
         self._links = links.all_links()
         self._addresses = links.addresses()
 
@@ -103,7 +103,7 @@ class _HostSide:
         for name, value in bridge.settings:
             if value != links.BRIDGE_SETTINGS[name]:
                 yield f"{port.bridge}: {name} is {value}, not {links.BRIDGE_SETTINGS[name]}"
-        for name, value in links.BRIDGE_IPV4_SETTINGS.items():
+        for name, value in self._routing_settings():
             seen = links.get_ipv4(f"conf/{port.bridge}/{name}")
             if seen != value:
                 yield f"{port.bridge}: {name} is {seen}, not {value}"
@@ -113,8 +113,12 @@ class _HostSide:
             if not self._is_gone(name) or name != port.tap:
                 yield from self._link_deviations(name, is_tap=name == port.tap)
 
+    def _routing_settings(self) -> Iterable[tuple[str, int]]:
+        """Return what shall hold; not while the clone runs, when the watch itself sets it again where it changed."""
+        return () if self._while_running else links.BRIDGE_IPV4_SETTINGS.items()
+
     def _is_gone(self, tap: str) -> bool:
-        return self._taps_may_be_gone and self.find(tap) is None
+        return self._while_running and self.find(tap) is None
 
     def _link_deviations(self, name: str, *, is_tap: bool) -> Iterator[str]:
         link = self.find(name)
