@@ -99,10 +99,11 @@ class NetworkFence:
         repeated before any address is given out. Raises IsolationError.
         """
         _check_names(plan)
+        present = {link.name for link in links.all_links()}
         for port in plan.ports:
-            if links.find(port.tap) is not None:
+            if port.tap in present:
                 links.switch_ipv6_off(port.tap)
-            if links.find(port.bridge) is not None:
+            if port.bridge in present:
                 links.route_nothing(port.bridge)
         points = (
             *readback.read_back(plan),

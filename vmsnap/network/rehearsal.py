@@ -30,9 +30,19 @@ def rehearse(plan: FencePlan, *, timeout: timedelta) -> tuple[ProofPoint, ...]:
     """Try a built fence out before its clone is there. Leaves nothing behind but counters. Raises IsolationError."""
     try:
         targets = targets_of(plan)
+        macs = {link.name: link.mac for link in links.all_links()}
         with Ears(plan) as ears:
             before = rules.counts(plan, families=(rules.TO_HOST.family,))
-            sent = {port: _one(plan, port=port, targets=targets, timeout=timeout) for port in plan.ports}
+            sent = {
+                port: _one(
+                    plan,
+                    port=port,
+                    probes=probes_of(plan, port=port, bridge_mac=parse_mac(macs[port.bridge]), targets=targets),
+                    targets=targets,
+                    timeout=timeout,
+                )
+                for port in plan.ports
+            }
             after = rules.counts(plan, families=(rules.TO_HOST.family,))
             heard = ears.heard()
     except DriverError as exc:
@@ -69,12 +79,10 @@ def rehearse(plan: FencePlan, *, timeout: timedelta) -> tuple[ProofPoint, ...]:
     return tuple(points)
 
 
-def _one(plan: FencePlan, *, port: FencePort, targets: tuple[Target, ...], timeout: timedelta) -> tuple[Probe, ...]:
+def _one(
+    plan: FencePlan, *, port: FencePort, probes: tuple[Probe, ...], targets: tuple[Target, ...], timeout: timedelta
+) -> tuple[Probe, ...]:
     inside: Callable[[], PacketSocket] = lambda: PacketSocket(port.veth_inside)  # noqa: E731 - typed for inside()
-    bridge = links.find(port.bridge)
-    if bridge is None:
-        raise DriverError(f"the bridge {port.bridge} is gone", remedy="start a new run")
-    probes = probes_of(plan, port=port, bridge_mac=parse_mac(bridge.mac), targets=targets)
     with StandInTap(port.tap) as clone, netns.inside(plan.namespace, action=inside) as listener:
         links.switch_ipv6_off(port.tap)
         links.join_bridge(port.tap, bridge=port.bridge)
@@ -82,7 +90,9 @@ def _one(plan: FencePlan, *, port: FencePort, targets: tuple[Target, ...], timeo
         clone.received(timeout_seconds=0)
         for probe in (*probes, *past_the_filter(port, targets=targets)):
             clone.send(probe.frame)
-        answers = clone.received(timeout_seconds=_ANSWER_SECONDS)
+        received = clone.received(timeout_seconds=_ANSWER_SECONDS)
+    # To the clone alone: programs such as lldpd speak to everybody on any new link of the host.
+    answers = [frame for frame in received if frame[:6] == parse_mac(port.mac)]
     if answers:
         raise IsolationError(
             f"somebody answered a stand-in for the clone on {port.tap}",
