@@ -16,6 +16,7 @@ from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
+from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import new_run_id
@@ -36,6 +37,7 @@ from vmsnap.model.report import (
     ServeReport,
     VerifyReport,
 )
+from vmsnap.model.schedule import Due
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
@@ -44,6 +46,7 @@ from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
+from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.exchanges import FileExchanges
@@ -52,6 +55,7 @@ from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
+from vmsnap.workflow.due import DueRuns, upcoming_of
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
@@ -101,6 +105,7 @@ def make_world(settings: Settings) -> World:
         journals=FileJournals(state),
         locks=FileLocks(state, clock=clock),
         book=FileEnvironmentBook(state),
+        attempts=FileAttemptBook(state),
         exchanges=FileExchanges(state),
         rungs=FileRungMemory(state),
         clock=clock,
@@ -112,16 +117,42 @@ def make_world(settings: Settings) -> World:
 class Application:
     """Everything vmsnap can do, for the commands. See vmsnap.cli.application for the contract of each method."""
 
-    def __init__(self, world: World, *, policies: PolicyBook) -> None:
+    def __init__(self, world: World, *, policies: PolicyBook, limits: Limits) -> None:
         self._world = world
+        self._limits = limits
         self._policies = policies
 
     def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
         """Back up a guest once."""
-        policy = self._policies.get(guest)
+        return self._back_up(self._policies.get(guest), progress=progress, cancel=cancel)
+
+    def _back_up(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
         # Commands in the clone take as long as a drain; a signal has to reach them.
         world = replace(self._world, access=Access(clock=self._world.clock, cancel=cancel))
         return Backup(world, policy=policy, progress=progress, cancel=cancel).run()
+
+    def run_due(self, *, dry_run: bool, progress: Progress, cancel: Cancel) -> DueReport:
+        """Back up what is due. A policy file that is wrong is a failure of its guest, and of no other."""
+        checks = self._policies.check()
+        runs = DueRuns(
+            self._world,
+            policies=[check.policy for check in checks if check.policy is not None],
+            limits=self._limits,
+            back_up=lambda policy: self._back_up(policy, progress=progress, cancel=cancel),
+            progress=progress,
+            cancel=cancel,
+        )
+        report = runs.run(dry_run=dry_run)
+        wrong = tuple(
+            DueEntry(guest=check.guest or check.path.name, outcome=Outcome.FAILED, error=check.error)
+            for check in checks
+            if check.error is not None
+        )
+        return replace(report, entries=(*report.entries, *wrong))
+
+    def upcoming(self, guest: str, *, count: int) -> tuple[Due, ...]:
+        """Return the next runs of a guest by its schedule."""
+        return upcoming_of(self._world, self._policies.get(guest), count=count)
 
     def provision(
         self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel
@@ -315,4 +346,5 @@ def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Findi
 
 def open_application(settings: Settings, policies: PolicyBook) -> Application:
     """Return the application for this host's settings and policies."""
-    return Application(make_world(settings), policies=policies)
+    limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
+    return Application(make_world(settings), policies=policies, limits=limits)

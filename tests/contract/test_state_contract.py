@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.ports.state import AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.exchanges import FileExchanges
 from vmsnap.state.journal import FileJournals
@@ -36,6 +37,7 @@ class FileWorld:
     locks: Locks
     environments: EnvironmentBook
     exchanges: Exchanges
+    attempts: AttemptBook
     rungs: RungMemory
 
     @staticmethod
@@ -45,6 +47,7 @@ class FileWorld:
             locks=FileLocks(folder, clock=FixedClock()),
             environments=FileEnvironmentBook(folder),
             exchanges=FileExchanges(folder),
+            attempts=FileAttemptBook(folder),
             rungs=FileRungMemory(folder),
         )
 
@@ -79,6 +82,10 @@ class MemoryWorld:
     @property
     def exchanges(self) -> Exchanges:
         return self.state.exchanges
+
+    @property
+    def attempts(self) -> AttemptBook:
+        return self.state.attempts
 
     @property
     def rungs(self) -> RungMemory:

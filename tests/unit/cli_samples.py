@@ -33,6 +33,7 @@ from vmsnap.errors import (
     VmsnapError,
 )
 from vmsnap.model.capture import CaptureMode
+from vmsnap.model.due import DueEntry, DueReport, Outcome
 from vmsnap.model.environment import Environment
 from vmsnap.model.forecast import Forecast, every_so_often, forecast
 from vmsnap.model.guest import Finding, GuestState, Severity
@@ -74,6 +75,7 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
@@ -189,6 +191,8 @@ class FakeApplication:
     findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
     defects: tuple[str, ...] = ()
     left: str | None = None
+    entries: tuple[DueEntry, ...] = ()
+    runs: tuple[Due, ...] = tuple(Due(at=AT + timedelta(days=day), reason="'02:00'") for day in range(1, 9))
     retention: RetentionPolicy = field(
         default_factory=lambda: RetentionPolicy(keep_daily=7, keep_weekly=5, keep_monthly=12)
     )
@@ -246,6 +250,22 @@ class FakeApplication:
             time.sleep(0.1)
             progress.step("clean up")
             sys.stderr.write("cleaned up\n")
+
+    def run_due(self, *, dry_run: bool, progress: Progress, cancel: Cancel) -> DueReport:
+        self._called("run_due", dry_run)
+        reason = "1d after the newest snapshot (2026-11-20 02:00Z)"
+        due = Due(at=AT, reason=reason)
+        following = Due(at=AT + timedelta(days=1), reason="1d after the newest snapshot (2026-11-21 02:00Z)")
+        if dry_run:
+            entries = (DueEntry(guest="db1", outcome=Outcome.DUE, due=due),)
+        else:
+            made = self.backup("db1", progress=progress, cancel=cancel)
+            entries = (DueEntry(guest="db1", outcome=Outcome.DONE, due=due, report=made, following=following),)
+        return DueReport(started=AT, finished=AT, dry_run=dry_run, entries=(*entries, *self.entries))
+
+    def upcoming(self, guest: str, *, count: int) -> tuple[Due, ...]:
+        self._called("upcoming", guest, count)
+        return self.runs[:count]
 
     def provision(
         self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel

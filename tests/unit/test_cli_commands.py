@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tomllib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,9 @@ from typer.testing import CliRunner
 from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
+from vmsnap.errors import ConfigError, NotCleanError
+from vmsnap.model.due import DueEntry
+from vmsnap.model.due import Outcome as Result
 from vmsnap.model.forecast import every_so_often, forecast
 from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.ids import SnapshotId
@@ -23,6 +27,7 @@ from vmsnap.model.manifest import Marks, Pin, Verification
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import ForwardOptions, ServeOptions
 from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
 
 WARNED = (
@@ -684,7 +689,7 @@ def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
         "backup", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
         "env register", "env serve", "env show", "list", "pin", "policy check",
-        "policy show", "provision", "prune", "reconcile", "show", "unpin", "verify",
+        "policy show", "provision", "prune", "reconcile", "run", "show", "unpin", "verify",
     ]  # fmt: skip
 
 
@@ -719,3 +724,124 @@ def test_dhcp_watch_tells_each_exchange_and_never_the_nonce(program: Program) ->
 
 def test_dhcp_watch_in_json_says_how_much_it_recorded(program: Program) -> None:
     assert program("dhcp", "watch", "--json").json == {"recorded": 2}
+
+
+# Due runs
+
+
+def test_run_says_what_became_of_each_guest(program: Program) -> None:
+    reason = "1d after the newest snapshot (2026-11-21 01:00Z)"
+    later = Due(at=AT + timedelta(hours=23), reason=reason)
+    retry = Due(at=AT + timedelta(minutes=15), reason=f"{reason}; an attempt failed")
+    error = NotCleanError("not clean", details="state: in production", remedy="look at the log")
+    program.application.entries = (
+        DueEntry(guest="db\x07", outcome=Result.FAILED, due=later, error=error, following=retry),
+        DueEntry(guest="db3", outcome=Result.SKIPPED, due=later, note="guest 'db3' is held by process 1 for backup"),
+        DueEntry(guest="db4", outcome=Result.NOT_DUE, following=later),
+        DueEntry(guest="db5", outcome=Result.DISABLED),
+    )
+    outcome = program("run", "--due")
+    assert outcome.code == 5
+    assert program.application.calls[0] == ("run_due", False)
+    assert outcome.stdout == (
+        "GUEST   RESULT    SNAPSHOT    NEXT               WHY\n"
+        "db1     done      3fa9b0c1d2  2026-11-22 02:00Z  1d after the newest snapshot (2026-11-20 02:00Z)\n"
+        "db\\x07  failed    -           2026-11-21 02:15Z  see below\n"
+        f"db3     skipped   -           -                  guest 'db3' is held by process 1 for backup ({reason})\n"
+        f"db4     not due   -           2026-11-22 01:00Z  {reason}\n"
+        "db5     disabled  -           -                  its policy says enabled = false\n"
+        "db\\x07: error: not clean\n"
+        "    state: in production\n"
+        "  what to do: look at the log\n"
+        "1 done, 1 failed, 1 skipped, 1 not due, 1 disabled.\n"
+    )
+
+
+def test_run_in_json_has_one_entry_a_guest(program: Program) -> None:
+    program.application.entries = (
+        DueEntry(guest="off", outcome=Result.DISABLED),
+        DueEntry(guest="bad", outcome=Result.FAILED, error=ConfigError("wrong", remedy="mend it")),
+        DueEntry(guest="never", outcome=Result.NOT_DUE, following=Due(at=None, reason="no window opens")),
+    )
+    outcome = program("run", "--due", "--json")
+    assert (outcome.code, outcome.stderr) == (2, "")
+    document = outcome.json
+    assert {"started", "finished", "dry_run", "exit_code", "guests"} == set(document)
+    assert (document["started"], document["dry_run"], document["exit_code"]) == ("2026-11-21T02:00:03Z", False, 2)
+    done, off, bad, never = document["guests"]
+    assert set(done) == {"guest", "result", "due", "note", "backup", "error", "next"}
+    assert (done["result"], done["backup"]["snapshot"]) == ("done", "3fa9b0c1d2")
+    assert done["due"] == {"at": "2026-11-21T02:00:03Z", "why": "1d after the newest snapshot (2026-11-20 02:00Z)"}
+    assert done["next"]["at"] == "2026-11-22T02:00:03Z"
+    assert (off["result"], off["due"], off["next"]) == ("disabled", None, None)
+    assert (bad["error"]["class"], bad["error"]["remedy"]) == ("ConfigError", "mend it")
+    assert never["next"] == {"at": None, "why": "no window opens"}
+
+
+def test_run_says_what_it_would_do(program: Program) -> None:
+    outcome = program("run", "--due", "--dry-run")
+    assert outcome.code == 0
+    assert program.application.calls == [("run_due", True)]
+    assert outcome.stdout.endswith("1 due; nothing was begun: dry run.\n")
+
+
+def test_run_needs_to_be_told_what(program: Program) -> None:
+    outcome = program("run")
+    assert outcome.code == 2
+    assert "say 'vmsnap run --due'" in outcome.stderr
+    program.application.behaviour = "busy"
+    assert program("run", "--due").code == 4
+
+
+def test_policy_show_says_when_the_next_runs_are(program: Program) -> None:
+    text = program("policy", "show", "db1").stdout
+    assert text.endswith(
+        "\n# The next runs are due:\n"
+        "#   2026-11-22 02:00:03Z  '02:00'\n"
+        "#   2026-11-23 02:00:03Z  '02:00'\n"
+        "#   2026-11-24 02:00:03Z  '02:00'\n"
+    )
+    assert tomllib.loads(text)["guest"] == "db1"
+    document = program("policy", "show", "db1", "--json").json
+    assert [run["at"][:10] for run in document["next_due"]] == ["2026-11-22", "2026-11-23", "2026-11-24"]
+    program.application.runs = (Due(at=None, reason="no window opens"),)
+    assert program("policy", "show", "db1").stdout.endswith("\n# No run is due: no window opens.\n")
+    program.application.behaviour = "driver"
+    outcome = program("policy", "show", "db1")
+    assert outcome.code == 0
+    assert outcome.stdout.endswith("\n# When runs are due cannot be told: qemu-img failed\n")
+    (program.config.parent / "policies" / "db1.toml").write_text("enabled = false\n")
+    assert program("policy", "show", "db1").stdout.endswith("\n# No run is due: enabled = false.\n")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warning"),
+    [
+        ("windows = ['2020-01-01']", "no window opens in the next ten years: it is never backed up by its schedule"),
+        ("windows = ['Mon']\nblackouts = ['Mon']", "no window opens in the next ten years"),
+        (
+            "windows = ['2027-06-01 22:00-24:00']",
+            "no run can start before 2027-06-01 22:00:00Z, when the next window opens",
+        ),
+        ("blackouts = ['2026-11-01..2027-01-31']", "no run can start before 2027-02-01 00:00:00Z"),
+        ("calendar = ['2020-01-01']", "its schedule ends: no time of the calendar comes after"),
+        ("windows = ['Sun']", None),
+        ("at = ['02:00']", None),
+    ],
+)
+def test_policy_check_warns_of_schedules_that_do_not_begin(
+    program: Program, schedule: str, warning: str | None
+) -> None:
+    path = program.config.parent / "policies" / "db1.toml"
+    path.write_text(f"[schedule]\n{schedule}\n")
+    outcome = program("policy", "check")
+    assert outcome.code == 0
+    (entry,) = program("policy", "check", "--json").json["files"]
+    if warning is None:
+        assert outcome.stdout == "ok      db1.toml: guest 'db1'\n"
+        assert entry["warnings"] == []
+    else:
+        assert f"\n        warning: {warning}" in outcome.stdout
+        assert entry["warnings"][0].startswith(warning)
+    path.write_text(f"enabled = false\n[schedule]\n{schedule}\n")
+    assert "warning" not in program("policy", "check").stdout

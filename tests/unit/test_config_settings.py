@@ -50,6 +50,9 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         uri = "qemu+unix:///system?socket=/d"
         [isolation]
         service_network = "100.64.0.0/24"
+        [limits]
+        runs_per_host = 3
+        runs_per_storage = 2
         """
     settings = load_settings(write(tmp_path, text))
     assert settings.model_dump(mode="json") == {
@@ -59,6 +62,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         "runtime": {"path": "/c"},
         "libvirt": {"uri": "qemu+unix:///system?socket=/d"},
         "isolation": {"service_network": "100.64.0.0/24"},
+        "limits": {"runs_per_host": 3, "runs_per_storage": 2},
     }
 
 

@@ -23,7 +23,9 @@ from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, ResourceKind, RunKind
+from vmsnap.model.schedule import FailedAttempt
 from vmsnap.state import files
+from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.events import Beginning, History, begin_line, resource_line, state_line
 from vmsnap.state.exchanges import FileExchanges
@@ -403,3 +405,50 @@ def test_a_damaged_memory_of_rungs_is_no_memory(content: str, tmp_path: Path) ->
     assert memory.recall("db") is None
     memory.remember("db", rung=Rung.LINK_FLAP)
     assert memory.recall("db") is Rung.LINK_FLAP
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"version": 99, "attempts": []}',
+        b'{"version": 1, "attempts": [{"began": "yesterday", "ended": null, "exit_code": 7, "brief": ""}]}',
+        b'{"version": 1, "attempts": [{"began": "2026-11-21T02:00:00", "ended": null, "exit_code": 7, "brief": ""}]}',
+        b'{"version": 1, "attempts": [{"began": "2026-11-21T02:00:00+00:00", "ended": null, "exit_code": "7", "brief": ""}]}',
+        b'{"version": 1, "attempts": [{}]}',
+    ],
+)
+def test_a_damaged_record_of_attempts_counts_as_none_and_is_replaced(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = FileAttemptBook(tmp_path)
+    failed = FailedAttempt(began=AT, ended=AT, exit_code=7, brief="no")
+    attempts.replace("a/b", failures=[failed])
+    (path,) = (tmp_path / "attempts").iterdir()
+    assert (path.name, mode(path), mode(path.parent)) == ("a%2Fb.json", 0o600, 0o700)
+    path.write_bytes(content)
+    assert attempts.failures("a/b") == ()
+    assert str(path) in caplog.text
+    attempts.replace("a/b", failures=[failed])
+    assert attempts.failures("a/b") == (failed,)
+    attempts.replace("a/b", failures=[])
+    assert list((tmp_path / "attempts").iterdir()) == []
+
+
+def test_a_death_while_attempts_are_written_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    attempts = FileAttemptBook(tmp_path)
+    one, two = FailedAttempt(began=AT), FailedAttempt(began=AT + timedelta(hours=1))
+    attempts.replace("db", failures=[one])
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            while True:
+                attempts.replace("db", failures=[one, two])
+                attempts.replace("db", failures=[one])
+        time.sleep(random.random() * 0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert attempts.failures("db") in {(one,), (one, two)}

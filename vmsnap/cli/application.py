@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from vmsnap.model.due import DueReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding
 from vmsnap.model.isolation import Exchange
@@ -24,6 +25,7 @@ from vmsnap.model.report import (
     ServeReport,
     VerifyReport,
 )
+from vmsnap.model.schedule import Due
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -36,6 +38,12 @@ class Application(Protocol):
 
     def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
         """Back up a guest once."""
+
+    def run_due(self, *, dry_run: bool, progress: Progress, cancel: Cancel) -> DueReport:
+        """Back up what is due, one after another; failures are in the report. Raises BusyError where another does it."""
+
+    def upcoming(self, guest: str, *, count: int) -> tuple[Due, ...]:
+        """Return the next runs of a guest by its schedule; fewer where no more come, one with ``at`` None for none."""
 
     def provision(
         self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsnap.cli.failures import error_fields
 
 if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
+    from vmsnap.model.due import DueEntry, DueReport
     from vmsnap.model.forecast import Forecast
     from vmsnap.model.guest import Finding
     from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         ReconcileReport,
         VerifyReport,
     )
+    from vmsnap.model.schedule import Due
 
 Document = dict[str, Any]
 
@@ -163,6 +166,42 @@ def reconcile_document(report: ReconcileReport) -> Document:
     return {**report.model_dump(mode="json"), "complete": report.complete}
 
 
+def due_document(report: DueReport) -> Document:
+    """Return the document of ``vmsnap run --due``: one entry a guest."""
+    return {
+        "started": report.started.isoformat().replace("+00:00", "Z"),
+        "finished": report.finished.isoformat().replace("+00:00", "Z"),
+        "dry_run": report.dry_run,
+        "exit_code": int(report.exit_code),
+        "guests": [_due_entry(entry) for entry in report.entries],
+    }
+
+
+def _due_entry(entry: DueEntry) -> Document:
+    return {
+        "guest": entry.guest,
+        "result": entry.outcome.value,
+        "due": due_fields(entry.due),
+        "note": entry.note,
+        "backup": None if entry.report is None else backup_document(entry.report),
+        "error": None
+        if entry.error is None
+        else {
+            **error_fields(entry.error),
+            "also": [error_fields(other) for other in entry.error.also],
+        },
+        "next": due_fields(entry.following),
+    }
+
+
+def due_fields(due: Due | None) -> Document | None:
+    """Return when a run is due, and why. ``at`` null: never."""
+    if due is None:
+        return None
+    at = None if due.at is None else due.at.isoformat(timespec="seconds").replace("+00:00", "Z")
+    return {"at": at, "why": due.reason}
+
+
 def doctor_document(findings: Sequence[Finding], *, guest: str | None, ready: bool) -> Document:
     """Return the document of ``vmsnap doctor``."""
     return {
@@ -180,7 +219,7 @@ def doctor_document(findings: Sequence[Finding], *, guest: str | None, ready: bo
     }
 
 
-def policy_check_document(checks: Sequence[PolicyCheck]) -> Document:
+def policy_check_document(checks: Sequence[PolicyCheck], *, warnings: Mapping[Path, Sequence[str]]) -> Document:
     """Return the document of ``vmsnap policy check``."""
     return {
         "files": [
@@ -189,6 +228,7 @@ def policy_check_document(checks: Sequence[PolicyCheck]) -> Document:
                 "guest": check.guest,
                 "ok": check.error is None,
                 "error": None if check.error is None else error_fields(check.error),
+                "warnings": list(warnings.get(check.path, ())),
             }
             for check in checks
         ]

@@ -21,6 +21,7 @@ from vmsnap.cli.policy import policies
 from vmsnap.cli.provision import provision
 from vmsnap.cli.prune import prune
 from vmsnap.cli.reconcile import reconcile
+from vmsnap.cli.run import run
 from vmsnap.cli.show import show
 from vmsnap.cli.verify import verify
 
@@ -75,6 +76,7 @@ app = typer.Typer(
 )
 app.callback()(_options)
 app.command("backup", rich_help_panel=_MAKE)(backup)
+app.command("run", rich_help_panel=_MAKE)(run)
 app.command("provision", rich_help_panel=_MAKE)(provision)
 app.add_typer(environments, name="env", rich_help_panel=_MAKE)
 app.command("list", rich_help_panel=_KEEP)(list_snapshots)

@@ -76,6 +76,13 @@ class IsolationSettings(_Section):
         return network
 
 
+class LimitSettings(_Section):
+    """How many runs the schedule lets go on at a time: on this host, and on each storage that policies name."""
+
+    runs_per_host: int = Field(default=1, ge=1)
+    runs_per_storage: int = Field(default=1, ge=1)
+
+
 class Settings(_Section):
     """Everything ``vmsnap.toml`` says. ``policies`` is absolute once loaded; in the file it may be relative to it."""
 
@@ -83,6 +90,7 @@ class Settings(_Section):
     state: StateSettings = StateSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     libvirt: LibvirtSettings = LibvirtSettings()
+    limits: LimitSettings = LimitSettings()
     isolation: IsolationSettings = IsolationSettings()
     policies: Path = Path("policies")
 

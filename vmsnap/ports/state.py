@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Protocol
@@ -10,6 +11,7 @@ from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, RunKind, RunRecord
+from vmsnap.model.schedule import FailedAttempt
 
 
 class RunJournal(Protocol):
@@ -68,6 +70,19 @@ class Locks(Protocol):
 
     def reconcile(self) -> AbstractContextManager[None]:
         """Hold reconciling, one process at a time. Raises BusyError."""
+
+    def schedule(self) -> AbstractContextManager[None]:
+        """Hold the starting of due runs, one process at a time. Raises BusyError that names who holds it."""
+
+
+class AttemptBook(Protocol):
+    """What the schedule began for each guest without a snapshot to show for it."""
+
+    def failures(self, guest: str) -> tuple[FailedAttempt, ...]:
+        """Return a guest's failed attempts, oldest first; none where the record is damaged."""
+
+    def replace(self, guest: str, *, failures: Sequence[FailedAttempt]) -> None:
+        """Record a guest's failed attempts instead of those before, atomically. None: forget the guest."""
 
 
 class EnvironmentBook(Protocol):

@@ -40,6 +40,12 @@ class FileLocks:
             yield
 
     @contextmanager
+    def schedule(self) -> Iterator[None]:
+        """Hold the starting of due runs, one process at a time. Raises BusyError that names who holds it."""
+        with self._held("schedule", what="the starting of due runs", purpose="run --due"):
+            yield
+
+    @contextmanager
     def _held(self, name: str, *, what: str, purpose: str) -> Iterator[None]:
         make_private_folder(self._folder)
         path = self._folder / f"{name}.lock"

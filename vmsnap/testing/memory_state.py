@@ -7,7 +7,7 @@ free, its runs are dead, and nothing its code still does while it unwinds reache
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +17,7 @@ from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, RunKind, RunRecord
+from vmsnap.model.schedule import FailedAttempt
 from vmsnap.state.environments import name_taken, no_such_environment
 from vmsnap.state.exchanges import mac_bytes
 
@@ -52,6 +53,7 @@ class MemoryState:
         self.environments = MemoryEnvironmentBook(self)
         self.exchanges = MemoryExchanges(self)
         self.rungs = MemoryRungs(self)
+        self.attempts = MemoryAttemptBook(self)
 
     def die(self) -> None:
         """End the present process at once. Every call raises ProcessDied until ``restart``."""
@@ -207,6 +209,12 @@ class MemoryLocks:
             yield
 
     @contextmanager
+    def schedule(self) -> Iterator[None]:
+        """Hold the starting of due runs, one process at a time. Raises BusyError that names who holds it."""
+        with self._held("the starting of due runs", purpose="run --due"):
+            yield
+
+    @contextmanager
     def _held(self, what: str, *, purpose: str) -> Iterator[None]:
         state = self._state
         state.check_alive()
@@ -282,6 +290,24 @@ class MemoryExchanges:
         """Forget a NIC's exchange."""
         self._state.check_alive()
         self._known.pop(mac_bytes(mac), None)
+
+
+class MemoryAttemptBook:
+    """The port ``AttemptBook`` in memory."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+        self._known: dict[str, tuple[FailedAttempt, ...]] = {}
+
+    def failures(self, guest: str) -> tuple[FailedAttempt, ...]:
+        """Return a guest's failed attempts, oldest first."""
+        self._state.check_alive()
+        return self._known.get(guest, ())
+
+    def replace(self, guest: str, *, failures: Sequence[FailedAttempt]) -> None:
+        """Record a guest's failed attempts instead of those before. None: forget the guest."""
+        self._state.check_alive()
+        self._known[guest] = tuple(failures)
 
 
 class MemoryRungs:

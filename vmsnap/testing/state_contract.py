@@ -19,9 +19,11 @@ from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, ResourceKind, RunKind, RunRecord
-from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.model.schedule import FailedAttempt
+from vmsnap.ports.state import AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 
 AT = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
 ONE = RunId("00000000a1")
 TWO = RunId("00000000b2")
 HARD_NAMES = (
@@ -58,6 +60,10 @@ class StateWorld(Protocol):
     @property
     def exchanges(self) -> Exchanges:
         """Return the DHCP exchanges."""
+
+    @property
+    def attempts(self) -> AttemptBook:
+        """Return the book of attempts."""
 
     @property
     def rungs(self) -> RungMemory:
@@ -302,6 +308,35 @@ class StateContract:
     def test_one_reconcile_at_a_time(self, world: StateWorld) -> None:
         with world.locks.reconcile(), pytest.raises(BusyError), world.locks.reconcile():
             pytest.fail("held twice")
+
+    def test_due_runs_are_started_by_one_process_at_a_time(self, world: StateWorld) -> None:
+        with (
+            world.locks.schedule(),
+            world.locks.reconcile(),
+            world.locks.guest("db", purpose="backup"),
+            pytest.raises(BusyError, match=r"the starting of due runs is held by .*run --due"),
+            world.locks.schedule(),
+        ):
+            pytest.fail("held twice")
+        with world.locks.schedule():
+            pass
+
+    @pytest.mark.parametrize("name", HARD_NAMES)
+    def test_any_guests_attempts_come_back(self, world: StateWorld, name: str) -> None:
+        died = FailedAttempt(began=AT)
+        failed = FailedAttempt(began=AT + HOUR, ended=AT + 2 * HOUR, exit_code=7, brief=f"no {name}\n")
+        assert world.attempts.failures(name) == ()
+        world.attempts.replace(name, failures=[died])
+        world.attempts.replace(name, failures=[died, failed])
+        assert world.attempts.failures(name) == (died, failed)
+        assert world.attempts.failures(f"{name} ") == ()
+        for _ in range(2):
+            world.attempts.replace(name, failures=[])
+            assert world.attempts.failures(name) == ()
+
+    def test_death_keeps_attempts(self, world: StateWorld) -> None:
+        world.run_and_die(lambda mine: mine.attempts.replace("db", failures=[FailedAttempt(began=AT)]))
+        assert world.attempts.failures("db") == (FailedAttempt(began=AT),)
 
     @pytest.mark.parametrize("name", HARD_NAMES)
     def test_any_guest_can_be_held(self, world: StateWorld, name: str) -> None:

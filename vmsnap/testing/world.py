@@ -127,6 +127,7 @@ class FakeWorld:
             journals=self.state.journals,
             locks=self.state.locks,
             book=self.state.environments,
+            attempts=self.state.attempts,
             exchanges=self.state.exchanges,
             rungs=self.state.rungs,
             clock=self.clock,

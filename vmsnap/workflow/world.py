@@ -18,7 +18,7 @@ from vmsnap.ports.names import Names
 from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.owner import Owner
 from vmsnap.ports.service import Residences, Services
-from vmsnap.ports.state import EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.ports.state import AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.ports.store import SnapshotStore
 
 
@@ -40,6 +40,7 @@ class World:
     journals: Journals
     locks: Locks
     book: EnvironmentBook
+    attempts: AttemptBook
     exchanges: Exchanges
     rungs: RungMemory
     clock: Clock

@@ -1,0 +1,74 @@
+"""What ``vmsnap run --due`` did, guest by guest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from vmsnap.errors import ExitCode, VmsnapError
+from vmsnap.model.report import BackupReport
+from vmsnap.model.schedule import Due
+
+
+class Outcome(StrEnum):
+    """What became of a guest. ``DUE`` only in a dry run; ``STOPPED``: a signal came in its run, or before it."""
+
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    STOPPED = "stopped"
+    DUE = "due"
+    NOT_DUE = "not-due"
+    DISABLED = "disabled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DueEntry:
+    """One guest. ``due``: when it was due, and why; None where that is not known. ``following``: what comes after."""
+
+    guest: str
+    outcome: Outcome
+    due: Due | None = None
+    note: str | None = None
+    report: BackupReport | None = None
+    error: VmsnapError | None = None
+    following: Due | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DueReport:
+    """All guests: first those that were due, in the order in which they were taken, then the others by name."""
+
+    started: datetime
+    finished: datetime
+    dry_run: bool
+    entries: tuple[DueEntry, ...]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Return the worst failure's exit code; a guest that was skipped did not fail."""
+        codes = {entry.error.exit_code for entry in self.entries if entry.error is not None}
+        if any(entry.outcome is Outcome.STOPPED for entry in self.entries):
+            codes.add(ExitCode.DEADLINE)
+        return next((code for code in _WORST_FIRST if code in codes), ExitCode.DONE)
+
+
+_WORST_FIRST = (
+    ExitCode.SAFETY,
+    ExitCode.CLEANUP,
+    ExitCode.BUG,
+    ExitCode.DRIVER,
+    ExitCode.DEADLINE,
+    ExitCode.PRECONDITION,
+    ExitCode.CONFIGURATION,
+    ExitCode.BUSY,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many runs may go on at a time."""
+
+    per_host: int = 1
+    per_storage: int = 1

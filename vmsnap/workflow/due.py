@@ -1,0 +1,195 @@
+"""Backing up every guest that is due, one after another. What is due follows from the store and the book of attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from itertools import islice
+
+from vmsnap.errors import BusyError, CancelledError, VmsnapError
+from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome
+from vmsnap.model.journal import RunKind
+from vmsnap.model.policy import Policy
+from vmsnap.model.report import BackupReport
+from vmsnap.model.schedule import Due, FailedAttempt, Load, newest_before, next_due, over_limit, upcoming
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.progress import Progress
+from vmsnap.workflow.run import as_vmsnap_error
+from vmsnap.workflow.world import World
+
+_LOG = logging.getLogger(__name__)
+_MOST_REMEMBERED = 20
+"""Attempts kept for a guest. Their waits have long reached any limit by then."""
+
+
+class DueRuns:
+    """One round over all guests. ``back_up`` makes one backup, as the workflow ``Backup`` does, and raises as that does."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        policies: Sequence[Policy],
+        limits: Limits,
+        back_up: Callable[[Policy], BackupReport],
+        progress: Progress,
+        cancel: Cancel,
+    ) -> None:
+        self._world = world
+        self._policies = policies
+        self._limits = limits
+        self._back_up = back_up
+        self._progress = progress
+        self._cancel = cancel
+
+    def run(self, *, dry_run: bool) -> DueReport:
+        """Back up what is due; with ``dry_run`` say only what would be.
+
+        A guest that fails is in the report and stops no other. Raises BusyError where another process does the same.
+        """
+        with contextlib.nullcontext() if dry_run else self._world.locks.schedule():
+            started = self._world.clock.now()
+            waiting, entries = self._look()
+            taken = [self._plan(policy, due) if dry_run else self._take(policy) for policy, due in waiting]
+            return DueReport(
+                started=started,
+                finished=self._world.clock.now(),
+                dry_run=dry_run,
+                entries=(*taken, *entries),
+            )
+
+    def _look(self) -> tuple[list[tuple[Policy, Due]], list[DueEntry]]:
+        """Return what is due, the longest overdue first, and the entries of all other guests, by name."""
+        waiting: list[tuple[datetime, str, Policy, Due]] = []
+        entries = []
+        for policy in sorted(self._policies, key=lambda policy: policy.guest):
+            if not policy.enabled:
+                entries.append(DueEntry(guest=policy.guest, outcome=Outcome.DISABLED))
+                continue
+            try:
+                due = due_of(self._world, policy)
+            except Exception as error:  # noqa: BLE001 - a guest that cannot be judged must not keep the others from it
+                entries.append(_failed(policy, as_vmsnap_error(error, doing="looking whether it is due")))
+                continue
+            if due.at is not None and due.is_due(self._world.clock.now()):
+                waiting.append((due.at, policy.guest, policy, due))
+            else:
+                entries.append(DueEntry(guest=policy.guest, outcome=Outcome.NOT_DUE, following=due))
+        waiting.sort(key=lambda item: item[:2])
+        return [(policy, due) for _, _, policy, due in waiting], entries
+
+    def _plan(self, policy: Policy, due: Due) -> DueEntry:
+        return DueEntry(guest=policy.guest, outcome=Outcome.DUE, due=due, note=self._over_limit(policy))
+
+    def _take(self, policy: Policy) -> DueEntry:
+        """Back up one guest, unless that is no longer possible; then say what comes after."""
+        guest = policy.guest
+        if self._cancel.is_set():
+            return DueEntry(guest=guest, outcome=Outcome.STOPPED, note="not begun")
+        try:
+            due = due_of(self._world, policy)
+            if not due.is_due(self._world.clock.now()):
+                # The runs before it took their time, and its window has closed.
+                return DueEntry(guest=guest, outcome=Outcome.NOT_DUE, following=due, note="no longer")
+            reason = self._over_limit(policy)
+            if reason is not None:
+                return DueEntry(guest=guest, outcome=Outcome.SKIPPED, due=due, note=reason)
+            entry = self._attempt(policy, due)
+        except Exception as error:  # noqa: BLE001 - as above
+            return _failed(policy, as_vmsnap_error(error, doing="starting its run"))
+        try:
+            following = due_of(self._world, policy)
+        except VmsnapError as error:
+            _LOG.warning("when guest %r is due next cannot be told: %s", guest, error.brief)
+            return entry
+        return replace(entry, following=following)
+
+    def _attempt(self, policy: Policy, due: Due) -> DueEntry:
+        """Run it, recorded as an attempt from before its beginning, so that a death in it counts as a failure."""
+        world, guest = self._world, policy.guest
+        self._progress.note(f"guest {guest} is due: {due.reason}")
+        before = world.attempts.failures(guest)[-_MOST_REMEMBERED + 1 :]
+        began = world.clock.now()
+        world.attempts.replace(guest, failures=(*before, FailedAttempt(began=began)))
+        try:
+            report = self._back_up(policy)
+        except CancelledError as error:
+            self._record(guest, before)
+            return DueEntry(guest=guest, outcome=Outcome.STOPPED, due=due, error=error)
+        except BusyError as error:
+            if not self._has_begun(guest, since=began):
+                self._record(guest, before)
+                return DueEntry(guest=guest, outcome=Outcome.SKIPPED, due=due, note=error.brief)
+            return self._fail(policy, due, error, failures=(*before, _failure(error, began=began, world=world)))
+        except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
+            told = as_vmsnap_error(error, doing="the backup")
+            return self._fail(policy, due, told, failures=(*before, _failure(told, began=began, world=world)))
+        self._record(guest, ())
+        return DueEntry(guest=guest, outcome=Outcome.DONE, due=due, report=report)
+
+    def _fail(self, policy: Policy, due: Due, error: VmsnapError, *, failures: Sequence[FailedAttempt]) -> DueEntry:
+        self._record(policy.guest, failures)
+        self._progress.note(f"guest {policy.guest} failed: {error.brief}")
+        return DueEntry(guest=policy.guest, outcome=Outcome.FAILED, due=due, error=error)
+
+    def _record(self, guest: str, failures: Sequence[FailedAttempt]) -> None:
+        """Record how an attempt ended. Where that fails, it counts as one that did not end, which is safe."""
+        try:
+            self._world.attempts.replace(guest, failures=failures)
+        except Exception as error:  # noqa: BLE001 - what the run did is told in any case
+            _LOG.warning("how the attempt for guest %r ended could not be recorded: %s", guest, error)
+
+    def _has_begun(self, guest: str, *, since: datetime) -> bool:
+        """Tell whether a run got as far as touching the guest. One that did not find it free left no journal."""
+        records = self._world.journals.records()
+        return any(record.guest == guest and record.started >= since for record in records)
+
+    def _over_limit(self, policy: Policy) -> str | None:
+        loads = {item.guest: _load(item) for item in self._policies}
+        return over_limit(
+            _load(policy),
+            running=tuple(self._running(loads)),
+            per_host=self._limits.per_host,
+            per_storage=self._limits.per_storage,
+        )
+
+    def _running(self, loads: Mapping[str, Load]) -> Iterator[Load]:
+        for record in self._world.journals.records():
+            if record.alive and record.kind is RunKind.BACKUP:
+                yield loads.get(record.guest, Load(guest=record.guest, storage=None))
+
+
+def due_of(world: World, policy: Policy) -> Due:
+    """Return when a guest is due next, from what is stored. Raises DriverError."""
+    now = world.clock.now()
+    return next_due(
+        policy, newest=_newest(world, policy, now=now), failures=world.attempts.failures(policy.guest), now=now
+    )
+
+
+def upcoming_of(world: World, policy: Policy, *, count: int) -> tuple[Due, ...]:
+    """Return a guest's next runs: ``count``, or fewer where no more come, or one that says why there is none."""
+    now = world.clock.now()
+    newest, failures = _newest(world, policy, now=now), world.attempts.failures(policy.guest)
+    runs = tuple(islice(upcoming(policy, newest=newest, failures=failures, now=now), count))
+    return runs or (next_due(policy, newest=newest, failures=failures, now=now),)
+
+
+def _newest(world: World, policy: Policy, *, now: datetime) -> datetime | None:
+    captured = (snapshot.manifest.capture.captured for snapshot in world.store.snapshots(policy.guest))
+    return newest_before(captured, now=now)
+
+
+def _load(policy: Policy) -> Load:
+    return Load(guest=policy.guest, storage=policy.schedule.storage)
+
+
+def _failure(error: VmsnapError, *, began: datetime, world: World) -> FailedAttempt:
+    return FailedAttempt(began=began, ended=world.clock.now(), exit_code=int(error.exit_code), brief=error.brief)
+
+
+def _failed(policy: Policy, error: VmsnapError) -> DueEntry:
+    return DueEntry(guest=policy.guest, outcome=Outcome.FAILED, error=error)
