@@ -9,13 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
-import libvirt
 import pytest
 
 from integration.conftest import MakeGuest
@@ -23,7 +19,8 @@ from integration.installation import Installation, Outcome, default_policy
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
-from integration.outside import file_system, fill, over_ssh
+from integration.outside import file_system, fill
+from integration.refusals import doctor_refusals, refused, require_refusal, ssh_section, unchanged
 from vmsnap.hypervisors.libvirt.xml import child, drop, parse, unparse
 
 TINY = (DiskSpec(content="blank", blank_mib=1),)
@@ -40,14 +37,6 @@ ODD_NAMES = (
 )
 
 
-@pytest.fixture
-def vmsnap(lab: Lab, store_dir: Path) -> Iterator[Installation]:
-    installation = Installation(lab, name=store_dir.name, store=store_dir)
-    yield installation
-    for folder in (installation.folder, installation.runtime):
-        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
-
-
 @pytest.fixture(scope="module")
 def silent(lab: Lab) -> Iterator[LabGuest]:
     """A guest that runs, has a channel for an agent, and in which nobody answers anything."""
@@ -61,63 +50,6 @@ def silent(lab: Lab) -> Iterator[LabGuest]:
         yield guest
     finally:
         guest.remove()
-
-
-def refused(
-    vmsnap: Installation, *arguments: str, code: int, names: tuple[str, ...], remedy: str, kind: str | None = None
-) -> Any:
-    """Run a command that must fail so, saying these things and this remedy. Returns the error's document."""
-    return require_refusal(vmsnap.run(*arguments, "--json"), code=code, names=names, remedy=remedy, kind=kind)
-
-
-def require_refusal(
-    outcome: Outcome, *, code: int, names: tuple[str, ...], remedy: str, kind: str | None = None
-) -> Any:
-    assert outcome.exit_code == code, outcome.explain()
-    error = outcome.document["error"]
-    said = f"{error['brief']}\n{error['details'] or ''}"
-    assert error["exit_code"] == code
-    assert [name for name in names if name not in said] == [], outcome.explain()
-    assert remedy in (error["remedy"] or ""), outcome.explain()
-    assert error["also"] == [], "nothing went wrong in cleaning up"
-    assert kind is None or error["class"] == kind
-    assert "Traceback" not in outcome.stderr
-    return error
-
-
-@contextmanager
-def unchanged(vmsnap: Installation, *guests: LabGuest) -> Iterator[None]:
-    """The store and these guests are the same after the block as before it."""
-    before = (_tree(vmsnap.store), [_picture(guest) for guest in guests])
-    yield
-    assert (_tree(vmsnap.store), [_picture(guest) for guest in guests]) == before
-
-
-def _tree(folder: Path) -> list[tuple[str, int, int]]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (".lock", ".taken"))
-    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
-def _picture(guest: LabGuest) -> list[object]:
-    """Its state, and the disks of both its definitions."""
-    texts = [guest.domain.XMLDesc(flags) for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE)]
-    sources = [[dict(source.attrib) for source in parse(text).iter("source")] for text in texts]
-    for source in (source for definition in sources for source in definition):
-        source.pop("index", None)  # counts how often the disk was changed
-    return [guest.domain.state()[0], *sources]
-
-
-def doctor_refusals(vmsnap: Installation, guest: str) -> list[dict[str, str]]:
-    """What doctor says stands in the way of a backup."""
-    outcome = vmsnap.run("doctor", guest, "--json")
-    assert outcome.exit_code == 3, outcome.explain()
-    assert outcome.document["ready"] is False
-    return [item for item in outcome.document["findings"] if item["severity"] == "refusal"]
-
-
-def ssh_section(lab: Lab, *, key_file: Path | None = None, host_key: str = "", extra: str = "") -> str:
-    line = f'host_key = "{host_key}"\n' if host_key else ""
-    return f'[control.ssh]\nkey_file = "{key_file or lab.image.private_key}"\n{line}{extra}'
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -421,141 +353,3 @@ def test_a_configuration_with_mistakes(vmsnap: Installation) -> None:
     refused(vmsnap, "list", code=2, names=(str(vmsnap.config), "0666"), remedy="chmod o-w")
     vmsnap.config.unlink()
     refused(vmsnap, "list", code=2, names=(str(vmsnap.config),), remedy="[store]")
-
-
-# --- what shows only in the clone -------------------------------------------------------------------------------------
-
-
-def test_no_database_in_the_guest(guest: LabGuest, vmsnap: Installation) -> None:
-    vmsnap.policy(guest.name)
-    guest.run(["systemctl", "stop", "postgresql"])
-    try:
-        with unchanged(vmsnap, guest):
-            refused(vmsnap, "backup", guest.name, code=3, names=("PostgreSQL",), remedy="database.clusters")
-    finally:
-        guest.run(["systemctl", "start", "postgresql"])
-        guest.wait_for_postgresql()
-
-
-def test_a_key_that_the_guest_does_not_let_in(guest: LabGuest, vmsnap: Installation, lab: Lab) -> None:
-    key = vmsnap.folder / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True, timeout=60)
-    text = default_policy(lab).replace("[control]\n", '[control]\nvia = "ssh"\n')
-    text += ssh_section(lab, key_file=key) + '[isolation]\nladder = ["old-address"]\n'
-    vmsnap.policy(guest.name, text)
-    with unchanged(vmsnap, guest):
-        names = (str(key), "root", guest.address())
-        refused(vmsnap, "backup", guest.name, code=3, names=names, remedy="authorized_keys")
-    assert guest.psql("SELECT 1") == "1"
-
-
-FAKE_AGENT = r"""
-use strict;
-my $mode = $ARGV[0];
-open(my $port, '+<:raw', '/dev/virtio-ports/org.qemu.guest_agent.0') or die $!;
-sub put { defined(syswrite($port, $_[0])) or select(undef, undef, undef, 0.1) }
-sub flood { put($_[0]); my $much = 'x' x 65536; for (1 .. 1600) { put($much) } put("\n") }
-sub answer {
-    my ($asked) = @_;
-    my ($id) = $asked =~ /"id":\s*(\d+)/;
-    if ($mode eq 'rubbish') { put("}{ \x00\xfe rubbish\n") }
-    elsif ($mode eq 'flood') { flood('') }
-    elsif ($asked =~ /guest-sync-delimited/) { put("\xff{\"return\": $id}\n") }
-    elsif ($asked =~ /guest-sync/) { put("{\"return\": $id}\n") }
-    elsif ($asked =~ /guest-exec/) { flood('{"return": {"pid": 1') }
-    else { put("{\"return\": {}}\n") }
-}
-my $text = '';
-while (1) {
-    my $count = sysread($port, my $part, 4096);
-    if (!$count) { select(undef, undef, undef, 0.1); next }
-    $text .= $part;
-    while ($text =~ s/^([^\n]*)\n//) { answer($1) }
-}
-"""
-
-
-@contextmanager
-def fake_agent(guest: LabGuest, *, mode: str) -> Iterator[None]:
-    """The guest's agent is another program: 'rubbish', 'flood' (100 MB for an answer), 'late' (that to commands only)."""
-    guest.run(["sh", "-c", "cat > /run/fake-agent"], text=FAKE_AGENT)
-    options = ["--unit=fake-agent", "--collect", "--property=Conflicts=qemu-guest-agent.service", "--no-block"]
-    address = guest.address()
-
-    def inside(*command: str) -> None:
-        done = over_ssh(guest.lab, address, command, timeout_s=60)
-        assert done.exit_status == 0, done
-
-    inside("systemctl", "stop", "qemu-guest-agent.service")
-    try:
-        inside("systemd-run", *options, "perl", "/run/fake-agent", mode)
-        yield
-    finally:
-        inside("systemctl", "stop", "fake-agent.service")
-        inside("systemctl", "start", "qemu-guest-agent.service")
-        guest.wait_for_agent()
-
-
-@pytest.mark.parametrize("mode", ["rubbish", "flood"])
-def test_an_agent_that_talks_nonsense(guest: LabGuest, vmsnap: Installation, mode: str) -> None:
-    vmsnap.policy(guest.name)
-    with fake_agent(guest, mode=mode), unchanged(vmsnap, guest):
-        refused(vmsnap, "backup", guest.name, code=3, names=(repr(guest.name),), remedy="qemu-guest-agent")
-
-
-def test_an_agent_that_floods_its_clone(guest: LabGuest, vmsnap: Installation) -> None:
-    vmsnap.policy(guest.name)
-    with fake_agent(guest, mode="late"), unchanged(vmsnap, guest):
-        # The class tells the flood from a clone that never answered at all.
-        error = refused(vmsnap, "backup", guest.name, code=7, names=("agent",), remedy="qemu-guest-agent")
-        assert error["class"] == "GuestCommandError", error
-
-
-def test_a_store_without_reflinks_holds_whole_copies_until_it_is_full(
-    guest: LabGuest, vmsnap: Installation, lab: Lab
-) -> None:
-    vmsnap.policy(guest.name)
-    with file_system(lab, "copies", kind="ext4", size_mib=4 << 10) as folder:
-        vmsnap.store = folder
-        vmsnap.write_config(extra="allow_copies = true")
-        report = vmsnap.ok("backup", guest.name)
-        assert any("no reflinks" in warning for warning in report["warnings"])
-        assert vmsnap.ok("verify", report["snapshot"])["intact"]
-        taken = fill(folder, leave_mib=50)
-        with unchanged(vmsnap, guest):
-            names = ("no space left", str(folder))
-            refused(vmsnap, "backup", guest.name, code=3, names=names, remedy="vmsnap prune", kind="NoSpaceError")
-        taken.unlink()
-        (kept,) = vmsnap.ok("list", guest.name)["snapshots"]
-        assert kept["snapshot"] == report["snapshot"]
-
-
-def test_overlays_that_fill_their_file_system_during_a_run(guest: LabGuest, vmsnap: Installation, lab: Lab) -> None:
-    written_mib = 900
-    with file_system(lab, "overlays", kind="xfs", size_mib=700) as folder:
-        settings = f'[capture]\noverlay_dir = "{folder}"\nmin_overlay_free_mib = 400\n'
-        vmsnap.policy(guest.name, default_policy(lab).replace("[capture]\n", settings))
-        guest.psql("DELETE FROM markers; INSERT INTO markers VALUES (1)")
-        write = ["dd", "if=/dev/zero", "of=/var/tmp/much", "bs=1M", f"count={written_mib}", "conv=fsync"]
-        address = guest.address()
-        with unchanged(vmsnap, guest), ThreadPoolExecutor() as pool, vmsnap.start("backup", guest.name) as process:
-            assert process.stdout is not None
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if "restore clone" in line:
-                    # Over SSH, which bears that the guest may stand still until its disk has room again.
-                    writing = pool.submit(over_ssh, lab, address, write, timeout_s=120)
-            process.wait(timeout=60 * lab.time_factor)
-            said = "".join(lines)
-            assert process.returncode == 3, said
-            assert "overlays' file system" in said
-            assert "capture.overlay_dir" in said
-            assert writing.result().exit_status == 0, writing.result()
-            assert vmsnap.ok("list", guest.name)["snapshots"] == []
-        assert list(folder.iterdir()) == [], "no overlay is left"
-    assert guest.run(["stat", "--format=%s", "/var/tmp/much"]).strip() == str(written_mib << 20)
-    guest.psql("INSERT INTO markers VALUES (2)")
-    assert guest.psql("SELECT n FROM markers ORDER BY n") == "1\n2"
-    guest.run(["rm", "/var/tmp/much"])
-    guest.run(["fstrim", "/"], timeout_s=60)
