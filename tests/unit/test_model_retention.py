@@ -250,8 +250,11 @@ def test_damaged_snapshots_take_no_place_from_sound_ones() -> None:
     verdicts = judge(candidates, policy=RetentionPolicy(keep_last=1), now=NOW, zone=UTC)
     assert [verdict.keep for verdict in verdicts] == [False, True, True]
     assert [reason.rule for reason in verdicts[1].reasons] == ["newest-undamaged", "keep_last"]
-    two = judge(candidates, policy=RetentionPolicy(keep_last=2), now=NOW, zone=UTC)
-    assert [verdict.keep for verdict in two] == [True, True, True]
+    between = [_days_ago(3, 1), _days_ago(2, 2, damaged=True), _days_ago(1, 3), _days_ago(0, 4)]
+    three = judge(between, policy=RetentionPolicy(keep_last=3), now=NOW, zone=UTC)
+    assert [verdict.keep for verdict in three] == [True, True, True, True], "nor do they go before their time"
+    two = judge(between, policy=RetentionPolicy(keep_last=2), now=NOW, zone=UTC)
+    assert [verdict.keep for verdict in two] == [False, False, True, True]
 
 
 def test_only_until_a_new_one_is_there() -> None:

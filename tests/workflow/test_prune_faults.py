@@ -13,7 +13,7 @@ from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.manifest import Marks, Pin, Snapshot, Verification
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
-from vmsnap.model.retention_policy import RetentionPolicy
+from vmsnap.model.retention_policy import Counting, RetentionPolicy
 from vmsnap.testing.faults import Fault, Mode
 from vmsnap.testing.memory_store import MemoryStore
 from vmsnap.testing.world import START, FakeWorld
@@ -110,7 +110,18 @@ def test_what_is_protected_outlives_any_fault(tmp_path: Path, mode: Mode, policy
     assert trial.count > 8
 
 
-def test_the_policys_time_zone_and_the_clock_are_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("zone", "stay"), [("Europe/Berlin", 2), ("UTC", 1)])
+def test_days_are_those_of_the_policys_time_zone(tmp_path: Path, zone: str, stay: int) -> None:
+    lab = FakeWorld(tmp_path)
+    retention = RetentionPolicy(keep_daily=2, counting=Counting.IN_TURN)
+    lab.clock.sleep(timedelta(hours=20, minutes=40))  # 22:40 UTC, 23:40 in Berlin
+    for _ in range(2):
+        succeed(lab, backup(Policy(guest="db", time_zone=zone, retention=retention)))
+        lab.clock.sleep(timedelta(minutes=30))
+    assert len(lab.store.snapshots("db")) == stay
+
+
+def test_a_clock_far_ahead_of_the_snapshots_removes_nothing_by_age(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     for _ in range(2):
         succeed(lab, backup())
