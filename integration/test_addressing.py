@@ -18,11 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.conftest import MakeGuest
 from integration.dhcp_clients import CLIENTS, Dhcpcd
-from integration.lab.domain import GuestSpec
-from integration.lab.guest import LabGuest
-from integration.lab.lab import Lab
 from integration.networld import (
     StandIn,
     SwitchCancel,
@@ -34,9 +30,6 @@ from integration.networld import (
 )
 from vmsnap.dhcp.pool import DEFAULT_POOL
 from vmsnap.errors import CancelledError, DeadlineError, GuestUnreachableError
-from vmsnap.guests.agent import AgentControl
-from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
-from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import OldAddress
 from vmsnap.model.isolation import Addressed, Exchange, FencePlan, FencePort, Rung
@@ -221,6 +214,18 @@ def test_real_clients_are_reached(kind: str, rung: Rung, worlds: Worlds, tmp_pat
         assert in_pool if rung is Rung.LINK_FLAP else moved.address == "10.9.8.77"
         if kind == "networkd":
             assert moved.seconds < 15
+
+
+@pytest.mark.parametrize("kind", ["dhcpcd", "networkd", "NetworkManager"])
+def test_clients_that_could_be_moved_are_reached_where_they_lived_too(
+    kind: str, worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path
+) -> None:
+    machine, _ = leased(kind, worlds, tmp_path)
+    world = worlds.around(machine)
+    moved = addressing.move(request_for(world.plan, Rung.OLD_ADDRESS), links=world.cables, cancel=SwitchCancel())
+    print(f"{kind}: {told(moved)}")
+    assert moved.seconds < 2
+    assert greeting(world.plan, "10.9.8.77") == "clone"
 
 
 class NamespaceAgent:
@@ -504,70 +509,3 @@ def test_a_tagged_static_guest_is_reached_inside_its_vlan(worlds: Worlds, addres
         assert greeting(world.plan, "10.9.8.77") == "clone"
     finally:
         link.close()
-
-
-# --- real guests: their kernels, their virtio cards with unfinished checksums, libvirt's way to pull a cable
-
-
-class VirshCables:
-    def __init__(self, domain: str) -> None:
-        self._domain = domain
-
-    def set_link(self, *, mac: str, up: bool) -> None:
-        sh("virsh", "domif-setlink", self._domain, mac, "up" if up else "down")
-
-    def replug(self, *, mac: str, deadline: timedelta) -> None:
-        raise AssertionError
-
-
-@pytest.mark.parametrize("static", [None, "10.77.0.55/24"], ids=["networkd", "static"])
-def test_real_guests_are_reached(static: str | None, make_guest: MakeGuest, lab: Lab) -> None:
-    guest = make_guest(GuestSpec(static_address=static))
-    old = OldAddress(interface=IPv4Interface(f"{guest.address()}/24"), gateway=IPv4Address("10.77.0.1"))
-    tap = sh("virsh", "domiflist", guest.name).split()[-5]
-    connection = Connection("qemu:///system")
-    try:
-        # From one fence to the next: for a DHCP client each is a network on which its lease is not valid.
-        for rung in (Rung.AGENT, Rung.LINK_FLAP) if static is None else (Rung.OLD_ADDRESS,):
-            tap = reach_real_guest(guest, rung, tap=tap, old=old, connection=connection, factor=lab.time_factor)
-    finally:
-        connection.close()
-
-
-def reach_real_guest(
-    guest: LabGuest, rung: Rung, *, tap: str, old: OldAddress, connection: Connection, factor: float
-) -> str:
-    """Turn a running guest's tap into a fence's, as if libvirt had restored a clone there, and reach it by one rung.
-
-    Returns the tap's new name; the fence is gone by then.
-    """
-    plan = plan_for(macs=guest.spec.macs)
-    (port,) = plan.ports
-    fence = NetworkFence()
-    fence.build(plan)
-    try:
-        sh("ip", "link", "set", tap, "name", port.tap)
-        sh("ip", "link", "set", port.tap, "master", port.bridge)
-        fence.prove(plan)
-        request = AddressRequest(
-            fence=plan, ladder=(rung,), old_addresses=(old,), probe_port=22, rung_deadline=timedelta(seconds=20 * factor),
-            agent=AgentControl(LibvirtAgentChannel(connection, domain=guest.name), clock=SystemClock()),
-        )  # fmt: skip
-        with NetworkAddressing(clock=SystemClock()) as addressing:
-            moved = addressing.move(request, links=VirshCables(guest.name), cancel=SwitchCancel())
-            print(f"real guest, {rung}: {moved.seconds:.2f} s, {moved.address}")
-            assert moved.rung is rung
-            assert moved.seconds < (2 if rung is Rung.OLD_ADDRESS else 15) * factor
-            assert moved.address is not None
-            assert (moved.address == str(old.interface.ip)) is (rung is Rung.OLD_ADDRESS)
-            with fence.connector(plan)(moved.address, 22, timedelta(seconds=5 * factor)) as ssh:
-                ssh.settimeout(5 * factor)
-                assert ssh.recv(64).startswith(b"SSH-2.0")
-            counts = fence.counts(plan)
-            assert all(counts[f"elsewhere to {link}"].packets == 0 for link in (port.tap, port.veth_host))
-    finally:
-        # Removing a fence removes its taps: this one is the guest's, and not the fence's to remove.
-        sh("ip", "link", "set", port.tap, "nomaster", check=False)
-        sh("ip", "link", "set", port.tap, "name", f"{port.tap[:-2]}x0", check=False)
-        fence.release(fence.resource(plan), deadline=timedelta(seconds=10))
-    return f"{port.tap[:-2]}x0"

@@ -19,7 +19,6 @@ from vmsnap.model.isolation import DHCP_RUNGS, FencePlan, FencePort, Rung
 from vmsnap.network.agentrung import AgentRung
 from vmsnap.network.hotplug import HotPlug
 from vmsnap.network.ladder import NetworkAddressing
-from vmsnap.network.leasing import Side
 from vmsnap.network.oldaddress import gateway_of
 from vmsnap.network.rungs import Dhcp, RungDriver, Timer
 from vmsnap.ports.network import AddressRequest, LinkControl
@@ -72,10 +71,6 @@ class ScriptedDhcp:
     answers_at: float | None = None
     log: list[str] = field(default_factory=list)
     is_running: bool = False
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        return ()
 
     @property
     def messages(self) -> int:

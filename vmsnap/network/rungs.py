@@ -10,7 +10,6 @@ from typing import Protocol
 from vmsnap.errors import DeadlineError
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePort
-from vmsnap.network.leasing import Side
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.network import AddressRequest, LinkControl
 
@@ -69,10 +68,6 @@ class Keeper(Protocol):
 
 class Dhcp(Listener, Protocol):
     """The DHCP service of one fence; see ``vmsnap.network.leasing``."""
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """Return the NICs that are listened to."""
 
     @property
     def messages(self) -> int:
