@@ -55,7 +55,7 @@ from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
-from vmsnap.workflow.due import DueRuns, upcoming_of
+from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
@@ -117,8 +117,9 @@ def make_world(settings: Settings) -> World:
 class Application:
     """Everything vmsnap can do, for the commands. See vmsnap.cli.application for the contract of each method."""
 
-    def __init__(self, world: World, *, policies: PolicyBook, limits: Limits) -> None:
-        self._world = world
+    def __init__(self, open_world: Callable[[], World], *, policies: PolicyBook, limits: Limits) -> None:
+        self._open_world = open_world
+        self._world = open_world()
         self._limits = limits
         self._policies = policies
 
@@ -131,6 +132,14 @@ class Application:
         world = replace(self._world, access=Access(clock=self._world.clock, cancel=cancel))
         return Backup(world, policy=policy, progress=progress, cancel=cancel).run()
 
+    def _back_up_beside_others(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
+        if self._limits.per_host == 1:
+            return self._back_up(policy, progress=progress, cancel=cancel)
+        # Drivers of its own, as each process would have, and lines that say whose they are.
+        world = replace(self._open_world(), access=Access(clock=self._world.clock, cancel=cancel))
+        named = NamedProgress(policy.guest, progress=progress)
+        return Backup(world, policy=policy, progress=named, cancel=cancel).run()
+
     def run_due(self, *, dry_run: bool, progress: Progress, cancel: Cancel) -> DueReport:
         """Back up what is due. A policy file that is wrong is a failure of its guest, and of no other."""
         checks = self._policies.check()
@@ -138,7 +147,7 @@ class Application:
             self._world,
             policies=[check.policy for check in checks if check.policy is not None],
             limits=self._limits,
-            back_up=lambda policy: self._back_up(policy, progress=progress, cancel=cancel),
+            back_up=lambda policy: self._back_up_beside_others(policy, progress=progress, cancel=cancel),
             progress=progress,
             cancel=cancel,
         )
@@ -347,4 +356,4 @@ def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Findi
 def open_application(settings: Settings, policies: PolicyBook) -> Application:
     """Return the application for this host's settings and policies."""
     limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
-    return Application(make_world(settings), policies=policies, limits=limits)
+    return Application(lambda: make_world(settings), policies=policies, limits=limits)

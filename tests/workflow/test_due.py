@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.cli_samples import AT, CLEAN, DRAIN, ISOLATION, sample
 from tests.workflow.invocations import Outcome as Ending
 from tests.workflow.invocations import Work, invoke, order, recovers, simply
 from vmsnap.errors import (
@@ -32,7 +36,7 @@ from vmsnap.ports.clock import Cancel
 from vmsnap.testing.faults import DEATHS, Fault, FaultCancel, Mode
 from vmsnap.testing.world import START, FakeWorld, QuietProgress
 from vmsnap.workflow.backup import Backup
-from vmsnap.workflow.due import DueRuns, upcoming_of
+from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.world import World
 
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -45,6 +49,22 @@ def policy(guest: str = "db", *, enabled: bool = True, **schedule: Any) -> Polic
 
 def really(world: World, wanted: Policy, cancel: Cancel) -> BackupReport:
     return Backup(world, policy=wanted, progress=QuietProgress(), cancel=cancel).run()
+
+
+def sample_report(guest: str) -> BackupReport:
+    manifest = sample(guest=guest).manifest
+    return BackupReport(
+        snapshot=manifest.id,
+        guest=guest,
+        started=AT,
+        finished=AT,
+        capture=manifest.capture,
+        isolation=ISOLATION,
+        drain=DRAIN,
+        clean=CLEAN,
+        store=manifest.store,
+        steps=manifest.steps,
+    )
 
 
 def failing_with(error: VmsnapError, *, guest: str = "db") -> BackUp:
@@ -282,6 +302,84 @@ def test_limits_count_the_runs_of_other_processes(tmp_path: Path) -> None:
     )
     assert look(Limits(per_host=2, per_storage=2)) == (Outcome.DONE, None)
     going_on.close()
+
+
+class Crowd:
+    """Runs that last a while, and the most that went on at a time: in all, and on each storage."""
+
+    def __init__(self, storage: dict[str, str | None], *, expected: int) -> None:
+        self.storage = storage
+        self.expected = expected
+        self.going_on: list[str] = []
+        self.most = 0
+        self.most_on: Counter[str | None] = Counter()
+        self.lock = threading.Lock()
+
+    def back_up(self, world: World, wanted: Policy, cancel: Cancel) -> BackupReport:
+        with self.lock:
+            self.going_on.append(wanted.guest)
+            self.most = max(self.most, len(self.going_on))
+            for storage, count in Counter(self.storage[guest] for guest in self.going_on).items():
+                self.most_on[storage] = max(self.most_on[storage], count)
+        end = time.monotonic() + 5
+        while self.most < self.expected and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.01)  # for one too many to come in, if it would
+        with self.lock:
+            self.going_on.remove(wanted.guest)
+        if wanted.guest == "g3":
+            raise ToolError("g3 is broken")
+        return sample_report(wanted.guest)
+
+
+def test_several_at_a_time_stay_within_both_limits(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    storage: dict[str, str | None] = {f"g{number}": ("san", "ssd", None)[number % 3] for number in range(12)}
+    crowd = Crowd(storage, expected=4)
+    policies = [policy(guest, storage=name) for guest, name in storage.items()]
+    ending = simply(lab, due(*policies, limits=Limits(per_host=4, per_storage=1), back_up=crowd.back_up))
+    report = report_of(ending)
+    assert crowd.most == 4
+    assert (crowd.most_on["san"], crowd.most_on["ssd"]) == (1, 1)
+    assert crowd.most_on[None] >= 2
+    assert sorted(entry.guest for entry in report.entries) == sorted(storage)
+    assert {entry.outcome for entry in report.entries if entry.guest != "g3"} == {Outcome.DONE}
+    assert report.exit_code is ExitCode.DRIVER
+    assert [guest for guest in storage if lab.state.attempts.failures(guest)] == ["g3"]
+
+
+def test_several_at_a_time_leave_room_for_other_processes(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    going_on = lab.state.journals.begin(RunId("00000000f1"), kind=RunKind.BACKUP, guest="by hand", at=START)
+    crowd = Crowd(dict.fromkeys(("a", "b", "c")), expected=1)
+    work = due(policy("a"), policy("b"), policy("c"), limits=Limits(per_host=2), back_up=crowd.back_up)
+    report = work(lab.process(), FaultCancel())
+    assert isinstance(report, DueReport)
+    assert crowd.most == 1
+    assert [entry.outcome for entry in report.entries] == [Outcome.DONE] * 3
+    going_on.close()
+
+
+def test_a_signal_ends_all_of_several(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+
+    def back_up(world: World, wanted: Policy, cancel: Cancel) -> BackupReport:
+        assert isinstance(cancel, FaultCancel)
+        cancel.asked = True
+        raise CancelledError("stopped by SIGTERM")
+
+    work = due(*(policy(guest) for guest in "abcdef"), limits=Limits(per_host=2), back_up=back_up)
+    assert {outcome for _, outcome in outcomes(simply(lab, work))} == {Outcome.STOPPED}
+
+
+def test_lines_of_several_say_whose_they_are() -> None:
+    quiet = QuietProgress()
+    named = NamedProgress("db", progress=quiet)
+    named.step("capture")
+    named.note("41 ms")
+    named.waiting("work", deadline_seconds=1)
+    named.bytes_done(1, 2)
+    assert (quiet.steps, quiet.notes) == ([], ["db: capture", "db: 41 ms"])
 
 
 def test_the_next_runs_of_a_guest(tmp_path: Path) -> None:

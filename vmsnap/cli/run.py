@@ -27,7 +27,7 @@ def run(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Back up every guest whose policy says that it is due, one after another.
+    """Back up every guest whose policy says that it is due, as many at a time as [limits] allows; by default one.
 
     What is due follows from the newest snapshots and the failures since, so this may be called as often as one likes: by a
     timer, every few minutes. A guest that fails stops no other. A guest that somebody works on is passed over.

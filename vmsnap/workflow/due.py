@@ -1,10 +1,14 @@
-"""Backing up every guest that is due, one after another. What is due follows from the store and the book of attempts."""
+"""Backing up every guest that is due, as many at a time as the limits allow.
+
+What is due follows from the store and the book of attempts. By default guests go one after another, in this thread.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
@@ -26,7 +30,10 @@ _MOST_REMEMBERED = 20
 
 
 class DueRuns:
-    """One round over all guests. ``back_up`` makes one backup, as the workflow ``Backup`` does, and raises as that does."""
+    """One round over all guests. ``back_up`` makes one backup, as the workflow ``Backup`` does, and raises as that does.
+
+    Where the limits allow several runs at a time, ``back_up`` and ``progress`` are called from several threads.
+    """
 
     def __init__(
         self,
@@ -53,7 +60,12 @@ class DueRuns:
         with contextlib.nullcontext() if dry_run else self._world.locks.schedule():
             started = self._world.clock.now()
             waiting, entries = self._look()
-            taken = [self._plan(policy, due) if dry_run else self._take(policy) for policy, due in waiting]
+            if dry_run:
+                taken = [self._plan(policy, due) for policy, due in waiting]
+            elif self._limits.per_host == 1:
+                taken = [self._refuse(policy, due, own=()) or self._take(policy) for policy, due in waiting]
+            else:
+                taken = self._take_beside_each_other(waiting)
             return DueReport(
                 started=started,
                 finished=self._world.clock.now(),
@@ -82,7 +94,38 @@ class DueRuns:
         return [(policy, due) for _, _, policy, due in waiting], entries
 
     def _plan(self, policy: Policy, due: Due) -> DueEntry:
-        return DueEntry(guest=policy.guest, outcome=Outcome.DUE, due=due, note=self._over_limit(policy))
+        return DueEntry(guest=policy.guest, outcome=Outcome.DUE, due=due, note=self._over_limit(policy, own=()))
+
+    def _take_beside_each_other(self, waiting: Sequence[tuple[Policy, Due]]) -> list[DueEntry]:
+        """Take all, each in a thread of its own, so that limits hold. Returns entries in the order of ``waiting``."""
+        entries: dict[str, DueEntry] = {}
+        running: dict[Future[DueEntry], Load] = {}
+        pending = list(waiting)
+        with ThreadPoolExecutor(max_workers=self._limits.per_host) as pool:
+            while pending or running:
+                for policy, due in tuple(pending):
+                    own = tuple(running.values())
+                    refused = self._refuse(policy, due, own=own)
+                    if refused is not None and own and self._refuse(policy, due, own=()) is None:
+                        continue  # it waits for a run of ours, which will end
+                    pending.remove((policy, due))
+                    if refused is not None:
+                        entries[policy.guest] = refused
+                    else:
+                        running[pool.submit(self._take, policy)] = _load(policy)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    entries[running.pop(future).guest] = future.result()
+        return [entries[policy.guest] for policy, _ in waiting]
+
+    def _refuse(self, policy: Policy, due: Due, *, own: Sequence[Load]) -> DueEntry | None:
+        """Return the entry of a guest that limits hold back; None where it may start. ``own``: runs of this round."""
+        try:
+            reason = self._over_limit(policy, own=own)
+        except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
+            return _failed(policy, as_vmsnap_error(error, doing="looking what else goes on"))
+        if reason is None:
+            return None
+        return DueEntry(guest=policy.guest, outcome=Outcome.SKIPPED, due=due, note=reason)
 
     def _take(self, policy: Policy) -> DueEntry:
         """Back up one guest, unless that is no longer possible; then say what comes after."""
@@ -94,9 +137,6 @@ class DueRuns:
             if not due.is_due(self._world.clock.now()):
                 # The runs before it took their time, and its window has closed.
                 return DueEntry(guest=guest, outcome=Outcome.NOT_DUE, following=due, note="no longer")
-            reason = self._over_limit(policy)
-            if reason is not None:
-                return DueEntry(guest=guest, outcome=Outcome.SKIPPED, due=due, note=reason)
             entry = self._attempt(policy, due)
         except Exception as error:  # noqa: BLE001 - as above
             return _failed(policy, as_vmsnap_error(error, doing="starting its run"))
@@ -147,19 +187,43 @@ class DueRuns:
         records = self._world.journals.records()
         return any(record.guest == guest and record.started >= since for record in records)
 
-    def _over_limit(self, policy: Policy) -> str | None:
+    def _over_limit(self, policy: Policy, *, own: Sequence[Load]) -> str | None:
         loads = {item.guest: _load(item) for item in self._policies}
         return over_limit(
             _load(policy),
-            running=tuple(self._running(loads)),
+            running=(*own, *self._others(loads, own=own)),
             per_host=self._limits.per_host,
             per_storage=self._limits.per_storage,
         )
 
-    def _running(self, loads: Mapping[str, Load]) -> Iterator[Load]:
+    def _others(self, loads: Mapping[str, Load], *, own: Sequence[Load]) -> Iterator[Load]:
+        """Return backups that go on and are not of this round: those of other processes."""
+        mine = {load.guest for load in own}
         for record in self._world.journals.records():
-            if record.alive and record.kind is RunKind.BACKUP:
+            if record.alive and record.kind is RunKind.BACKUP and record.guest not in mine:
                 yield loads.get(record.guest, Load(guest=record.guest, storage=None))
+
+
+class NamedProgress:
+    """The port ``Progress`` for a run among others: its steps are lines with its guest's name."""
+
+    def __init__(self, guest: str, *, progress: Progress) -> None:
+        self._guest = guest
+        self._progress = progress
+
+    def step(self, name: str) -> None:
+        """A step began."""
+        self._progress.note(f"{self._guest}: {name}")
+
+    def bytes_done(self, done: int, total: int) -> None:
+        """Say nothing: there is one bar, and several runs."""
+
+    def waiting(self, what: str, *, deadline_seconds: float) -> None:
+        """Say nothing, as above."""
+
+    def note(self, text: str) -> None:
+        """Say it, with the guest's name."""
+        self._progress.note(f"{self._guest}: {text}")
 
 
 def due_of(world: World, policy: Policy) -> Due:
