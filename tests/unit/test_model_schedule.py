@@ -10,7 +10,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vmsnap.errors import ExitCode
@@ -514,6 +514,8 @@ def test_a_guest_that_fails_is_tried_less_and_less_and_then_regularly_again() ->
 @settings(max_examples=25, deadline=None)
 @given(schedules, st.sampled_from([47 * MINUTE, 3 * HOUR]))
 def test_never_two_runs_within_one_period_whatever_the_policy(schedule: Policy, tick: timedelta) -> None:
+    # One that never opens never runs, and finding that out each time would take most of the test's time.
+    assume(due(schedule, newest=None, now=utc("2028-02-20 00:00")).at)
     simulation = Simulation({"db": schedule}, tick=tick)
     simulation.go(utc("2028-02-20 00:00"), utc("2028-04-05 00:00"))
     runs = simulation.runs.get("db", [])
