@@ -288,14 +288,16 @@ def _term(text: str, *, first: int, last: int, name: str, unit: int, downwards: 
             raise ValueError(f"'{text}': a step of 0 leads nowhere")
     elif stop is not None and unit > 1 and start + step > stop:
         raise ValueError(f"'{text}': a range of less than a second needs a step")
-    highest = max(start, stop or 0)
-    if not first <= start <= last or highest > last or step > last - first:
+    if stop is not None and stop < start:
+        raise ValueError(f"'{text}': the range ends before it begins")
+    if stop is not None:
+        # The last value counts, not the number written: 1..32/2 ends at 31.
+        stop -= (stop - start) % step
+        if stop == start:
+            stop, step = None, 0
+    if not first <= start <= last or (stop or 0) > last or step > last - first:
         raise ValueError(f"'{text}': {name}s are from {first // unit} to {last // unit}")
     if stop is not None:
-        if stop < start:
-            raise ValueError(f"'{text}': the range ends before it begins")
-        if step and start + step > stop:
-            return _Term(start, None, 0)
         return _Term(start, stop, step)
     if step and (start - step < first if downwards else start + step > last):
         raise ValueError(f"'{text}': the step leads out of the {name}s at once")
