@@ -17,6 +17,7 @@ from integration.lab.client import LabClient
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
+from vmsnap.model.isolation import ProofKind
 
 
 def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Installation) -> None:
@@ -38,7 +39,16 @@ def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Instal
     assert drain["in_flight_at_start"] == drain["finished"] + drain["rolled_back"]
     assert {item["method"] for item in first["clean"]["evidence"]["instances"]} == {"in-guest", "disk"}
     assert first["isolation"]["rung"] == "none"
-    assert first["isolation"]["proof"]
+    proof = {(point["kind"], point["name"]): point["observed"] for point in first["isolation"]["proof"]}
+    assert {kind for kind, _ in proof} == {kind.value for kind in ProofKind}
+    assert proof["identity", "token in the original"] == "is not there"
+    assert proof["identity", "boot id"].endswith("as the original's before the capture")
+    assert proof["production", "ears on the host's links"].startswith("0 frames")
+    assert any(
+        "answers ARP" in text and "in the table of labprod" in text
+        for (kind, _), text in proof.items()
+        if kind == "original"
+    )
 
     second = vmsnap.ok("backup", guest.name)
     assert second["store"]["new_bytes"] < first["store"]["new_bytes"]

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from vmsnap.errors import CancelledError, DriverError, NoSpaceError
+from vmsnap.errors import CancelledError, DriverError, IsolationError, NoSpaceError
 from vmsnap.testing.faults import FaultCancel
-from vmsnap.workflow.guard import OverlayGuard
+from vmsnap.workflow.guard import ISOLATION_ALARM, IsolationGuard, OverlayGuard
 
 MIB = 1 << 20
 
@@ -107,3 +107,40 @@ def test_the_watch_is_over_with_the_block() -> None:
     looks = space.looks
     assert "vmsnap-overlay-guard" not in [thread.name for thread in threading.enumerate()]
     assert space.looks == looks
+
+
+def test_an_alarm_ends_the_clone_once_and_only_the_first_breach_counts() -> None:
+    killed: list[str] = []
+    guard = IsolationGuard(FaultCancel(), kill_clone=lambda: killed.append("clone"))
+    guard.check()
+    assert not guard.is_set()
+    first, second = IsolationError("a frame got out"), IsolationError("another")
+    guard.sound(first)
+    guard.sound(second)
+    assert killed == ["clone"]
+    assert guard.is_set()
+    with pytest.raises(IsolationError) as raised:
+        guard.check()
+    assert raised.value is guard.reason is first
+
+
+@pytest.mark.parametrize("error", [DriverError("libvirt is restarting"), ZeroDivisionError()])
+def test_an_alarm_stops_the_run_even_where_the_clone_cannot_be_ended(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kill() -> None:
+        raise error
+
+    guard = IsolationGuard(FaultCancel(), kill_clone=kill)
+    guard.sound(IsolationError("a frame got out"))
+    assert guard.is_set()
+    assert [record.getMessage().startswith(ISOLATION_ALARM) for record in caplog.records] == [True, True]
+
+
+def test_an_inner_reason_passes_through() -> None:
+    cancel = FaultCancel()
+    guard = IsolationGuard(cancel, kill_clone=lambda: None)
+    cancel.asked = True
+    assert guard.is_set()
+    with pytest.raises(CancelledError):
+        guard.check()

@@ -45,6 +45,6 @@ def _handle(text: str) -> int:
         handle = answer["return"] if "return" in answer else parse(Answer, text)
     except (ValueError, KeyError, TypeError) as error:
         raise GuestCommandError("the guest agent's answer makes no sense", details=text[:200]) from error
-    if not isinstance(handle, int):
+    if not isinstance(handle, int) or isinstance(handle, bool):
         raise GuestCommandError("the guest agent's answer makes no sense", details=text[:200])
     return handle
