@@ -68,6 +68,11 @@ def test_help_loads_no_driver_and_no_validation() -> None:
         assert heavy not in loaded
 
 
+def hear_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would a child of it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_run_and_clean_up_still_runs(config: str, number: signal.Signals) -> None:
     child = subprocess.Popen(
@@ -77,6 +82,7 @@ def test_a_signal_stops_the_run_and_clean_up_still_runs(config: str, number: sig
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,  # noqa: PLW1509 - no threads here
     )
     assert child.stderr is not None
     while child.stderr.readline() != "ready\n":
@@ -111,6 +117,7 @@ def test_a_signal_ends_a_forward_in_order(config: str, number: signal.Signals) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,  # noqa: PLW1509 - no threads here
     )
     assert child.stdout is not None
     document = ""
