@@ -30,8 +30,7 @@ lint: venv
 	.venv/bin/lint-imports --no-cache
 
 unit: venv
-	.venv/bin/coverage run -m pytest tests -q
-	.venv/bin/coverage report --skip-covered --fail-under=85
+	.venv/bin/python -m pytest tests -q --numprocesses=auto --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 integration: setup
 	bash integration/setup.sh tests

@@ -76,6 +76,19 @@ def test_a_look_that_fails_does_not_end_the_watch(error: Exception) -> None:
     assert isinstance(guard.reason, NoSpaceError)
 
 
+def test_ending_the_clone_is_tried_until_it_works() -> None:
+    ended = threading.Event()
+    failures = [DriverError("libvirt is restarting"), DriverError("libvirt is restarting")]
+
+    def kill() -> None:
+        if failures:
+            raise failures.pop()
+        ended.set()
+
+    with _guard(Space(1, 600 * MIB), kill=kill):
+        assert ended.wait(10)
+
+
 @pytest.mark.parametrize("error", [DriverError("libvirt is restarting"), ZeroDivisionError()])
 def test_a_clone_that_cannot_be_ended_still_stops_the_run(error: Exception) -> None:
     tried = threading.Event()
@@ -111,13 +124,13 @@ def test_the_watch_is_over_with_the_block() -> None:
 
 def test_an_alarm_ends_the_clone_once_and_only_the_first_breach_counts() -> None:
     killed: list[str] = []
-    guard = IsolationGuard(FaultCancel(), kill_clone=lambda: killed.append("clone"))
+    guard = IsolationGuard(FaultCancel(), cut=lambda: killed.append("links"), kill_clone=lambda: killed.append("clone"))
     guard.check()
     assert not guard.is_set()
     first, second = IsolationError("a frame got out"), IsolationError("another")
     guard.sound(first)
     guard.sound(second)
-    assert killed == ["clone"]
+    assert killed == ["links", "clone"]
     assert guard.is_set()
     with pytest.raises(IsolationError) as raised:
         guard.check()
@@ -131,15 +144,18 @@ def test_an_alarm_stops_the_run_even_where_the_clone_cannot_be_ended(
     def kill() -> None:
         raise error
 
-    guard = IsolationGuard(FaultCancel(), kill_clone=kill)
-    guard.sound(IsolationError("a frame got out"))
-    assert guard.is_set()
-    assert [record.getMessage().startswith(ISOLATION_ALARM) for record in caplog.records] == [True, True]
+    cuts: list[str] = []
+    for cut in (lambda: cuts.append("links"), kill):
+        guard = IsolationGuard(FaultCancel(), cut=cut, kill_clone=kill)
+        guard.sound(IsolationError("a frame got out"))
+        assert guard.is_set()
+    assert cuts == ["links"]
+    assert [record.getMessage().startswith(ISOLATION_ALARM) for record in caplog.records] == [True] * 5
 
 
 def test_an_inner_reason_passes_through() -> None:
     cancel = FaultCancel()
-    guard = IsolationGuard(cancel, kill_clone=lambda: None)
+    guard = IsolationGuard(cancel, cut=lambda: None, kill_clone=lambda: None)
     cancel.asked = True
     assert guard.is_set()
     with pytest.raises(CancelledError):

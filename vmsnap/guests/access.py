@@ -32,6 +32,10 @@ class Access:
         self._clock = clock
         self._cancel = cancel
 
+    def cancelled_by(self, cancel: Cancel) -> Access:
+        """Return the same access with another cancel."""
+        return Access(clock=self._clock, cancel=cancel)
+
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent."""
         return AgentControl(channel, clock=self._clock, cancel=self._cancel, urgent=urgent)

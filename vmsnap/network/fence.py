@@ -121,6 +121,12 @@ class NetworkFence:
                 remedy="nothing ran; start a new run",
             ) from None
 
+    def cut(self, plan: FencePlan) -> None:
+        """Set every tap and every outer end of a veth pair down."""
+        for port in plan.ports:
+            for name in (port.tap, port.veth_host):
+                links.set_down(name)
+
     def connector(self, plan: FencePlan) -> Connector:
         """Return a way to open connections from inside the namespace, to addresses. The namespace must exist by then."""
         return connector_into(plan.namespace)

@@ -199,6 +199,17 @@ def set_up(name: str, *, alias: str | None = None) -> None:
         route.link("set", index=index, state="up")
 
 
+def set_down(name: str) -> None:
+    """Set a link down, or return where there is none. Raises DriverError."""
+    with translated(f"set the link {name} down"), IPRoute() as route:
+        for index in route.link_lookup(ifname=name):
+            try:
+                route.link("set", index=index, state="down")
+            except NetlinkError as exc:
+                if exc.code != errno.ENODEV:
+                    raise
+
+
 def remove(name: str) -> None:
     """Remove a link, or return where there is none. Raises DriverError."""
     with translated(f"remove the link {name}"), IPRoute() as route:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import SshLogin
+from vmsnap.ports.clock import Cancel
 
 Connector = Callable[[str, int, timedelta], socket]
 """Opens a TCP connection (host, port, timeout), inside a fence's namespace or on the host.
@@ -52,6 +53,9 @@ class GuestControl(Protocol):
 
 class GuestAccess(Protocol):
     """Makes controls."""
+
+    def cancelled_by(self, cancel: Cancel) -> GuestAccess:
+        """Return the same access, whose controls end a wait for a command when ``cancel`` says so, with its error."""
 
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent.

@@ -61,6 +61,12 @@ class Fence(Owner, Protocol):
         of its bridge. Raises IsolationError where something is wrong already, BugError for a proof of another run.
         """
 
+    def cut(self, plan: FencePlan) -> None:
+        """Take the clone's ends of the fence down, so that nothing passes any more, whatever became of the rules.
+
+        Needs no hypervisor. May be repeated; content with ends that are gone. Raises DriverError.
+        """
+
     def connector(self, plan: FencePlan) -> Connector:
         """Return a way to open connections from inside the namespace. The host's routing never sees them."""
 

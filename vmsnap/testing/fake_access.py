@@ -12,7 +12,7 @@ from vmsnap.guests.agent import AgentControl
 from vmsnap.guests.agentfile import read_file
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import GuestState, SshLogin
-from vmsnap.ports.clock import Clock
+from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import AgentChannel, Connector, GuestControl
 from vmsnap.testing.fake_host import FakeHost, Machine
 from vmsnap.workflow.whereabouts import ADDRESS_QUESTION
@@ -148,14 +148,21 @@ class FakeAccess:
     any other to production.
     """
 
-    def __init__(self, host: FakeHost, *, clock: Clock, clone_door: int | None = None) -> None:
+    def __init__(
+        self, host: FakeHost, *, clock: Clock, clone_door: int | None = None, cancel: Cancel | None = None
+    ) -> None:
         self.host = host
+        self._cancel = cancel
         self.clone_door = clone_door
         self._clock = clock
 
+    def cancelled_by(self, cancel: Cancel) -> FakeAccess:
+        """Return the same access with another cancel."""
+        return FakeAccess(self.host, clock=self._clock, clone_door=self.clone_door, cancel=cancel)
+
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent, the real one."""
-        return AgentControl(channel, clock=self._clock, urgent=urgent)
+        return AgentControl(channel, clock=self._clock, cancel=self._cancel, urgent=urgent)
 
     def read_file(self, channel: AgentChannel, *, path: str, timeout: timedelta) -> bytes | None:
         """Return a guest's file as its agent reads it, by the real code."""

@@ -41,6 +41,7 @@ class FenceState:
     members: set[str] = field(default_factory=set)
     intact: bool = True
     passed_bytes: int = 0
+    is_cut: bool = False
     watch: FakeWatch | None = None
 
 
@@ -160,6 +161,10 @@ class FakeFence:
         )
         return IsolationProof(run=plan.run, made=datetime.now(UTC), points=points)
 
+    def cut(self, plan: FencePlan) -> None:
+        if plan.run in self.world.fences:
+            self.world.fences[plan.run].is_cut = True
+
     def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> FenceWatch:
         if proof.run != plan.run:
             raise BugError(f"the proof is of run {proof.run}, the fence of run {plan.run}")
@@ -201,6 +206,8 @@ def _deviation(plan: FencePlan, *, state: FenceState | None, needs_taps: bool) -
         return f"{missing[0]} is not in its bridge"
     if foreign := sorted(state.members - {port.tap for port in plan.ports} - wanted):
         return f"{foreign[0]} is in the bridge {plan.ports[0].bridge if plan.ports else ''} and does not belong there"
+    if state.is_cut:
+        return f"{plan.ports[0].tap} is down"
     return None if state.intact else f"nft table {plan.table} lacks a rule"
 
 

@@ -140,6 +140,19 @@ class FenceContract:
         harness.detach_clone(plan)
         harness.fence.release(harness.fence.resource(plan), deadline=DEADLINE)
 
+    def test_a_fence_that_was_cut_lets_nothing_pass_and_is_removed(self, harness: FenceHarness) -> None:
+        plan = fence_plan()
+        harness.fence.cut(plan)
+        harness.fence.build(plan)
+        harness.attach_clone(plan)
+        harness.fence.prove(plan)
+        for _ in range(2):
+            harness.fence.cut(plan)
+        with pytest.raises(IsolationError):
+            harness.fence.prove(plan)
+        harness.detach_clone(plan)
+        harness.fence.release(harness.fence.resource(plan), deadline=DEADLINE)
+
     def test_a_lost_rule_is_noticed(self, harness: FenceHarness) -> None:
         plan = fence_plan()
         harness.fence.build(plan)

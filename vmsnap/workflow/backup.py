@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from vmsnap.ports.state import RunJournal
 from vmsnap.ports.store import Staging
 from vmsnap.workflow import identity, prune, reach
 from vmsnap.workflow.clone_service import clone_served
-from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
+from vmsnap.workflow.guard import IsolationGuard, OverlayGuard, alarmed
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.records import clean_record, drain_record, isolation_record
@@ -82,8 +82,9 @@ class _Quiesced:
 
 @dataclass(frozen=True, kw_only=True)
 class _Running:
-    """A clone that may run, and what keeps it in."""
+    """A clone that may run, and what keeps it in. Commands in the clone by ``world`` end when ``guard`` ends it."""
 
+    world: World
     clone: Clone
     fence: FencePlan
     proof: IsolationProof
@@ -222,7 +223,8 @@ class Backup:
             run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
             memory = hypervisor.memory_resource(plan)
             run.acquire(memory, lambda: hypervisor.prepare_memory(plan))
-            run.acquire(world.fence.resource(fence), lambda: world.fence.build(fence))
+            with alarmed():
+                run.acquire(world.fence.resource(fence), lambda: world.fence.build(fence))
         self._cancel.check()
         with run.step("capture"):
             capture = hypervisor.capture(plan, cancel=self._cancel)
@@ -238,7 +240,7 @@ class Backup:
             floor_bytes=settings.min_overlay_free_bytes // 2,
             kill_clone=kill_clone,
         )
-        guard = IsolationGuard(overlays, kill_clone=kill_clone)
+        guard = IsolationGuard(overlays, cut=lambda: world.fence.cut(fence), kill_clone=kill_clone)
         with overlays:
             try:
                 with run.step("restore clone"):
@@ -250,7 +252,9 @@ class Backup:
                 with closing(watch):
                     self._advance(Event.FENCE)
                     guard.check()
-                    running = _Running(clone=clone, fence=fence, proof=proof, watch=watch, guard=guard)
+                    # A command in a clone that a guard has ended would wait for its answer until its deadline.
+                    watched = replace(world, access=world.access.cancelled_by(guard))
+                    running = _Running(world=watched, clone=clone, fence=fence, proof=proof, watch=watch, guard=guard)
                     quiesced = self._quiesce(run, running=running, login=login, source=source)
                 guard.check()
                 views = self._open(run, plan=plan)
@@ -278,7 +282,7 @@ class Backup:
 
     def _quiesce(self, run: Run, *, running: _Running, login: reach.Login, source: identity.Source) -> _Quiesced:
         """Let the clone run, reach it, drain and stop its database, and let it power off."""
-        world, policy = self._world, self._policy
+        world, policy = running.world, self._policy
         clone, guard, watch = running.clone, running.guard, running.watch
         with run.step("resume clone"):
             world.hypervisor.resume_clone(clone, proof=running.proof)

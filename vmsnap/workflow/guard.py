@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -21,8 +22,8 @@ _MIB = 1 << 20
 class OverlayGuard:
     """A Cancel that also stops the run when overlay space falls below a floor.
 
-    While the block runs a thread looks once an ``interval``; below the floor it calls ``kill_clone`` once, so that
-    a step which waits for the clone ends at once, and from then on ``check`` raises NoSpaceError.
+    While the block runs a thread looks once an ``interval``; below the floor it calls ``kill_clone`` until that works, so
+    that a step which waits for the clone ends at once, and from then on ``check`` raises NoSpaceError.
     """
 
     def __init__(
@@ -75,32 +76,46 @@ class OverlayGuard:
             except Exception as error:  # noqa: BLE001 - a watch that ends at a bug watches no more
                 _LOG.debug("overlay space is unknown: %s", error)
                 continue
-            if free >= self._floor_bytes:
+            if self._reason is None and free >= self._floor_bytes:
                 continue
-            self._reason = NoSpaceError(
-                f"the overlays' file system has {free // _MIB} MiB left; the run was given up so that the guest can go on",
-                remedy="make room, set capture.overlay_dir, or back up when the guest writes less",
-            )
-            _LOG.error("%s", self._reason.brief)
+            if self._reason is None:
+                self._reason = NoSpaceError(
+                    f"the overlays' file system has {free // _MIB} MiB left; the run was given up so that the guest can go on",
+                    remedy="make room, set capture.overlay_dir, or back up when the guest writes less",
+                )
+                _LOG.error("%s", self._reason.brief)
             try:
                 self._kill_clone()
-            except Exception as error:  # noqa: BLE001 - the run's own clean-up tries again
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
                 _LOG.warning("the clone could not be ended: %s", error)
-            return
+            else:
+                return
 
 
 ISOLATION_ALARM = "ISOLATION ALARM"
 """How the log's line of a breach begins; for whoever looks out for it."""
 
 
+@contextmanager
+def alarmed() -> Iterator[None]:
+    """Sound the alarm, in the log, for an IsolationError that leaves the block: no clone runs yet that could be ended."""
+    try:
+        yield
+    except IsolationError as error:
+        _LOG.critical("%s: %s", ISOLATION_ALARM, error.brief)
+        raise
+
+
 class IsolationGuard:
     """A Cancel that stops the run when its clone's isolation is broken, and ends the clone in that moment.
 
-    ``inner`` goes on meaning what it means.
+    ``cut`` takes its links down first, which needs no hypervisor; ``kill_clone`` ends it. ``inner`` goes on meaning what it
+    means.
     """
 
-    def __init__(self, inner: Cancel, *, kill_clone: Callable[[], None]) -> None:
+    def __init__(self, inner: Cancel, *, cut: Callable[[], None], kill_clone: Callable[[], None]) -> None:
         self._inner = inner
+        self._cut = cut
         self._kill_clone = kill_clone
         self._lock = threading.Lock()
         self._reason: IsolationError | None = None
@@ -117,10 +132,11 @@ class IsolationGuard:
                 return
             self._reason = breach
         _LOG.critical("%s: %s", ISOLATION_ALARM, breach.brief)
-        try:
-            self._kill_clone()
-        except Exception as error:  # noqa: BLE001 - the run's own clean-up tries again
-            _LOG.critical("%s: the clone could not be ended: %s", ISOLATION_ALARM, error)
+        for doing, action in (("cut off", self._cut), ("ended", self._kill_clone)):
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 - the other one may work, and the run's own clean-up tries again
+                _LOG.critical("%s: the clone could not be %s: %s", ISOLATION_ALARM, doing, error)
 
     def is_set(self) -> bool:
         """Tell whether the run shall stop."""

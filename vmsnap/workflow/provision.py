@@ -21,7 +21,7 @@ from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionRe
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
-from vmsnap.workflow.guard import IsolationGuard
+from vmsnap.workflow.guard import IsolationGuard, alarmed
 from vmsnap.workflow.location import known_address, resources_of, wait_for_address
 from vmsnap.workflow.naming import register_quietly
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, release_each, undone_on_failure
@@ -163,7 +163,8 @@ class Provision:
             if plan.network is None:
                 fence = FencePlan.for_macs(run.id, guest=plan.guest, macs=plan.macs)
                 built = fence
-                run.acquire(world.fence.resource(built), lambda: world.fence.build(built))
+                with alarmed():
+                    run.acquire(world.fence.resource(built), lambda: world.fence.build(built))
             run.acquire(
                 hypervisor.environment_resource(plan),
                 lambda: hypervisor.define_environment(plan, machine=machine, fence=fence),
@@ -177,7 +178,8 @@ class Provision:
         world = self._world
         with run.step("attach"):
             world.hypervisor.attach_environment(plan, machine=snapshot.manifest.machine, fence=fence)
-            return None if fence is None else world.fence.prove(fence)
+            with alarmed():
+                return None if fence is None else world.fence.prove(fence)
 
     @contextmanager
     def _watched(
@@ -186,7 +188,11 @@ class Provision:
         """Watch the environment's fence as long as this run lasts; a breach ends the VM at once, and then the run."""
         hypervisor = self._world.hypervisor
         resource = hypervisor.environment_resource(plan)
-        guard = IsolationGuard(self._cancel, kill_clone=lambda: hypervisor.release(resource, deadline=_KILL_DEADLINE))
+        guard = IsolationGuard(
+            self._cancel,
+            cut=lambda: None if fence is None else self._world.fence.cut(fence),
+            kill_clone=lambda: hypervisor.release(resource, deadline=_KILL_DEADLINE),
+        )
         if fence is None or proof is None:
             yield guard
             return
