@@ -212,6 +212,18 @@ def test_a_server_of_the_host_on_all_addresses_is_not_taken_for_the_vm(vms: Vms)
         assert ask(vms.serve(plan), b"who are you") == told("vm", b"who are you")
 
 
+def test_a_host_that_begins_to_route_serves_nobody_until_it_has_stopped(vms: Vms) -> None:
+    plan, _ = vms.fenced(serving=DIGEST % ("vm", PORT))
+    vms.settle(plan)
+    address = vms.serve(plan)
+    setting = f"net.ipv4.conf.vs{plan.run}s0.forwarding"
+    sh("sysctl", "-w", f"{setting}=1")
+    with pytest.raises(ConnectionResetError):
+        ask(address, b"a neighbour, perhaps")
+    assert sh("sysctl", "-n", setting).strip() == "0"
+    assert ask(address, b"who are you") == told("vm", b"who are you")
+
+
 def test_many_connections_through_one_address(vms: Vms) -> None:
     plan, _ = vms.fenced(serving=DIGEST % ("vm", PORT))
     vms.settle(plan)

@@ -56,6 +56,14 @@ def test_a_reader_that_leaves_early_is_no_reader(image: Path) -> None:
     assert feeders() == []
 
 
+def test_a_reader_that_hangs_holds_up_nobody(image: Path) -> None:
+    with StreamFeeder(image) as feeder:
+        descriptor = os.open(feeder.path, os.O_RDONLY)
+        assert os.read(descriptor, 1000)
+    os.close(descriptor)
+    assert feeders() == []
+
+
 def test_an_image_that_is_gone(image: Path) -> None:
     image.unlink()
     image.mkdir()

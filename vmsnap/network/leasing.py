@@ -113,6 +113,8 @@ class FenceDhcp:
     def withdraw(self) -> None:
         """Take our addresses away, so that the fence is as it was built. Content where it is gone."""
         namespace = self._request.fence.namespace
+        while self._vlans:
+            self._vlans.popitem()[1].close()
         while self._addressed:
             port, address = next(iter(self._addressed.items()))
             if netns.is_another(namespace):

@@ -156,11 +156,16 @@ class _Connection:
             self._ended(self)
 
     def _copy_both(self, inner: socket.socket) -> None:
-        for side in (self._client, inner):
-            side.setblocking(True)
-            side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            side.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            side.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
+        try:
+            for side in (self._client, inner):
+                side.setblocking(True)
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                side.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
+        except OSError as error:  # reset by its peer already
+            _LOG.info("a connection was not relayed: %s", error)
+            self.reset()
+            return
         back = threading.Thread(
             target=self._copy, kwargs={"source": inner, "sink": self._client}, name="vmsnap-relayed-back", daemon=True
         )

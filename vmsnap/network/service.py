@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network
 
-from vmsnap.errors import DeadlineError, DriverError, PreconditionError
+from vmsnap.errors import DeadlineError, DriverError, PreconditionError, SafetyError
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.network import links, netns
@@ -80,7 +80,7 @@ class HostServices:
             links.add_veth(
                 name, peer=_peer(run), namespace=netns.FOLDER / resource.name, alias=f"vmsnap:{run}", mtu=None
             )
-            links.set_ipv4(f"conf/{name}/forwarding", value=0)
+        _stop_routing(name)
         netns.inside(resource.name, action=lambda: _give(_peer(run), address=service))
         _give(name, address=service - 1)
 
@@ -91,7 +91,7 @@ class HostServices:
             listener = netns.inside(resource.name, action=lambda: _listener(address, port=port))
         except DriverError as error:
             raise PreconditionError(error.brief, details=error.details, remedy="the environment is gone") from error
-        return TcpRelay(listener, opener=opener)
+        return TcpRelay(listener, opener=lambda: _unrouted(_link(resource.run), opener=opener))
 
     def forward(self, *, address: str, port: int, opener: Opener) -> TcpRelay:
         """Relay a port of the host. Raises PreconditionError."""
@@ -119,6 +119,29 @@ class HostServices:
     def _remove(run: RunId) -> None:
         links.remove(_link(run))
         netns.remove(_namespace(run))
+
+
+def _stop_routing(link: str) -> bool:
+    """Let the host route nothing that comes by the link, nor to it; return whether it did."""
+    setting = f"conf/{link}/forwarding"
+    if links.get_ipv4(setting) == 0:
+        return False
+    links.set_ipv4(setting, value=0)
+    return True
+
+
+def _unrouted(link: str, *, opener: Opener) -> socket.socket:
+    """Open a connection, unless the host has begun to route to the service address: then it may not be the host's own.
+
+    A write of the host's ``ip_forward``, as network managers do, switches routing on for every link. It is off again when
+    this raises SafetyError.
+    """
+    if _stop_routing(link):
+        raise SafetyError(
+            f"the host had begun to route to the service address on {link}, and does not any more",
+            remedy="connect again, from this host",
+        )
+    return opener()
 
 
 def _link(run: RunId) -> str:

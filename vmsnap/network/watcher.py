@@ -15,11 +15,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from vmsnap.dhcp.authentication import nonce_of
-from vmsnap.dhcp.message import CLIENT_PORT, SERVER_PORT, UNSPECIFIED, DhcpMessage, MessageType, Op, OptionCode, decode
+from vmsnap.dhcp.message import (
+    CLIENT_PORT,
+    SERVER_PORT,
+    UNSPECIFIED,
+    DhcpMessage,
+    MalformedMessageError,
+    MessageType,
+    Op,
+    OptionCode,
+    decode,
+)
 from vmsnap.errors import DriverError, VmsnapError
 from vmsnap.model.isolation import Exchange
 from vmsnap.network import links
-from vmsnap.network.frames import ETHERTYPE_IPV4, Datagram, Frame, parse_mac
+from vmsnap.network.frames import ETHERTYPE_IPV4, Datagram, Frame, MalformedFrameError, parse_mac
 from vmsnap.network.packets import PacketSocket, dhcp_filter
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.state import Exchanges
@@ -124,6 +134,7 @@ class DhcpWatcher:
         self._refresh_seconds = refresh.total_seconds()
         self._sockets: dict[str, PacketSocket] = {}
         self._silent: set[str] = set()
+        self._complaints: set[str] = set()
 
     def run(self, *, cancel: Cancel) -> None:
         """Watch until cancelled, which is no error. Raises PreconditionError without the right to listen."""
@@ -194,8 +205,13 @@ class DhcpWatcher:
             vlan = frame.tags[0][1] & _VLAN_ID if frame.tags else 0
             # VLAN 0 is no VLAN but a priority (IEEE 802.1Q).
             exchange = self._follower.see(decode(datagram.data), vlan=vlan or None, at=datetime.now(UTC))
-        except VmsnapError as error:
+        except (MalformedFrameError, MalformedMessageError) as error:
             _LOG.debug("passed over a frame: %s", error.brief)
+            return
+        except VmsnapError as error:
+            if error.brief not in self._complaints:  # a full disk would complain of every exchange
+                self._complaints.add(error.brief)
+                _LOG.warning("an exchange could not be kept: %s", error.brief)
             return
         if exchange is not None:
             self._tell(exchange)

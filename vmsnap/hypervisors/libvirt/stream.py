@@ -11,6 +11,7 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 FIFO_NAME = "ram.fifo"
 _PIECE_BYTES = 1 << 20  # also what a pipe may hold by default, /proc/sys/fs/pipe-max-size
 _PATROL_SECONDS = 0.005
+_LONGEST_WAIT_MS = 100
 # linux/falloc.h
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
@@ -83,17 +85,28 @@ class StreamFeeder:
         if sink is None:
             return
         try:
-            os.set_blocking(sink, True)
             fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, _PIECE_BYTES)
             position = 0
             while piece := os.pread(source, _PIECE_BYTES, position):
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[os.write(sink, rest) :]
+                if not self._write(sink, memoryview(piece)):
+                    return
                 _punch(source, start=position, length=len(piece))
                 position += len(piece)
         finally:
             os.close(sink)
+
+    def _write(self, sink: int, rest: memoryview) -> bool:
+        """Write everything; return False where the block ended meanwhile: a reader may hang, and keep its end open."""
+        room = select.poll()
+        room.register(sink, select.POLLOUT)
+        while rest:
+            try:
+                rest = rest[os.write(sink, rest) :]
+            except BlockingIOError:
+                if self._stop.is_set():
+                    return False
+                room.poll(_LONGEST_WAIT_MS)
+        return True
 
     def _open_when_read(self) -> int | None:
         """Open the FIFO once somebody reads it; None where nobody came before the block ended."""
