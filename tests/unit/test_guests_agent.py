@@ -121,10 +121,15 @@ def test_an_urgent_agent_is_hurried_once() -> None:
 
 def test_an_agent_that_cannot_hurry_works_all_the_same() -> None:
     failed = json.dumps({"return": {"exited": True, "exitcode": 1}})
-    for answer in (failed, json.dumps({"error": {"class": "GenericError", "desc": "no sh"}})):
-        channel = Channel(*([PID] if answer is failed else []), answer, PID, ENDED)
-        urgent = Access(clock=Clock()).agent(channel, urgent=True)
-        assert urgent.run(Command(argv=("id",)), timeout=LIMIT).exit_status == 0
+    urgent = Access(clock=Clock()).agent(Channel(PID, failed, PID, ENDED), urgent=True)
+    assert urgent.run(Command(argv=("id",)), timeout=LIMIT).exit_status == 0
+
+
+def test_an_agent_that_refuses_to_hurry_refuses_the_command() -> None:
+    refusal = json.dumps({"error": {"class": "GenericError", "desc": "guest-exec is blocked"}})
+    urgent = Access(clock=Clock()).agent(Channel(refusal), urgent=True)
+    with pytest.raises(GuestCommandError, match="blocked"):
+        urgent.run(Command(argv=("id",)), timeout=LIMIT)
 
 
 def test_outputs_come_back() -> None:

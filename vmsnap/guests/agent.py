@@ -115,13 +115,9 @@ class AgentControl:
         return self._run(command, limit=command.timeout or timeout)
 
     def _hurry(self, timeout: timedelta) -> None:
-        try:
-            result = self._run(_HURRY, limit=timeout)
-        except GuestCommandError as error:
-            _log.info("the guest agent does not hurry: %s", error.brief)
-        else:
-            if result.exit_status != 0:
-                _log.info("the guest agent does not hurry: %s", result.error_text.strip())
+        result = self._run(_HURRY, limit=timeout)
+        if result.exit_status != 0:
+            _log.info("the guest agent does not hurry: %s", result.error_text.strip())
 
     def _run(self, command: Command, *, limit: timedelta) -> CommandResult:
         if len(command.stdin) > _INPUT_BYTES:
