@@ -160,6 +160,12 @@ def test_waiting_begins_when_the_failed_run_ended() -> None:
     assert due(plan(), now=utc("2026-11-21 03:01"), failures=(long,)).at == utc("2026-11-21 03:15")
 
 
+@pytest.mark.parametrize("ended", ["2027-11-21 02:00", "9999-12-31 23:00", "2020-01-01 00:00"])
+def test_an_end_that_a_wrong_clock_wrote_is_not_waited_for(ended: str) -> None:
+    jumped = FailedAttempt(began=utc("2026-11-21 02:00"), ended=utc(ended), exit_code=6, brief="too slow")
+    assert due(plan(), now=utc("2026-11-21 02:01"), failures=(jumped,)).at == utc("2026-11-21 02:15")
+
+
 def test_a_run_whose_process_died_is_a_failure() -> None:
     now = utc("2026-11-21 02:01")
     found = due(plan(), now=now, failures=(failure(utc("2026-11-21 02:00"), exit_code=None),))

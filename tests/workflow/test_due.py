@@ -132,9 +132,9 @@ def test_the_longest_overdue_is_first_and_a_failing_one_stops_no_other(tmp_path:
     policies = (policy("db", enabled=False), policy("ghost"), policy("second"), policy("third"))
     ending = simply(lab, due(*policies))
     assert outcomes(ending) == [
+        ("ghost", Outcome.FAILED),
         ("third", Outcome.DONE),
         ("second", Outcome.DONE),
-        ("ghost", Outcome.FAILED),
         ("db", Outcome.DISABLED),
     ]
     assert report_of(ending).exit_code is ExitCode.PRECONDITION

@@ -84,10 +84,10 @@ def next_due(policy: Policy, *, newest: datetime | None, failures: Sequence[Fail
     if wanted is None:
         return Due(at=None, reason=reason)
     start, moved = _place(wanted, policy=policy, shared=shared, now=now)
-    retry = _retry_at(schedule, failures=failures)
+    retry = _retry_at(schedule, failures=failures, now=now)
     if start is not None and retry is not None and retry > start:
         start, moved = _place(retry, policy=policy, shared=False, now=now)
-        waits = format_duration(retry - (failures[-1].ended or failures[-1].began))
+        waits = format_duration(retry - _end_of(failures[-1], now=now))
         reason = f"{reason}; {_attempts(failures)}, so it waits {waits} from the last"
     if start is None:
         return Due(at=None, reason=f"{reason}; no window opens in the next ten years")
@@ -197,11 +197,18 @@ def _place(wanted: datetime, *, policy: Policy, shared: bool, now: datetime) -> 
     return start, f"the next opening is {_minute(opening)}" if moved else ""
 
 
-def _retry_at(schedule: SchedulePolicy, *, failures: Sequence[FailedAttempt]) -> datetime | None:
+def _end_of(attempt: FailedAttempt, *, now: datetime) -> datetime:
+    """Return when an attempt ended, as far as that can be believed: the clock may have been wrong in its middle."""
+    if attempt.ended is not None and attempt.began <= attempt.ended <= now + FUTURE_SLACK:
+        return attempt.ended
+    return attempt.began
+
+
+def _retry_at(schedule: SchedulePolicy, *, failures: Sequence[FailedAttempt], now: datetime) -> datetime | None:
     if not failures or failures[-1].exit_code == ExitCode.SAFETY:
         return None
     doublings = min(len(failures) - 1, _MOST_DOUBLINGS)
-    last = failures[-1].ended or failures[-1].began
+    last = _end_of(failures[-1], now=now)
     return last + schedule.retry_after * min(1 << doublings, schedule.retry_at_most / schedule.retry_after)
 
 

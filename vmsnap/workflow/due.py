@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 
 from vmsnap.errors import BusyError, CancelledError, VmsnapError
@@ -74,8 +74,9 @@ class DueRuns:
             )
 
     def _look(self) -> tuple[list[tuple[Policy, Due]], list[DueEntry]]:
-        """Return what is due, the longest overdue first, and the entries of all other guests, by name."""
+        """Return what is due, the one with the oldest newest snapshot first, and the entries of all other guests, by name."""
         waiting: list[tuple[datetime, str, Policy, Due]] = []
+        never = datetime.min.replace(tzinfo=UTC)
         entries = []
         for policy in sorted(self._policies, key=lambda policy: policy.guest):
             if not policy.enabled:
@@ -83,11 +84,14 @@ class DueRuns:
                 continue
             try:
                 due = due_of(self._world, policy)
+                newest = _newest(self._world, policy, now=self._world.clock.now())
             except Exception as error:  # noqa: BLE001 - a guest that cannot be judged must not keep the others from it
                 entries.append(_failed(policy, as_vmsnap_error(error, doing="looking whether it is due")))
                 continue
             if due.at is not None and due.is_due(self._world.clock.now()):
-                waiting.append((due.at, policy.guest, policy, due))
+                # By the newest snapshot, not by the time of this run: that is tonight's for all who wait for a window, and
+                # where not all find room in it, the same ones would be left out every night.
+                waiting.append((newest or never, policy.guest, policy, due))
             else:
                 entries.append(DueEntry(guest=policy.guest, outcome=Outcome.NOT_DUE, following=due))
         waiting.sort(key=lambda item: item[:2])
