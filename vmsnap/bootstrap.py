@@ -129,14 +129,15 @@ class Application:
 
     def _back_up(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
         # Commands in the clone take as long as a drain; a signal has to reach them.
-        world = replace(self._world, access=Access(clock=self._world.clock, cancel=cancel))
+        world = replace(self._world, access=self._world.access.cancelled_by(cancel))
         return Backup(world, policy=policy, progress=progress, cancel=cancel).run()
 
     def _back_up_beside_others(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
         if self._limits.per_host == 1:
             return self._back_up(policy, progress=progress, cancel=cancel)
         # Drivers of its own, as each process would have, and lines that say whose they are.
-        world = replace(self._open_world(), access=Access(clock=self._world.clock, cancel=cancel))
+        opened = self._open_world()
+        world = replace(opened, access=opened.access.cancelled_by(cancel))
         named = NamedProgress(policy.guest, progress=progress)
         return Backup(world, policy=policy, progress=named, cancel=cancel).run()
 

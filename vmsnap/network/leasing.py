@@ -107,19 +107,21 @@ class FenceDhcp:
         sides, self._sides = self._sides, {}
         for side in sides.values():
             side.responder.stop()
-        while self._vlans:
-            self._vlans.popitem()[1].close()
+        self._leave_vlans()
 
     def withdraw(self) -> None:
         """Take our addresses away, so that the fence is as it was built. Content where it is gone."""
         namespace = self._request.fence.namespace
-        while self._vlans:
-            self._vlans.popitem()[1].close()
+        self._leave_vlans()
         while self._addressed:
             port, address = next(iter(self._addressed.items()))
             if netns.is_another(namespace):
                 netns.inside(namespace, action=lambda: _take_address(port, address=address))  # noqa: B023 - runs at once
             del self._addressed[port]
+
+    def _leave_vlans(self) -> None:
+        while self._vlans:
+            self._vlans.popitem()[1].close()
 
     def answering(self) -> str | None:
         """Return an address leased here at which the clone answers, or None. Takes up to a second a lease."""

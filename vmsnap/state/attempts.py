@@ -11,7 +11,7 @@ from typing import Any
 
 from vmsnap.model.ids import folder_name
 from vmsnap.model.schedule import FailedAttempt
-from vmsnap.state.files import make_private_folder, sync_folder, translated, write_replace
+from vmsnap.state.files import make_private_folder, read_if_there, remove_if_there, write_replace
 
 FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)
@@ -26,11 +26,9 @@ class FileAttemptBook:
     def failures(self, guest: str) -> tuple[FailedAttempt, ...]:
         """Return a guest's failed attempts, oldest first. What cannot be understood counts as none: backups go on."""
         path = self._path(guest)
-        with translated(doing="read", path=path):
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                return ()
+        data = read_if_there(path)
+        if data is None:
+            return ()
         try:
             record = json.loads(data)
             if record["version"] != FORMAT_VERSION:
@@ -45,12 +43,7 @@ class FileAttemptBook:
         """Record a guest's failed attempts instead of those before. Raises NoSpaceError, PreconditionError, DriverError."""
         path = self._path(guest)
         if not failures:
-            with translated(doing="remove", path=path):
-                try:
-                    path.unlink()
-                except FileNotFoundError:
-                    return
-                sync_folder(self._folder)
+            remove_if_there(path)
             return
         make_private_folder(self._folder)
         record = {"version": FORMAT_VERSION, "guest": guest, "attempts": [_encode(item) for item in failures]}

@@ -9,7 +9,7 @@ from pathlib import Path
 from vmsnap.errors import DriverError, EnvironmentNotFoundError, PreconditionError
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, SnapshotId, folder_name
-from vmsnap.state.files import make_private_folder, sync_folder, translated, write_new, write_replace
+from vmsnap.state.files import make_private_folder, remove_if_there, translated, write_new, write_replace
 
 FORMAT_VERSION = 1
 
@@ -35,13 +35,7 @@ class FileEnvironmentBook:
 
     def remove(self, name: str) -> None:
         """Forget an environment. Content where it is not there."""
-        path = self._path(name)
-        with translated(doing="remove", path=path):
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                return
-            sync_folder(self._folder)
+        remove_if_there(self._path(name))
 
     def get(self, name: str) -> Environment:
         """Return an environment. Raises EnvironmentNotFoundError, which lists those that exist."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vmsnap.errors import BugError, DriverError
 from vmsnap.model.isolation import Exchange
-from vmsnap.state.files import make_private_folder, sync_folder, translated, write_replace
+from vmsnap.state.files import make_private_folder, read_if_there, remove_if_there, write_replace
 
 FORMAT_VERSION = 1
 _NONCE_BYTES = 16  # RFC 6704
@@ -29,22 +29,12 @@ class FileExchanges:
     def get(self, mac: str) -> Exchange | None:
         """Return the last exchange of a NIC. Raises DriverError for a damaged record."""
         path = self._path(mac)
-        with translated(doing="read", path=path):
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                return None
-        return _decode(data, path=path)
+        data = read_if_there(path)
+        return None if data is None else _decode(data, path=path)
 
     def forget(self, mac: str) -> None:
         """Forget a NIC's exchange. Content where there is none."""
-        path = self._path(mac)
-        with translated(doing="remove", path=path):
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                return
-            sync_folder(self._folder)
+        remove_if_there(self._path(mac))
 
     def _path(self, mac: str) -> Path:
         return self._folder / f"{mac_bytes(mac).hex('-')}.json"

@@ -70,6 +70,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_if_there(path: Path) -> bytes | None:
+    """Return what a file holds; None where there is none. Raises PreconditionError, DriverError."""
+    with translated(doing="read", path=path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def remove_if_there(path: Path) -> None:
+    """Remove a file, for good when this returns; content where there is none. Raises PreconditionError, DriverError."""
+    with translated(doing="remove", path=path):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        sync_folder(path.parent)
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write all of ``data``. Raises OSError; part of it may be written then."""
     rest = memoryview(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vmsnap.model.ids import folder_name
 from vmsnap.model.isolation import Rung
-from vmsnap.state.files import make_private_folder, translated, write_replace
+from vmsnap.state.files import make_private_folder, read_if_there, write_replace
 
 FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)
@@ -23,11 +23,9 @@ class FileRungMemory:
     def recall(self, guest: str) -> Rung | None:
         """Return the rung that worked last. What cannot be understood counts as not known: it costs time only."""
         path = self._path(guest)
-        with translated(doing="read", path=path):
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                return None
+        data = read_if_there(path)
+        if data is None:
+            return None
         try:
             record = json.loads(data)
             return Rung(record["rung"]) if record["version"] == FORMAT_VERSION else None

@@ -83,8 +83,9 @@ class DueRuns:
                 entries.append(DueEntry(guest=policy.guest, outcome=Outcome.DISABLED))
                 continue
             try:
-                due = due_of(self._world, policy)
-                newest = _newest(self._world, policy, now=self._world.clock.now())
+                now = self._world.clock.now()
+                newest = _newest(self._world, policy, now=now)
+                due = next_due(policy, newest=newest, failures=self._world.attempts.failures(policy.guest), now=now)
             except Exception as error:  # noqa: BLE001 - a guest that cannot be judged must not keep the others from it
                 entries.append(_failed(policy, as_vmsnap_error(error, doing="looking whether it is due")))
                 continue

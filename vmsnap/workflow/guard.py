@@ -71,25 +71,34 @@ class OverlayGuard:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_seconds):
-            try:
-                free = self._free_bytes()
-            except Exception as error:  # noqa: BLE001 - a watch that ends at a bug watches no more
-                _LOG.debug("overlay space is unknown: %s", error)
-                continue
-            if self._reason is None and free >= self._floor_bytes:
-                continue
             if self._reason is None:
-                self._reason = NoSpaceError(
-                    f"the overlays' file system has {free // _MIB} MiB left; the run was given up so that the guest can go on",
-                    remedy="make room, set capture.overlay_dir, or back up when the guest writes less",
-                )
-                _LOG.error("%s", self._reason.brief)
-            try:
-                self._kill_clone()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next look tries again
-                _LOG.warning("the clone could not be ended: %s", error)
-            else:
+                self._reason = self._look()
+            if self._reason is not None and self._end_clone():
                 return
+
+    def _look(self) -> NoSpaceError | None:
+        """Return why the run has to stop, or None, also where it cannot be told."""
+        try:
+            free = self._free_bytes()
+        except Exception as error:  # noqa: BLE001 - a watch that ends at a bug watches no more
+            _LOG.debug("overlay space is unknown: %s", error)
+            return None
+        if free >= self._floor_bytes:
+            return None
+        reason = NoSpaceError(
+            f"the overlays' file system has {free // _MIB} MiB left; the run was given up so that the guest can go on",
+            remedy="make room, set capture.overlay_dir, or back up when the guest writes less",
+        )
+        _LOG.error("%s", reason.brief)
+        return reason
+
+    def _end_clone(self) -> bool:
+        try:
+            self._kill_clone()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+            _LOG.warning("the clone could not be ended: %s", error)
+            return False
+        return True
 
 
 ISOLATION_ALARM = "ISOLATION ALARM"
