@@ -1,7 +1,8 @@
 """Feeding a memory image to libvirt through a FIFO, and giving its memory back as it is read.
 
 An image on a tmpfs and the clone that is loaded from it are twice the guest's RAM. Holes punched behind the reader keep
-their sum near once. A FIFO is also the faster way in: see the operator's guide for what was measured.
+their sum near once. A FIFO is also the faster way in: 700 MB took 5 and 9 s through it and 11 and 17 s from the file
+(QEMU 7.2 under emulation on a busy host, two runs each, at the same CPU weight).
 """
 
 from __future__ import annotations
