@@ -53,6 +53,11 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         [limits]
         runs_per_host = 3
         runs_per_storage = 2
+        [daemon]
+        tick = "10s"
+        reconcile_every = "1m"
+        prune_every = "2h"
+        stop_deadline = "3m"
         """
     settings = load_settings(write(tmp_path, text))
     assert settings.model_dump(mode="json") == {
@@ -63,6 +68,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         "libvirt": {"uri": "qemu+unix:///system?socket=/d"},
         "isolation": {"service_network": "100.64.0.0/24"},
         "limits": {"runs_per_host": 3, "runs_per_storage": 2},
+        "daemon": {"tick": "10s", "reconcile_every": "1m", "prune_every": "2h", "stop_deadline": "3m"},
     }
 
 

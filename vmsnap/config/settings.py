@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from vmsnap.config.problems import validate
 from vmsnap.config.toml import read_toml
+from vmsnap.model.durations import PositiveDuration
 
 DEFAULT_FILE = Path("/etc/vmsnap/vmsnap.toml")
 ENVIRONMENT_VARIABLE = "VMSNAP_CONFIG"
@@ -83,6 +85,15 @@ class LimitSettings(_Section):
     runs_per_storage: int = Field(default=1, ge=1)
 
 
+class DaemonSettings(_Section):
+    """How often ``vmsnap daemon`` does what, and how long its runs may take to end when it is stopped."""
+
+    tick: Annotated[PositiveDuration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=10))] = timedelta(seconds=30)
+    reconcile_every: PositiveDuration = timedelta(minutes=5)
+    prune_every: PositiveDuration = timedelta(hours=1)
+    stop_deadline: PositiveDuration = timedelta(minutes=9)
+
+
 class Settings(_Section):
     """Everything ``vmsnap.toml`` says. ``policies`` is absolute once loaded; in the file it may be relative to it."""
 
@@ -92,6 +103,7 @@ class Settings(_Section):
     libvirt: LibvirtSettings = LibvirtSettings()
     limits: LimitSettings = LimitSettings()
     isolation: IsolationSettings = IsolationSettings()
+    daemon: DaemonSettings = DaemonSettings()
     policies: Path = Path("policies")
 
 

@@ -207,6 +207,12 @@ class EnvironmentPolicy(_Section):
     dns: DnsPolicy | None = None
 
 
+class VerifyPolicy(_Section):
+    """When a stored snapshot is read again and compared with its digests: so long after the last time, or ``"never"``."""
+
+    every: TimeToLive = timedelta(days=30)
+
+
 class Policy(_Section):
     """Everything one policy file says. ``time_zone`` says what its days, months and times of day are."""
 
@@ -220,4 +226,5 @@ class Policy(_Section):
     database: DatabasePolicy = DatabasePolicy()
     schedule: SchedulePolicy = SchedulePolicy()
     retention: RetentionPolicy = RetentionPolicy()
+    verify: VerifyPolicy = VerifyPolicy()
     environment: EnvironmentPolicy = EnvironmentPolicy()

@@ -71,8 +71,11 @@ class Locks(Protocol):
     def reconcile(self) -> AbstractContextManager[None]:
         """Hold reconciling, one process at a time. Raises BusyError."""
 
-    def schedule(self) -> AbstractContextManager[None]:
+    def schedule(self, *, purpose: str = "run --due") -> AbstractContextManager[None]:
         """Hold the starting of due runs, one process at a time. Raises BusyError that names who holds it."""
+
+    def daemon(self) -> AbstractContextManager[None]:
+        """Hold being the daemon of this state directory. Raises BusyError that names who holds it."""
 
 
 class AttemptBook(Protocol):

@@ -40,9 +40,15 @@ class FileLocks:
             yield
 
     @contextmanager
-    def schedule(self) -> Iterator[None]:
+    def schedule(self, *, purpose: str = "run --due") -> Iterator[None]:
         """Hold the starting of due runs, one process at a time. Raises BusyError that names who holds it."""
-        with self._held("schedule", what="the starting of due runs", purpose="run --due"):
+        with self._held("schedule", what="the starting of due runs", purpose=purpose):
+            yield
+
+    @contextmanager
+    def daemon(self) -> Iterator[None]:
+        """Hold being the daemon of this state directory. Raises BusyError that names who holds it."""
+        with self._held("daemon", what="the place of the daemon", purpose="daemon"):
             yield
 
     @contextmanager

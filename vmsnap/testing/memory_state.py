@@ -209,9 +209,15 @@ class MemoryLocks:
             yield
 
     @contextmanager
-    def schedule(self) -> Iterator[None]:
+    def schedule(self, *, purpose: str = "run --due") -> Iterator[None]:
         """Hold the starting of due runs, one process at a time. Raises BusyError that names who holds it."""
-        with self._held("the starting of due runs", purpose="run --due"):
+        with self._held("the starting of due runs", purpose=purpose):
+            yield
+
+    @contextmanager
+    def daemon(self) -> Iterator[None]:
+        """Hold being the daemon of this state directory. Raises BusyError that names who holds it."""
+        with self._held("the place of the daemon", purpose="daemon"):
             yield
 
     @contextmanager

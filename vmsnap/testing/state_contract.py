@@ -321,6 +321,17 @@ class StateContract:
         with world.locks.schedule():
             pass
 
+    def test_there_is_one_daemon_and_it_may_start_due_runs(self, world: StateWorld) -> None:
+        with (
+            world.locks.daemon(),
+            world.locks.schedule(purpose="daemon"),
+            pytest.raises(BusyError, match=r"the place of the daemon is held by .* for daemon"),
+            world.locks.daemon(),
+        ):
+            pytest.fail("held twice")
+        with world.locks.daemon(), world.locks.schedule():
+            pass
+
     @pytest.mark.parametrize("name", HARD_NAMES)
     def test_any_guests_attempts_come_back(self, world: StateWorld, name: str) -> None:
         died = FailedAttempt(began=AT)

@@ -59,11 +59,11 @@ class DueRuns:
         """
         with contextlib.nullcontext() if dry_run else self._world.locks.schedule():
             started = self._world.clock.now()
-            waiting, entries = self._look()
+            waiting, entries = self.look()
             if dry_run:
                 taken = [self._plan(policy, due) for policy, due in waiting]
             elif self._limits.per_host == 1:
-                taken = [self._refuse(policy, due, own=()) or self._take(policy) for policy, due in waiting]
+                taken = [self.refuse(policy, due, own=()) or self.take(policy) for policy, due in waiting]
             else:
                 taken = self._take_beside_each_other(waiting)
             return DueReport(
@@ -73,7 +73,7 @@ class DueRuns:
                 entries=(*taken, *entries),
             )
 
-    def _look(self) -> tuple[list[tuple[Policy, Due]], list[DueEntry]]:
+    def look(self) -> tuple[list[tuple[Policy, Due]], list[DueEntry]]:
         """Return what is due, the one with the oldest newest snapshot first, and the entries of all other guests, by name."""
         waiting: list[tuple[datetime, str, Policy, Due]] = []
         never = datetime.min.replace(tzinfo=UTC)
@@ -110,19 +110,19 @@ class DueRuns:
             while pending or running:
                 for policy, due in tuple(pending):
                     own = tuple(running.values())
-                    refused = self._refuse(policy, due, own=own)
-                    if refused is not None and own and self._refuse(policy, due, own=()) is None:
+                    refused = self.refuse(policy, due, own=own)
+                    if refused is not None and own and self.refuse(policy, due, own=()) is None:
                         continue  # it waits for a run of ours, which will end
                     pending.remove((policy, due))
                     if refused is not None:
                         entries[policy.guest] = refused
                     else:
-                        running[pool.submit(self._take, policy)] = _load(policy)
+                        running[pool.submit(self.take, policy)] = load_of(policy)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     entries[running.pop(future).guest] = future.result()
         return [entries[policy.guest] for policy, _ in waiting]
 
-    def _refuse(self, policy: Policy, due: Due, *, own: Sequence[Load]) -> DueEntry | None:
+    def refuse(self, policy: Policy, due: Due, *, own: Sequence[Load]) -> DueEntry | None:
         """Return the entry of a guest that limits hold back; None where it may start. ``own``: runs of this round."""
         try:
             reason = self._over_limit(policy, own=own)
@@ -132,7 +132,7 @@ class DueRuns:
             return None
         return DueEntry(guest=policy.guest, outcome=Outcome.SKIPPED, due=due, note=reason)
 
-    def _take(self, policy: Policy) -> DueEntry:
+    def take(self, policy: Policy) -> DueEntry:
         """Back up one guest, unless that is no longer possible; then say what comes after."""
         guest = policy.guest
         if self._cancel.is_set():
@@ -193,9 +193,9 @@ class DueRuns:
         return any(record.guest == guest and record.started >= since for record in records)
 
     def _over_limit(self, policy: Policy, *, own: Sequence[Load]) -> str | None:
-        loads = {item.guest: _load(item) for item in self._policies}
+        loads = {item.guest: load_of(item) for item in self._policies}
         return over_limit(
-            _load(policy),
+            load_of(policy),
             running=(*own, *self._others(loads, own=own)),
             per_host=self._limits.per_host,
             per_storage=self._limits.per_storage,
@@ -252,7 +252,8 @@ def _newest(world: World, policy: Policy, *, now: datetime) -> datetime | None:
     return newest_before(captured, now=now)
 
 
-def _load(policy: Policy) -> Load:
+def load_of(policy: Policy) -> Load:
+    """Return what a run of a guest weighs against the limits."""
     return Load(guest=policy.guest, storage=policy.schedule.storage)
 
 

@@ -1,0 +1,1 @@
+"""The daemon: its loop, its chores, and its words with systemd."""
