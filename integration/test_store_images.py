@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from integration.lab.commands import LabError
 from integration.lab.lab import Lab
 from vmsnap.errors import NoSpaceError
+from vmsnap.linux.reflink import exclusive_bytes
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.manifest import Marks, Snapshot, Verification
 from vmsnap.stores.images import ImagesStore
-from vmsnap.stores.reflink import exclusive_bytes
 from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
 from vmsnap.testing.store_contract import (

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from vmsnap.errors import BugError, DriverError, PreconditionError, SnapshotNotFoundError
+from vmsnap.linux.reflink import can_reflink
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.guest import Finding, Severity
@@ -40,7 +41,6 @@ from vmsnap.stores.layout import (
 from vmsnap.stores.locking import locked
 from vmsnap.stores.publishing import Publisher, usable_base
 from vmsnap.stores.references import resolve
-from vmsnap.stores.reflink import can_reflink
 from vmsnap.stores.verification import verify_disk
 
 _ROOT_REMEDY = "create it on a file system with reflinks: mkfs.xfs -m reflink=1, or btrfs, or ZFS 2.2"

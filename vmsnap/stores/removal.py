@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 from vmsnap.errors import HeldError, SnapshotNotFoundError
+from vmsnap.linux.reflink import exclusive_bytes
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.manifest import Snapshot
 from vmsnap.stores.catalogue import is_half_removed
 from vmsnap.stores.layout import HOLDS, MANIFEST, REMOVED, disk_failure, sync_folder, write_new_file
-from vmsnap.stores.reflink import exclusive_bytes
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmsnap.linux.reflink import clone, punch_hole
 from vmsnap.ports.disks import DiskView
 from vmsnap.stores.blocks import (
     BLOCK_BYTES,
@@ -24,7 +25,6 @@ from vmsnap.stores.blocks import (
     read_into,
     stretches,
 )
-from vmsnap.stores.reflink import clone, punch_hole
 
 _READ_ONLY = 0o400
 _PAGE_BYTES = 4096

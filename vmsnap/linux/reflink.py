@@ -1,4 +1,4 @@
-"""What the store asks of its file system: sharing blocks, punching holes, telling which blocks are shared.
+"""What is asked of a file system: sharing blocks, punching holes, telling which blocks are shared.
 
 Sources: ioctl_ficlonerange(2), fallocate(2), and ``struct fiemap`` in linux/fiemap.h.
 """
