@@ -63,6 +63,7 @@ def _print(console: Console, report: BackupReport) -> None:
         [
             f"Snapshot {report.snapshot} of {printable(report.guest)} is stored and proven clean.",
             f"  captured  {captured}, {size(report.capture.ram_bytes)} of memory",
+            *(f"  paused    {parts}" for parts in (_parts(report),) if parts),
             f"  isolated  {proofs}, way to an address: {report.isolation.rung.value}{address}",
             f"  drained   {in_flight} in flight: {finished} finished, {rolled_back} rolled back",
             f"  clean     {engine_names(report.clean)}: {clusters}, {systems} (read: {methods})",
@@ -72,3 +73,8 @@ def _print(console: Console, report: BackupReport) -> None:
             *(f"  warning   {printable(warning)}" for warning in report.warnings),
         ],
     )
+
+
+def _parts(report: BackupReport) -> str:
+    """Return what the pause was spent on; nothing where that is not known."""
+    return ", ".join(f"{printable(part.name)} {part.ms:.1f} ms" for part in report.capture.parts)

@@ -17,10 +17,15 @@ class CaptureMode(StrEnum):
 
 
 class OnNoConvergence(StrEnum):
-    """What to do with a guest that writes memory faster than it can be copied: stop it for the rest, or give up."""
+    """What to do with a guest that writes memory faster than it can be copied.
+
+    Give up; stop it for the rest; take it in mode ``instant`` instead; or slow down its vCPUs for a while.
+    """
 
     ABORT = "abort"
     SUSPEND = "suspend"
+    INSTANT = "instant"
+    THROTTLE = "throttle"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +34,14 @@ class CaptureSettings:
 
     ``timeout`` is kept, or the capture is undone. ``max_pause`` bounds the last pass over memory, which is what grows with
     load; what comes after it (device state, disks, resume) is measured, and a pause that was longer is reported.
+    ``throttle_limit`` is how long the guest's vCPUs may be slowed down for a capture (``OnNoConvergence.THROTTLE``).
     ``allow_emulation``: take guests without hardware virtualisation even where the copy of their memory may be wrong.
     """
 
     mode: CaptureMode = CaptureMode.LIVE
     max_pause: timedelta = timedelta(milliseconds=500)
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
+    throttle_limit: timedelta = timedelta(seconds=30)
     timeout: timedelta = timedelta(minutes=10)
     overlay_dir: str | None = None
     min_overlay_free_bytes: int = 1 << 30
@@ -52,10 +59,19 @@ class CapturePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PausePart:
+    """What one stretch of a pause was spent on. ``name`` is shown to people; ``ms`` is how long it took."""
+
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Capture:
     """RAM, device state and disk state of a guest at one instant, as measured.
 
     ``pause_ms`` is the time between QEMU's STOP and RESUME events. ``captured`` is the wall clock of the STOP.
+    ``parts`` follow one another and add up to the pause, as far as they could be told apart; empty where they could not.
     """
 
     mode: CaptureMode
@@ -64,6 +80,7 @@ class Capture:
     pause_ms: float
     ram_bytes: int
     seconds: float
+    parts: tuple[PausePart, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

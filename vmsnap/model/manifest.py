@@ -19,13 +19,21 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PausePartRecord(_Record):
+    """What one stretch of the pause was spent on."""
+
+    name: str
+    ms: float
+
+
 class CaptureRecord(_Record):
-    """How the guest was captured. ``captured`` is the instant the disks are of."""
+    """How the guest was captured. ``captured`` is the instant the disks are of. The oldest manifests have no ``parts``."""
 
     mode: CaptureMode
     captured: AwareDatetime
     pause_ms: float
     ram_bytes: int
+    parts: tuple[PausePartRecord, ...] = ()
 
 
 class ProofRecord(_Record):

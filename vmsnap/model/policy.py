@@ -40,11 +40,15 @@ class _Section(BaseModel):
 
 
 class CapturePolicy(_Section):
-    """How to take the guest. ``max_pause`` bounds how long it may stand still."""
+    """How to take the guest. ``max_pause`` bounds how long it may stand still.
+
+    ``throttle_limit`` bounds how long its vCPUs may be slowed down, with ``on_no_convergence = "throttle"``.
+    """
 
     mode: CaptureMode = CaptureMode.LIVE
     max_pause: PositiveDuration = timedelta(milliseconds=500)
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
+    throttle_limit: PositiveDuration = timedelta(seconds=30)
     timeout: PositiveDuration = timedelta(minutes=10)
     overlay_dir: str | None = None
     min_overlay_free_mib: int = Field(default=1024, ge=1)

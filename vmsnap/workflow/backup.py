@@ -16,7 +16,7 @@ from vmsnap.model.ids import SnapshotId
 from vmsnap.model.isolation import Addressed, FencePlan, IsolationEvidence, IsolationProof, ProofPoint
 from vmsnap.model.journal import RunKind
 from vmsnap.model.lifecycle import Event, State, advance
-from vmsnap.model.manifest import CaptureRecord, DiskRecord, MachineRecord, Manifest, Snapshot, StoreRecord
+from vmsnap.model.manifest import DiskRecord, MachineRecord, Manifest, Snapshot, StoreRecord
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.ports.clock import Cancel
@@ -31,7 +31,7 @@ from vmsnap.workflow.clone_service import clone_served
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard, alarmed
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
-from vmsnap.workflow.records import clean_record, drain_record, isolation_record
+from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.talk import converse
 from vmsnap.workflow.world import World
@@ -48,6 +48,7 @@ def settings_of(policy: Policy) -> CaptureSettings:
         mode=policy.capture.mode,
         max_pause=policy.capture.max_pause,
         on_no_convergence=policy.capture.on_no_convergence,
+        throttle_limit=policy.capture.throttle_limit,
         timeout=policy.capture.timeout,
         overlay_dir=policy.capture.overlay_dir,
         min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
@@ -273,7 +274,8 @@ class Backup:
                 raise
 
     def _tell_pause(self, capture: Capture) -> None:
-        self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms")
+        parts = ", ".join(f"{part.name} {part.ms:.1f}" for part in capture.parts)
+        self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
         promised_ms = self._policy.capture.max_pause / timedelta(milliseconds=1)
         if capture.pause_ms > promised_ms:
             self._warnings += (
@@ -434,12 +436,7 @@ class Backup:
             created=self._world.clock.now(),
             parent=staging.previous,
             machine=facts.machine.model_copy(update={"nvram": nvram}),
-            capture=CaptureRecord(
-                mode=facts.capture.mode,
-                captured=facts.capture.captured,
-                pause_ms=round(facts.capture.pause_ms, 3),
-                ram_bytes=facts.capture.ram_bytes,
-            ),
+            capture=capture_record(facts.capture),
             isolation=isolation_record(quiesced.addressed, points=facts.points),
             drain=tuple(drain_record(report) for report in quiesced.drains),
             clean=clean_record(facts.clean),

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vmsnap.model.capture import Capture
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.isolation import Addressed, ProofPoint
 from vmsnap.model.manifest import (
     AttemptRecord,
+    CaptureRecord,
     CleanRecord,
     DrainRecord,
     FileSystemRecord,
     InstanceRecord,
     IsolationRecord,
+    PausePartRecord,
     ProofRecord,
 )
+
+
+def capture_record(capture: Capture) -> CaptureRecord:
+    """Return how a guest was captured."""
+    return CaptureRecord(
+        mode=capture.mode,
+        captured=capture.captured,
+        pause_ms=round(capture.pause_ms, 3),
+        ram_bytes=capture.ram_bytes,
+        parts=tuple(PausePartRecord(name=part.name, ms=round(part.ms, 3)) for part in capture.parts),
+    )
 
 
 def isolation_record(addressed: Addressed, *, points: Iterable[ProofPoint]) -> IsolationRecord:
