@@ -150,8 +150,10 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
         ('[capture]\nmode = "lve"', "2: capture.mode: given \"lve\"; allowed: 'live'; did you mean 'live'?"),
         (
             '[capture]\non_no_convergence = "supsend"',
-            "2: capture.on_no_convergence: given \"supsend\"; allowed: 'abort', 'suspend', 'instant' or 'throttle'; "
-            "did you mean 'suspend'?",
+            (
+                "2: capture.on_no_convergence: given \"supsend\"; allowed: 'abort', 'suspend', 'instant' or 'throttle'; "
+                "did you mean 'suspend'?"
+            ),
         ),
         ("[capture]\nmin_overlay_free_mib = 0", "2: capture.min_overlay_free_mib: given 0; must be at least 1"),
         ("[clone]\ncpu_shares = 300000", "2: clone.cpu_shares: given 300000; must be at most 262144"),
