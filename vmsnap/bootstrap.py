@@ -19,6 +19,7 @@ from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
+from vmsnap.model.history import Trigger
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
@@ -50,9 +51,11 @@ from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.exchanges import FileExchanges
+from vmsnap.state.history import SqliteHistory
 from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
+from vmsnap.state.starter import starter_of_process
 from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
@@ -81,8 +84,8 @@ def connect_directly(host: str, port: int, timeout: timedelta) -> socket.socket:
         ) from error
 
 
-def make_world(settings: Settings) -> World:
-    """Make the drivers that the settings name. Opens nothing yet."""
+def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
+    """Make the drivers that the settings name. Opens nothing yet. ``trigger`` None: as the process itself tells."""
     clock = SystemClock()
     state = settings.state.path
     fence = NetworkFence()
@@ -108,6 +111,8 @@ def make_world(settings: Settings) -> World:
         attempts=FileAttemptBook(state),
         exchanges=FileExchanges(state),
         rungs=FileRungMemory(state),
+        history=SqliteHistory(state),
+        starter=starter_of_process(trigger),
         clock=clock,
         engine_for=engine_for,
         new_run_id=new_run_id,
@@ -354,7 +359,7 @@ def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Findi
         return (Finding(check=check, severity=Severity.REFUSAL, message=error.brief, remedy=error.remedy),)
 
 
-def open_application(settings: Settings, policies: PolicyBook) -> Application:
-    """Return the application for this host's settings and policies."""
+def open_application(settings: Settings, policies: PolicyBook, *, trigger: Trigger | None = None) -> Application:
+    """Return the application for this host's settings and policies. ``trigger``: what the history says started its runs."""
     limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
-    return Application(lambda: make_world(settings), policies=policies, limits=limits)
+    return Application(lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits)

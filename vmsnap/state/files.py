@@ -45,20 +45,25 @@ def translated(*, doing: str, path: Path) -> Iterator[None]:
         raise translate(error, doing=doing, path=path) from error
 
 
-def make_private_folder(folder: Path) -> None:
-    """Make a folder of mode 0700 in the state directory, and that too. May be repeated.
+def make_state_folder(state: Path) -> None:
+    """Make the state directory, of mode 0700. May be repeated.
 
-    Raises PreconditionError where either is there but others may write to it: they could plant a journal that
-    makes reconcile remove things.
+    Raises PreconditionError where it is there but others may write to it: they could plant a journal that makes
+    reconcile remove things.
     """
+    with translated(doing="make the folder", path=state):
+        state.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        mode = state.stat().st_mode
+    if mode & 0o022:
+        raise PreconditionError(
+            f"others than its owner may write to '{state}'", remedy=f"run: chmod go-w '{state}' (and see who did)"
+        )
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder of mode 0700 in the state directory, and that too, as ``make_state_folder`` does."""
     for part in (folder.parent, folder):
-        with translated(doing="make the folder", path=part):
-            part.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            mode = part.stat().st_mode
-        if mode & 0o022:
-            raise PreconditionError(
-                f"others than its owner may write to '{part}'", remedy=f"run: chmod go-w '{part}' (and see who did)"
-            )
+        make_state_folder(part)
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from vmsnap.model.journal import Resource, RunKind, RunRecord
 from vmsnap.model.schedule import FailedAttempt
 from vmsnap.state.environments import name_taken, no_such_environment
 from vmsnap.state.exchanges import mac_bytes
+from vmsnap.testing.memory_history import MemoryHistory
 
 
 class ProcessDied(BaseException):
@@ -54,6 +55,7 @@ class MemoryState:
         self.exchanges = MemoryExchanges(self)
         self.rungs = MemoryRungs(self)
         self.attempts = MemoryAttemptBook(self)
+        self.history = MemoryHistory(self)
 
     def die(self) -> None:
         """End the present process at once. Every call raises ProcessDied until ``restart``."""

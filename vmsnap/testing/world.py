@@ -14,6 +14,7 @@ from vmsnap.engines.registry import engine_for
 from vmsnap.errors import GuestUnreachableError
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.drain import FileSystemState
+from vmsnap.model.history import Starter, Trigger
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource
 from vmsnap.model.manifest import Snapshot
@@ -33,6 +34,7 @@ from vmsnap.testing.memory_store import MemoryStore
 from vmsnap.workflow.world import World
 
 START = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
+STARTER = Starter(trigger=Trigger.OPERATOR, user="tester", detail="vmsnap, in a test")
 _LATER_DISKS_UUID = "00000000-0000-4000-8000-0000000000{:02x}"
 
 
@@ -130,6 +132,8 @@ class FakeWorld:
             attempts=self.state.attempts,
             exchanges=self.state.exchanges,
             rungs=self.state.rungs,
+            history=self.state.history,
+            starter=STARTER,
             clock=self.clock,
             engine_for=engine_for,
             new_run_id=lambda: RunId(f"{next(self._run_ids):010x}"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmsnap.errors import BugError
+from vmsnap.model.history import Starter
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import ResourceKind
 from vmsnap.model.policy import DatabasePolicy
@@ -13,6 +14,7 @@ from vmsnap.ports.clock import Clock
 from vmsnap.ports.disks import DiskExport, DiskInspector
 from vmsnap.ports.engine import Engine
 from vmsnap.ports.guest import Connector, GuestAccess
+from vmsnap.ports.history import HistoryBook
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.names import Names
 from vmsnap.ports.network import Addressing, Fence
@@ -24,7 +26,10 @@ from vmsnap.ports.store import SnapshotStore
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The drivers of one installation. ``direct`` connects from the host, to production; it reads SSH host keys."""
+    """The drivers of one installation. ``direct`` connects from the host, to production; it reads SSH host keys.
+
+    ``starter``: who or what started this process, for the history.
+    """
 
     hypervisor: Hypervisor
     fence: Fence
@@ -43,6 +48,8 @@ class World:
     attempts: AttemptBook
     exchanges: Exchanges
     rungs: RungMemory
+    history: HistoryBook
+    starter: Starter
     clock: Clock
     engine_for: Callable[[DatabasePolicy], Engine]
     new_run_id: Callable[[], RunId]
