@@ -76,12 +76,15 @@ class DriverRun:
             make(self.plan)
 
     def capture(self, cancel: Cancel | None = None) -> Capture:
-        return self.driver.capture(self.plan, cancel=cancel or Cancel())
+        """Build the fence, where it is not there, and capture."""
+        clone = self.driver.clone_resource(self.plan)
+        if clone not in self.resources:
+            self.build_fence()
+            self.resources.append(clone)
+        return self.driver.capture(self.plan, fence=self.fence, cancel=cancel or Cancel())
 
     def restore(self) -> Clone:
-        """Build the fence and make the clone, paused."""
-        self.build_fence()
-        self.resources.append(self.driver.clone_resource(self.plan))
+        """Make the clone, paused."""
         self.clone = self.driver.restore_clone(self.plan, fence=self.fence)
         return self.clone
 

@@ -56,6 +56,7 @@ def _print(console: Console, report: BackupReport) -> None:
     clusters = count(len({item.data_directory for item in report.clean.instances}), thing="database instance")
     systems = count(len(report.clean.file_systems), thing="file system")
     captured = f"{moment(report.capture.captured)}; the guest stood still for {milliseconds(report.capture.pause_ms)}"
+    reason = f": {printable(report.capture.reason)}" if report.capture.reason else ""
     proofs = count(len(report.isolation.proof), thing="proof")
     stored = f"{size(report.store.new_bytes)} new of {size(report.store.logical_bytes)}"
     print_lines(
@@ -63,6 +64,7 @@ def _print(console: Console, report: BackupReport) -> None:
         [
             f"Snapshot {report.snapshot} of {printable(report.guest)} is stored and proven clean.",
             f"  captured  {captured}, {size(report.capture.ram_bytes)} of memory",
+            f"  mode      {report.capture.mode.value}{reason}",
             *(f"  paused    {parts}" for parts in (_parts(report),) if parts),
             f"  isolated  {proofs}, way to an address: {report.isolation.rung.value}{address}",
             f"  drained   {in_flight} in flight: {finished} finished, {rolled_back} rolled back",

@@ -11,9 +11,24 @@ from vmsnap.model.ids import RunId
 
 
 class CaptureMode(StrEnum):
-    """How RAM, devices and disks are taken. See the operator's guide for which guest needs which."""
+    """How RAM, devices and disks were taken. See the operator's guide for which guest needs which.
+
+    ``live``: RAM is copied while the guest runs, what changed meanwhile while it stands still. ``instant``: the guest stands
+    still once, and its RAM is copied afterwards, each page before it changes. ``boot``: disks only.
+    """
 
     LIVE = "live"
+    INSTANT = "instant"
+    BOOT = "boot"
+
+
+class CaptureChoice(StrEnum):
+    """A policy's word on the mode: one of them, or ``auto`` for what suits guest and host at the time."""
+
+    LIVE = "live"
+    INSTANT = "instant"
+    BOOT = "boot"
+    AUTO = "auto"
 
 
 class OnNoConvergence(StrEnum):
@@ -38,7 +53,7 @@ class CaptureSettings:
     ``allow_emulation``: take guests without hardware virtualisation even where the copy of their memory may be wrong.
     """
 
-    mode: CaptureMode = CaptureMode.LIVE
+    mode: CaptureChoice = CaptureChoice.LIVE
     max_pause: timedelta = timedelta(milliseconds=500)
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
     throttle_limit: timedelta = timedelta(seconds=30)
@@ -50,12 +65,24 @@ class CaptureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModeChoice:
+    """The mode to capture a guest in, and why this one, as an operator reads it."""
+
+    mode: CaptureMode
+    reason: str
+
+
+POLICY_SAYS_LIVE = ModeChoice(mode=CaptureMode.LIVE, reason="the policy says so")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapturePlan:
-    """One capture to do: whose, for which run, and how."""
+    """One capture to do: whose, for which run, and how. ``choice`` is what became of ``settings.mode``."""
 
     run: RunId
     guest: Guest
     settings: CaptureSettings
+    choice: ModeChoice = POLICY_SAYS_LIVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +98,12 @@ class Capture:
     """RAM, device state and disk state of a guest at one instant, as measured.
 
     ``pause_ms`` is the time between QEMU's STOP and RESUME events. ``captured`` is the wall clock of the STOP.
+    ``reason`` says why it was this mode. ``ram_bytes`` is what was copied of RAM and device state.
     ``parts`` follow one another and add up to the pause, as far as they could be told apart; empty where they could not.
     """
 
     mode: CaptureMode
+    reason: str
     captured: datetime
     resumed: datetime
     pause_ms: float

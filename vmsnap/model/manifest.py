@@ -27,13 +27,17 @@ class PausePartRecord(_Record):
 
 
 class CaptureRecord(_Record):
-    """How the guest was captured. ``captured`` is the instant the disks are of. The oldest manifests have no ``parts``."""
+    """How the guest was captured. ``captured`` is the instant the disks are of.
+
+    ``reason`` says why it was this mode. The oldest manifests have neither ``reason`` nor ``parts``.
+    """
 
     mode: CaptureMode
     captured: AwareDatetime
     pause_ms: float
     ram_bytes: int
     parts: tuple[PausePartRecord, ...] = ()
+    reason: str = ""
 
 
 class ProofRecord(_Record):

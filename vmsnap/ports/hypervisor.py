@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Protocol
 
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage, ModeChoice
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic
 from vmsnap.model.ids import RunId
@@ -32,8 +32,14 @@ class Hypervisor(Owner, Protocol):
     def machine(self, guest: Guest) -> MachineRecord:
         """Return what is needed to make a VM from this guest's disks later. ``nvram`` is a path on the host here."""
 
+    def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
+        """Return the mode to capture this guest in: the one of the settings, or for ``auto`` the one that suits it now."""
+
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
-        """Look whether this guest can be captured now. Changes nothing. A refusal forbids the capture."""
+        """Look whether this guest can be captured now, in the mode of ``choose_mode``. Changes nothing.
+
+        A refusal forbids the capture.
+        """
 
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the place of the memory image."""
@@ -56,8 +62,11 @@ class Hypervisor(Owner, Protocol):
     def prepare_clone_overlays(self, plan: CapturePlan) -> None:
         """Make the overlays that the clone will write to, over the disks as they are at the capture."""
 
-    def capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
+    def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Take RAM, device state and all disks at one instant. The source runs on when this returns or raises.
+
+        The clone may be made meanwhile, paused, in the fence, which was built before; its resource is journalled before
+        this call in every mode. The capture is over, the source free of it but for its overlays, when this returns.
 
         Raises NotConvergingError (nothing taken), DeadlineError, CancelledError, SafetyError where the source was not
         running afterwards and had to be resumed. After CancelledError everything may have been taken; releasing the
@@ -68,7 +77,7 @@ class Hypervisor(Owner, Protocol):
         """Name the clone."""
 
     def restore_clone(self, plan: CapturePlan, *, fence: FencePlan) -> Clone:
-        """Make the clone, paused, on the fence's bridges and its own overlays. It has executed nothing.
+        """Make the clone of what was captured, paused, on the fence's bridges and its own overlays. It has executed nothing.
 
         Raises SafetyError where the restored clone could write a production disk or reach a production port.
         """

@@ -21,7 +21,15 @@ from vmsnap.errors import (
     PreconditionError,
     SafetyError,
 )
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.capture import (
+    POLICY_SAYS_LIVE,
+    Capture,
+    CapturePlan,
+    CaptureSettings,
+    Clone,
+    DiskImage,
+    ModeChoice,
+)
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Disk, DiskKind, Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import RunId
@@ -102,6 +110,11 @@ class FakeHypervisor:
             macs=tuple(nic.mac for nic in guest.nics),
         )
 
+    def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
+        """Return the mode to capture this guest in."""
+        del guest, settings
+        return POLICY_SAYS_LIVE
+
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
         """Look whether the guest can be captured now."""
         found = list(self._host.findings)
@@ -154,9 +167,11 @@ class FakeHypervisor:
             self._host.files[path] = ImageFile(path=path, backing=disk.source)
             self._host.between(f"{role} overlay of {disk.target} made")
 
-    def capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
+    def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Take the guest."""
         host = self._host
+        if fence.run not in host.network.fences:
+            raise DriverError("the clone's fence was not built before the capture")
         host.live_on()
         source = host.machine(plan.guest.name)
         overlays = {disk.target: _overlay(plan.run, target=disk.target, role="source") for disk in plan.guest.disks}
@@ -182,7 +197,8 @@ class FakeHypervisor:
         source.state, source.paused_by_capture = GuestState.RUNNING, False
         host.live_on()
         return Capture(
-            mode=plan.settings.mode,
+            mode=plan.choice.mode,
+            reason=plan.choice.reason,
             captured=stopped,
             resumed=self._clock.now(),
             pause_ms=host.pause / timedelta(milliseconds=1),

@@ -22,7 +22,7 @@ from vmsnap.errors import (
     PreconditionError,
     VmsnapError,
 )
-from vmsnap.model.capture import CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.ids import RunId, new_run_id
@@ -71,7 +71,8 @@ class _Made:
         self.run: RunId = new_run_id()
         self.hypervisor = harness.hypervisor
         self.guest = harness.hypervisor.inspect(harness.guest)
-        self.plan = CapturePlan(run=self.run, guest=self.guest, settings=harness.settings)
+        choice = harness.hypervisor.choose_mode(self.guest, settings=harness.settings)
+        self.plan = CapturePlan(run=self.run, guest=self.guest, settings=harness.settings, choice=choice)
         self.fence = FencePlan.for_guest(self.run, guest=self.guest)
         self.resources: list[Resource] = []
 
@@ -85,12 +86,15 @@ class _Made:
             self.resources.append(resource)
             make(plan)
 
-    def restore(self) -> Clone:
+    def capture(self) -> Capture:
         self.prepare()
         self.resources.append(self.harness.fence.resource(self.fence))
         self.harness.fence.build(self.fence)
-        self.hypervisor.capture(self.plan, cancel=NeverCancelled())
         self.resources.append(self.hypervisor.clone_resource(self.plan))
+        return self.hypervisor.capture(self.plan, fence=self.fence, cancel=NeverCancelled())
+
+    def restore(self) -> Clone:
+        self.capture()
         return self.hypervisor.restore_clone(self.plan, fence=self.fence)
 
     def owned(self) -> set[ResourceKind]:
@@ -194,8 +198,9 @@ class HypervisorContract:
     def test_a_capture_leaves_the_source_running_and_it_comes_home(self, harness: HypervisorHarness) -> None:
         """The pause is measured, and another process brings the guest home from the journal's entry, twice over."""
         with _run(harness) as made:
-            made.prepare()
-            capture = made.hypervisor.capture(made.plan, cancel=NeverCancelled())
+            capture = made.capture()
+            assert capture.mode is made.plan.choice.mode
+            assert capture.reason
             assert made.hypervisor.inspect(harness.guest).state is GuestState.RUNNING
             assert not made.hypervisor.source_is_home(made.guest)
             assert capture.captured.tzinfo is not None
@@ -208,8 +213,7 @@ class HypervisorContract:
     def test_a_capture_without_a_journal_comes_home_too(self, harness: HypervisorHarness) -> None:
         """The tags say enough."""
         with _run(harness) as made:
-            made.prepare()
-            made.hypervisor.capture(made.plan, cancel=NeverCancelled())
+            made.capture()
             for resource in _tagged(made):
                 made.release(resource)
             assert made.hypervisor.source_is_home(made.guest)

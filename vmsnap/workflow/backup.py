@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vmsnap import __version__
 from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
+from vmsnap.model.capture import Capture, CaptureChoice, CapturePlan, CaptureSettings, Clone, ModeChoice
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import SnapshotId
@@ -45,7 +45,7 @@ _NVRAM_FILE = "nvram.fd"
 def settings_of(policy: Policy) -> CaptureSettings:
     """Return what a policy wants of the capture."""
     return CaptureSettings(
-        mode=policy.capture.mode,
+        mode=CaptureChoice(policy.capture.mode),
         max_pause=policy.capture.max_pause,
         on_no_convergence=policy.capture.on_no_convergence,
         throttle_limit=policy.capture.throttle_limit,
@@ -67,6 +67,15 @@ def refuse(findings: tuple[Finding, ...], *, what: str) -> tuple[str, ...]:
             remedy=refusals[0].remedy,
         )
     return tuple(f"{finding.check}: {finding.message}" for finding in findings if finding.severity is Severity.WARNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What the preflight found: the guest, the way into its clone, and the mode to capture it in."""
+
+    source: identity.Source
+    login: reach.Login
+    choice: ModeChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +145,13 @@ class Backup:
         with world.locks.guest(policy.guest, purpose="backup"):
             self._undo_dead_runs()
             started = world.clock.now()
-            source, login = self._preflight()
-            guest = source.guest
+            subject = self._preflight()
+            guest = subject.source.guest
             run_id = world.new_run_id()
             self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
             run = Run(world, journal=self._journal, progress=self._progress)
             with closing(self._journal):
-                snapshot = self._work(run, source=source, login=login, started=started)
+                snapshot = self._work(run, subject=subject, started=started)
                 with run.step("prune"):
                     pruned = self._prune()
             return self._report(run, snapshot=snapshot, started=started, pruned=pruned)
@@ -155,29 +164,32 @@ class Backup:
         for item in report.undone:
             self._progress.note(f"left by dead run {item.run}: {item.kind} {item.name}: {item.failure or 'removed'}")
 
-    def _preflight(self) -> tuple[identity.Source, reach.Login]:
+    def _preflight(self) -> _Subject:
         world, policy = self._world, self._policy
         self._progress.step("preflight")
         guest = world.hypervisor.inspect(policy.guest)
+        settings = settings_of(policy)
+        choice = world.hypervisor.choose_mode(guest, settings=settings)
         warnings = refuse(
-            world.hypervisor.findings(guest, settings=settings_of(policy)), what=f"{guest.name!r} cannot be captured"
+            world.hypervisor.findings(guest, settings=settings), what=f"{guest.name!r} cannot be captured"
         )
         needed = sum(disk.size_bytes for disk in guest.disks) if not world.store.snapshots(guest.name) else 0
         warnings += refuse(world.store.findings(needed_bytes=needed), what="the store cannot take a snapshot")
         login = reach.choose(world, policy=policy, guest=guest)
         self._warnings = warnings
-        return identity.know(world, guest=guest, by_agent=login.agent), login
+        source = identity.know(world, guest=guest, by_agent=login.agent)
+        return _Subject(source=source, login=login, choice=choice)
 
     def _advance(self, event: Event) -> None:
         self._state = advance(self._state, event)
         if self._journal is not None:
             self._journal.state(self._state)
 
-    def _work(self, run: Run, *, source: identity.Source, login: reach.Login, started: datetime) -> Snapshot:
+    def _work(self, run: Run, *, subject: _Subject, started: datetime) -> Snapshot:
         """Do the run and undo what it made; the first error wins, errors of the clean-up go beside it."""
-        guest = source.guest
+        guest = subject.source.guest
         with undone_on_failure(lambda: self._give_up(run, guest=guest), doing="the backup"):
-            snapshot = self._clone_and_store(run, source=source, login=login, started=started)
+            snapshot = self._clone_and_store(run, subject=subject, started=started)
         errors = self._discard(run, guest=guest)
         if errors:
             raise CleanupError(f"snapshot {snapshot.id} is stored, but the run left something behind", causes=errors)
@@ -209,18 +221,18 @@ class Backup:
                 f"{guest.name!r} is not on its own disks", remedy=f"'vmsnap doctor {guest.name}' says what it is on"
             )
 
-    def _clone_and_store(self, run: Run, *, source: identity.Source, login: reach.Login, started: datetime) -> Snapshot:
+    def _clone_and_store(self, run: Run, *, subject: _Subject, started: datetime) -> Snapshot:
         world, policy = self._world, self._policy
         hypervisor = world.hypervisor
+        source, login = subject.source, subject.login
         guest = source.guest
         settings = settings_of(policy)
-        plan = CapturePlan(run=run.id, guest=guest, settings=settings)
+        plan = CapturePlan(run=run.id, guest=guest, settings=settings, choice=subject.choice)
         fence = FencePlan.for_guest(run.id, guest=guest, addresses=login.addresses)
         clone_resource = hypervisor.clone_resource(plan)
         machine = hypervisor.machine(guest)
         with run.step("prepare"):
-            overlays_resource = hypervisor.overlays_resource(plan)
-            run.acquire(overlays_resource, lambda: hypervisor.prepare_overlays(plan))
+            run.acquire(hypervisor.overlays_resource(plan), lambda: hypervisor.prepare_overlays(plan))
             run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
             memory = hypervisor.memory_resource(plan)
             run.acquire(memory, lambda: hypervisor.prepare_memory(plan))
@@ -228,7 +240,8 @@ class Backup:
                 run.acquire(world.fence.resource(fence), lambda: world.fence.build(fence))
         self._cancel.check()
         with run.step("capture"):
-            capture = hypervisor.capture(plan, cancel=self._cancel)
+            # A capture may make the clone while it goes on.
+            capture = run.acquire(clone_resource, lambda: hypervisor.capture(plan, fence=fence, cancel=self._cancel))
             self._advance(Event.CAPTURE)
             self._tell_pause(capture)
 
@@ -245,7 +258,7 @@ class Backup:
         with overlays:
             try:
                 with run.step("restore clone"):
-                    clone = run.acquire(clone_resource, lambda: hypervisor.restore_clone(plan, fence=fence))
+                    clone = hypervisor.restore_clone(plan, fence=fence)
                     run.release(memory)
                 with run.step("prove fence"):
                     proof = world.fence.prove(fence)

@@ -24,6 +24,7 @@ def capture_record(capture: Capture) -> CaptureRecord:
     """Return how a guest was captured."""
     return CaptureRecord(
         mode=capture.mode,
+        reason=capture.reason,
         captured=capture.captured,
         pause_ms=round(capture.pause_ms, 3),
         ram_bytes=capture.ram_bytes,

@@ -89,6 +89,7 @@ class LiveCapture:
             _LOG.warning("the pause took %s, the policy wishes %s at most", length, self._plan.settings.max_pause)
         return Capture(
             mode=CaptureMode.LIVE,
+            reason=self._plan.choice.reason,
             captured=pause.stopped,
             resumed=pause.resumed,
             pause_ms=length.total_seconds() * 1000,

@@ -34,7 +34,16 @@ from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
 from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.capture import (
+    POLICY_SAYS_LIVE,
+    Capture,
+    CaptureMode,
+    CapturePlan,
+    CaptureSettings,
+    Clone,
+    DiskImage,
+    ModeChoice,
+)
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import RunId, is_run_id
@@ -141,6 +150,11 @@ class LibvirtHypervisor:
             nvram=guest.nvram,
             macs=tuple(nic_mac(interface) for interface in devices(parse(text)).findall("interface")),
         )
+
+    def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
+        """Return the mode to capture this guest in."""
+        del guest, settings
+        return POLICY_SAYS_LIVE
 
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
         """Look whether the guest can be captured now."""
@@ -251,8 +265,11 @@ class LibvirtHypervisor:
         """Return the room left where the overlays grow."""
         return min(overlays.free_bytes(overlays.describe(plan, role=role)) for role in ("source", "clone"))
 
-    def capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
-        """Capture in mode ``live``."""
+    def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
+        """Capture in the plan's mode."""
+        if plan.choice.mode is not CaptureMode.LIVE:
+            raise BugError(f"the libvirt driver does not capture in mode {plan.choice.mode}")
+        del fence
         folder = self._runtime(plan.run) / "memory"
         return LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
 
