@@ -24,6 +24,7 @@ LIMIT = timedelta(seconds=60)
 PID = '{"return": {"pid": 4711}}'
 RUNS = '{"return": {"exited": false}}'
 ENDED = '{"return": {"exited": true, "exitcode": 0}}'
+THAWED = '{"return": 2}'
 Say = str | VmsnapError
 
 
@@ -108,7 +109,7 @@ def test_another_account_goes_through_runuser(user: str | None, argv: list[str])
 
 
 def test_an_urgent_agent_is_hurried_once() -> None:
-    channel = Channel(PID, ENDED, PID, ENDED, PID, ENDED)
+    channel = Channel(THAWED, PID, ENDED, PID, ENDED, PID, ENDED)
     urgent = Access(clock=Clock()).agent(channel, urgent=True)
     for _ in range(2):
         urgent.run(Command(argv=("id",), user="postgres"), timeout=LIMIT)
@@ -117,11 +118,28 @@ def test_an_urgent_agent_is_hurried_once() -> None:
     ]
     assert [arguments["path"] for arguments in started] == ["sh", "runuser", "runuser"]
     assert started[0]["arg"] == ["-c", 'renice -n -20 -p "$PPID"']
+    # While its file systems are frozen, the agent starts no program.
+    assert [request["execute"] for request in channel.requests].index("guest-fsfreeze-thaw") == 0
+    assert channel.requests.count({"execute": "guest-fsfreeze-thaw", "arguments": {}}) == 1
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"error": {"class": "GenericError", "desc": "not supported"}}', '{"return": "no"}']
+)
+def test_an_agent_that_cannot_thaw_works_all_the_same(answer: str) -> None:
+    urgent = Access(clock=Clock()).agent(Channel(answer, PID, ENDED, PID, ENDED), urgent=True)
+    assert urgent.run(Command(argv=("id",)), timeout=LIMIT).exit_status == 0
+
+
+def test_an_agent_of_a_guest_is_not_told_to_thaw() -> None:
+    channel = Channel(PID, ENDED)
+    control(channel).run(Command(argv=("id",)), timeout=LIMIT)
+    assert [request["execute"] for request in channel.requests] == ["guest-exec", "guest-exec-status"]
 
 
 def test_an_agent_that_cannot_hurry_works_all_the_same() -> None:
     failed = json.dumps({"return": {"exited": True, "exitcode": 1}})
-    urgent = Access(clock=Clock()).agent(Channel(PID, failed, PID, ENDED), urgent=True)
+    urgent = Access(clock=Clock()).agent(Channel(THAWED, PID, failed, PID, ENDED), urgent=True)
     assert urgent.run(Command(argv=("id",)), timeout=LIMIT).exit_status == 0
 
 

@@ -124,6 +124,13 @@ def test_only_pings_reach_the_source(tmp_path: Path) -> None:
     assert lab.host.machines["db"].guest.clusters[0].log == []
 
 
+def test_a_guest_frozen_by_another_tool_is_thawed_in_the_clone_alone(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.host.machines["db"].guest.frozen = True
+    report_of(succeed(lab, backup()))
+    assert lab.host.machines["db"].guest.frozen
+
+
 def test_all_clusters_of_a_guest_are_drained_and_proven(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     second = FakeCluster(data_directory="/srv/pg/two", port=5433, pid=2000, will_finish=4)

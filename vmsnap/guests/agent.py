@@ -15,7 +15,7 @@ import re
 from datetime import timedelta
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from vmsnap.errors import BugError, GuestCommandError, GuestUnreachableError
 from vmsnap.guests.limits import ANSWER_CHARACTERS, OUTPUT_BYTES, deadline_error
@@ -51,8 +51,14 @@ class _Refusal(Answer):
 
 
 class _Envelope(Answer):
-    content: dict[str, object] | None = Field(default=None, alias="return")
+    content: dict[str, object] | int | None = Field(default=None, alias="return")
     error: _Refusal | None = None
+
+
+class _Thawed(RootModel[int]):
+    """How many file systems were thawed."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
 
 class _Started(Answer):
@@ -69,14 +75,15 @@ class _Status(Answer):
     err_truncated: bool = Field(default=False, alias="err-truncated")
 
 
-_A = TypeVar("_A", bound=Answer)
+_A = TypeVar("_A", bound=BaseModel)
 
 
 class AgentControl:
     """Runs commands through a guest's agent (see ``vmsnap.ports.guest.GuestControl``).
 
     The agent runs as root; for another account the command runs under ``runuser``, which takes an argument list.
-    ``urgent``: before its first command the agent is told to go before the guest's other work, with all that it starts.
+    ``urgent``: before its first command the agent thaws the file systems, which may have been frozen at the instant of
+    the capture, and is told to go before the guest's other work, with all that it starts.
     """
 
     def __init__(
@@ -111,8 +118,20 @@ class AgentControl:
         """
         if self._has_to_hurry:
             self._has_to_hurry = False
+            self._thaw(timeout)
             self._hurry(timeout)
         return self._run(command, limit=command.timeout or timeout)
+
+    def _thaw(self, timeout: timedelta) -> None:
+        """Let file systems be written again, whoever froze them: an agent that did runs no program until they are."""
+        try:
+            thawed = parse(_Thawed, self._ask("guest-fsfreeze-thaw", arguments={}, timeout=timeout)).root
+        except GuestCommandError as error:
+            # It has no file systems that freeze, or may not thaw them; what is frozen then holds up a later command.
+            _log.info("the guest agent does not thaw: %s", error.brief)
+            return
+        if thawed:
+            _log.info("%d file systems were frozen at the capture; the clone's are thawed", thawed)
 
     def _hurry(self, timeout: timedelta) -> None:
         result = self._run(_HURRY, limit=timeout)

@@ -60,7 +60,8 @@ class GuestAccess(Protocol):
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
         """Return a control over the guest agent.
 
-        ``urgent``: commands go before the guest's other work, which is for clones alone: their work is thrown away.
+        ``urgent`` is for clones alone: commands go before the guest's other work, which is thrown away, and file systems
+        that were frozen at the instant of the capture are thawed before the first one.
         """
 
     def read_file(self, channel: AgentChannel, *, path: str, timeout: timedelta) -> bytes | None:

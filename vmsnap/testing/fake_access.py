@@ -39,6 +39,11 @@ class FakeAgentChannel:
         asked = json.loads(request)
         if asked["execute"] == "guest-ping":
             return json.dumps({"return": {}})
+        if asked["execute"] == "guest-fsfreeze-thaw":
+            return self._thaw(machine)
+        if machine.guest.frozen:
+            # qga/commands-posix.c, ga_set_frozen: nothing else is allowed meanwhile.
+            raise GuestCommandError(f"the guest agent refused {asked['execute']}: the agent is in frozen state")
         if asked["execute"].startswith("guest-file-"):
             return json.dumps({"return": self._file(machine, asked["execute"], asked["arguments"])})
         if machine.run is None and not self._only_looks(asked):
@@ -46,6 +51,12 @@ class FakeAgentChannel:
         if asked["execute"] == "guest-exec":
             return json.dumps({"return": {"pid": self._start(machine, asked["arguments"])}})
         return json.dumps({"return": self._status(asked["arguments"]["pid"])})
+
+    def _thaw(self, machine: Machine) -> str:
+        if machine.run is None:
+            self._host.violations.append(f"{machine.name!r} was thawed, which is production")
+        thawed, machine.guest.frozen = int(machine.guest.frozen), False
+        return json.dumps({"return": thawed})
 
     def _only_looks(self, asked: dict[str, Any]) -> bool:
         """Tell whether a request is the one question that production may be asked, or asks how that went."""

@@ -42,7 +42,7 @@ class FakeGuest:
 
     ``answers`` False: it does not answer (it is off, or its agent is dead). ``extra`` maps argument lists to results,
     for a policy's own commands. ``commands`` records everything that was asked for, ``written`` the files
-    that were made in ``/run``.
+    that were made in ``/run``. ``frozen``: its agent has frozen the file systems, and runs no program until they are thawed.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class FakeGuest:
         self.extra = dict(extra or {})
         self.boot_id = boot_id
         self.answers = True
+        self.frozen = False
         self.written: dict[str, bytes] = {}
         self.commands: list[Command] = []
         self._lock = Lock()
@@ -90,6 +91,7 @@ class FakeGuest:
         """Return a guest in the same state whose life goes on apart from this one's."""
         twin = FakeGuest(clusters=copy.deepcopy(self.clusters), extra=self.extra, boot_id=self.boot_id)
         twin.answers = self.answers
+        twin.frozen = self.frozen
         twin.written = dict(self.written)
         return twin
 
