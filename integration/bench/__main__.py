@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.table import Table
 
 from integration.lab.lab import Lab
 
-NAMES = ("backup",)
+NAMES = ("backup", "pause")
+FOLDER = Path("build/bench")
 
 
 def main(name: str) -> int:
@@ -21,16 +23,34 @@ def main(name: str) -> int:
         return 2
     console = Console()
     measured: dict[str, object] = importlib.import_module(f"integration.bench.{name}").measure(Lab.current(), console)
-    table = Table(title=f"bench {name}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for key, value in measured.items():
-        table.add_row(key, str(value))
-    console.print(table)
-    path = Path("build/bench") / f"{name}.json"
+    _show(name, measured, console)
+    path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _show(name: str, measured: dict[str, object], console: Console) -> None:
+    """Print plain figures as one table, and each list of rows as a table of its own."""
+    plain = {key: value for key, value in measured.items() if not _is_rows(value)}
+    console.print(_table(f"bench {name}", [{"figure": key, "value": value} for key, value in plain.items()]))
+    for key, value in measured.items():
+        if _is_rows(value):
+            assert isinstance(value, Sequence)
+            console.print(_table(key, value))
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _table(title: str, rows: Sequence[dict[str, object]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        table.add_column(column, justify="left" if column in ("figure", "what", "mode", "load") else "right")
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row.values()))
+    return table
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Every ratio compares things measured in this one run, on the same guest under th
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -14,12 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
+from integration.bench.plain import plain_capture
 from integration.installation import Installation, default_policy
 from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
-from vmsnap.hypervisors.libvirt.connection import Connection
-from vmsnap.hypervisors.libvirt.events import PauseRecorder
 from vmsnap.hypervisors.libvirt.overlays import create_overlay
 
 ROUNDS = 2
@@ -71,29 +69,8 @@ def _pauses(guest: LabGuest, *, vmsnap: Installation, console: Console) -> dict[
 
 
 def _virsh_pause_ms(guest: LabGuest) -> float:
-    """The pause of `virsh snapshot-create-as --live --memspec` to a disk; the guest is put back afterwards."""
-    folder = guest.lab.guests / "plain-virsh"
-    folder.mkdir(mode=0o777)
-    folder.chmod(0o777)
-    disk = guest.disks[0]
-    overlay = folder / "overlay.qcow2"
-    connection = Connection("qemu:///system")
-    domain = connection.domain(GUEST)
-    with PauseRecorder(connection.get(), domain) as recorder:
-        command = ["virsh", "-q", "snapshot-create-as", GUEST, "--no-metadata", "--atomic", "--live"]
-        command += ["--memspec", f"file={folder / 'memory'},snapshot=external"]
-        command += ["--diskspec", f"{disk.target},file={overlay},snapshot=external"]
-        subprocess.run(command, check=True, capture_output=True, timeout=600)
-        pause = recorder.pause(timeout_seconds=10)
+    pause = plain_capture(guest).pause
     assert pause is not None
-    subprocess.run(
-        ["virsh", "-q", "blockcommit", GUEST, disk.target, "--active", "--pivot", "--wait"],
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
-    connection.close()
-    shutil.rmtree(folder)
     return (pause.resumed - pause.stopped).total_seconds() * 1000
 
 
