@@ -3,6 +3,7 @@
 # make check   lint, types, layers, unit, contract and workflow tests: no root, no network
 # make fuzz FUZZ_SECONDS=600   atheris on what a hostile clone can send; its own environment, its corpus in build/fuzz
 # make bench NAME=backup   measurements, printed and written to build/bench/NAME.json
+# make bench NAME=pause    how long guests stand still, and a picture of it; RAM=1024 RUNS=2 and more in integration/bench/pause.py
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
@@ -37,7 +38,9 @@ integration: setup
 	$(LAB) $(PYTHON) -m pytest integration -q --durations=15
 
 bench: setup
+	@[ $(NAME) != pause ] || bash integration/setup.sh plots
 	$(LAB) $(PYTHON) -m integration.bench $(NAME)
+	@[ $(NAME) != pause ] || $(PYTHON) -m integration.bench.plot build/bench/pause.json build/bench/pause.png
 
 fuzz: $(FUZZ)/venv/installed
 	nice -n 15 $(FUZZ)/venv/bin/python -m integration.fuzz $(FUZZ) -max_total_time=$(FUZZ_SECONDS)

@@ -3,6 +3,7 @@
 #   setup.sh system   Debian packages for vmsnap and the lab, as root or with sudo
 #   setup.sh tests    further Debian packages that only the tests need
 #   setup.sh venv     the Python environment in .venv
+#   setup.sh plots    what draws the benchmark's picture, into .venv
 # May be repeated; does nothing where everything is there. No service is started: the lab and the tests start their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -45,5 +46,6 @@ case "${1:-}" in
     system) install_packages integration/lab/packages.txt ;;
     tests) install_packages integration/lab/packages-tests.txt ;;
     venv) install_venv ;;
-    *) echo "usage: setup.sh system|tests|venv" >&2; exit 2 ;;
+    plots) .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' ;;
+    *) echo "usage: setup.sh system|tests|venv|plots" >&2; exit 2 ;;
 esac
