@@ -22,22 +22,23 @@ def main(name: str) -> int:
         print(f"there is no benchmark {name!r}; there are: {', '.join(NAMES)}", file=sys.stderr)
         return 2
     console = Console()
-    measured: dict[str, object] = importlib.import_module(f"integration.bench.{name}").measure(Lab.current(), console)
-    _show(name, measured, console)
+    module = importlib.import_module(f"integration.bench.{name}")
+    measured: dict[str, object] = module.measure(Lab.current(), console)
+    _show(name, measured, shown=getattr(module, "SHOWN", ()), console=console)
     path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def _show(name: str, measured: dict[str, object], console: Console) -> None:
-    """Print plain figures as one table, and each list of rows as a table of its own."""
+def _show(name: str, measured: dict[str, object], *, shown: tuple[str, ...], console: Console) -> None:
+    """Print plain figures as one table, and each list of rows as a table of its own, of the columns in `shown` alone."""
     plain = {key: value for key, value in measured.items() if not _is_rows(value)}
     console.print(_table(f"bench {name}", [{"figure": key, "value": value} for key, value in plain.items()]))
     for key, value in measured.items():
         if _is_rows(value):
             assert isinstance(value, Sequence)
-            console.print(_table(key, value))
+            console.print(_table(key, value if key != "rows" else [{k: row[k] for k in shown or row} for row in value]))
 
 
 def _is_rows(value: object) -> bool:
