@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -393,6 +394,10 @@ def _address_on_bridge(around: Escape) -> None:
     sh("ip", "addr", "add", "10.9.9.9/24", "dev", around.plan.ports[0].bridge)
 
 
+def _tap_into_another_namespace(around: Escape) -> None:
+    sh("ip", "link", "set", around.plan.ports[0].tap, "netns", around.neighbour.namespace)
+
+
 def _link_in_namespace(around: Escape) -> None:
     sh("ip", "link", "add", "way0", "type", "veth", "peer", "name", "out0", "netns", around.plan.namespace)
     sh("ip", "link", "set", around.plan.ports[0].tap, "down")
@@ -405,6 +410,7 @@ ALARMS: dict[str, tuple[Callable[[Escape], None], str]] = {
     "the veth out of its bridge": (_veth_out, "is not in the bridge"),
     "an uplink in the bridge": (_uplink_in_bridge, "does not belong there"),
     "an address on the bridge": (_address_on_bridge, "has the address"),
+    "the tap in another namespace": (_tap_into_another_namespace, "was moved into another network namespace"),
     "a link into the namespace": (_link_in_namespace, "has a foreign link"),
     "a frame in production": (_frame_in_production, "was on the host's link prod"),
     "the original's MAC at another port": (_original_elsewhere, "saw the original's MAC"),
@@ -437,6 +443,35 @@ def test_the_watch_sounds_the_alarm_within_a_second(name: str) -> None:
         assert seconds < 1
         assert words in f"{alarms[0][1].brief}\n{alarms[0][1].details}"
         assert len(alarms) == 1
+
+
+@pytest.mark.usefixtures("network")
+def test_the_ears_hear_while_the_rules_are_read_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world(tap="orig0") as (fence, around):
+        proof = fence.prove(around.plan)
+        sounded = threading.Event()
+        alarms: list[IsolationError] = []
+
+        def alarm(breach: IsolationError) -> None:
+            alarms.append(breach)
+            sounded.set()
+
+        watch = fence.watch(around.plan, proof=proof, alarm=alarm)
+        slow = tmp_path / "nft"
+        slow.write_text(f'#!/bin/sh\ntouch {tmp_path}/reading\nsleep 3\nexec {shutil.which("nft")} "$@"\n')
+        slow.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        sh("ip", "link", "add", "elsewhere0", "type", "bridge")
+        sh("ip", "link", "del", "elsewhere0")
+        while not (tmp_path / "reading").exists():
+            time.sleep(0.01)
+        began = time.monotonic()
+        _frame_in_production(around)
+        assert sounded.wait(1)
+        assert time.monotonic() - began < 1
+        assert "was on the host's link prod" in alarms[0].brief
+        monkeypatch.undo()
+        watch.close()
 
 
 @pytest.mark.usefixtures("network")

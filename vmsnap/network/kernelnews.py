@@ -18,7 +18,9 @@ _NFTABLES_GROUP = 7  # NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h
 _HEADER = struct.Struct("=IHHII")
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")
 _ATTRIBUTE = struct.Struct("=HH")
-_NEW_NEIGHBOUR, _OLD_NEIGHBOUR = 28, 29  # linux/rtnetlink.h
+_LINK = struct.Struct("=BxHiII")
+_OLD_LINK, _NEW_NEIGHBOUR, _OLD_NEIGHBOUR = 17, 28, 29  # linux/rtnetlink.h
+_IFLA_IFNAME, _IFLA_NEW_NETNSID = 3, 45  # linux/if_link.h
 _NDA_LLADDR, _NDA_MASTER = 2, 9
 _BUFFER_BYTES = 1 << 16
 
@@ -32,6 +34,19 @@ class Learned:
     bridge: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What happened since the last look.
+
+    ``changed``: whether any link or address did. ``moved_away`` names links that are in another namespace now, where they
+    live on and nobody here sees them.
+    """
+
+    changed: bool
+    learned: tuple[Learned, ...]
+    moved_away: tuple[str, ...]
+
+
 class LinkNews:
     """Changes of links, addresses and forwarding tables in the calling thread's namespace. Raises DriverError."""
 
@@ -42,9 +57,9 @@ class LinkNews:
         """Return the descriptor, for poll."""
         return self._socket.fileno()
 
-    def read(self) -> tuple[bool, tuple[Learned, ...]]:
-        """Return whether links or addresses changed since the last look, and what bridges learned."""
-        changed, learned = False, list[Learned]()
+    def read(self) -> News:
+        """Return what happened since the last look."""
+        changed, learned, moved_away = False, list[Learned](), list[str]()
         for data in _datagrams(self._socket):
             if data is None:
                 changed = True
@@ -54,7 +69,9 @@ class LinkNews:
                     learned.extend(_learned(body))
                 elif kind != _OLD_NEIGHBOUR:
                     changed = True
-        return changed, tuple(learned)
+                if kind == _OLD_LINK:
+                    moved_away.extend(_moved_away(body))
+        return News(changed=changed, learned=tuple(learned), moved_away=tuple(moved_away))
 
     def close(self) -> None:
         """Stop listening."""
@@ -126,6 +143,13 @@ def _learned(body: bytes) -> Iterator[Learned]:
     mac, bridge = attributes.get(_NDA_LLADDR, b""), attributes.get(_NDA_MASTER, b"")
     if len(mac) == 6 and len(bridge) == 4:
         yield Learned(mac=mac.hex(":"), port=port, bridge=struct.unpack("=I", bridge)[0])
+
+
+def _moved_away(body: bytes) -> Iterator[str]:
+    """Yield the link's name where it did not end but went elsewhere: the kernel then names the namespace (since 4.15)."""
+    attributes = dict(_attributes(body[_LINK.size :]))
+    if _IFLA_NEW_NETNSID in attributes:
+        yield attributes.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace")
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -1,9 +1,10 @@
-"""The watch over a fence while its clone runs: a thread that sleeps until the kernel has news, and then looks at once.
+"""The watch over a fence while its clone runs: threads that sleep until the kernel has news.
 
-Four things wake it: a packet of the clone's on a link where none may be (``vmsnap.network.ears``); a change of any link
-or address; a change of an nft table of the fence; a production bridge that learns the original's MAC at another port
-than the original's, which is what a clone that got out would make it do. The fence is then read back as it was for the
-proof. It looks without news too, in case some were lost, every few seconds.
+One thread does nothing but hear: a packet of the clone's on a link where none may be (``vmsnap.network.ears``), a
+production bridge that learns the original's MAC at another port than the original's, which is what a clone that got out
+would make it do, and a link of the fence that is moved into another namespace. The other reads the fence back, as it was
+for the proof, when a link, an address or an nft table of the fence has changed, and every few seconds in case news was
+lost. They are two because reading rules takes long on a host with many.
 
 What it cannot see: what happens in other network namespaces than the host's and the fence's, and frames that leave the
 host past its network stack (a NIC given to the guest, refused by the preflight).
@@ -46,12 +47,16 @@ class NetworkWatch:
         self._plan = plan
         self._alarm = alarm
         self._breach: IsolationError | None = None
+        self._sounding = threading.Lock()
         self._began = self._last_look = self._look_at = time.monotonic()
         self._looks = 0
         self._failed_looks = 0
         self._new_tap_at = float("-inf")
         self._taps = self._tap_indexes()
-        self._thread = threading.Thread(target=self._run, name="vmsnap-fence-watch", daemon=True)
+        self._threads = (
+            threading.Thread(target=self._run, args=(self._hear,), name="vmsnap-fence-ears", daemon=True),
+            threading.Thread(target=self._run, args=(self._watch,), name="vmsnap-fence-watch", daemon=True),
+        )
         with ExitStack() as opened:
             self._ears = Ears(plan)
             opened.callback(self._ears.close)
@@ -59,6 +64,8 @@ class NetworkWatch:
             opened.callback(self._link_news.close)
             self._rule_news = RuleNews(plan.table)
             opened.callback(self._rule_news.close)
+            self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            opened.callback(os.close, self._changed)
             self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             opened.callback(os.close, self._stop)
             self._sides = sides_of(plan.original)
@@ -66,7 +73,8 @@ class NetworkWatch:
             self._look()
             if self._breach is not None:
                 raise self._breach
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
             self._opened = opened.pop_all()
 
     def observed(self) -> tuple[ProofPoint, ...]:
@@ -131,39 +139,54 @@ class NetworkWatch:
 
     def close(self) -> None:
         """End the watch. May be repeated."""
-        if self._thread.is_alive():
+        if any(thread.is_alive() for thread in self._threads):
             os.eventfd_write(self._stop, 1)
-            self._thread.join()
+            for thread in self._threads:
+                thread.join()
         self._opened.close()
 
-    # The thread
+    # The threads
 
-    def _run(self) -> None:
-        poll = select.poll()
-        for source in (self._ears, self._link_news, self._rule_news):
-            poll.register(source.fileno(), select.POLLIN)
-        poll.register(self._stop, select.POLLIN)
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - a watch that ends at a bug watches no more
+            self._sound(IsolationError(f"the watch over the fence failed: {error!r}", remedy=_REMEDY))
+
+    def _hear(self) -> None:
+        poll = _poll(self._ears.fileno(), self._link_news.fileno(), self._stop)
+        while self._breach is None and self._stop not in _ready(poll):
+            self._listen()
+            news = self._link_news.read()
+            for learned in news.learned:
+                self._judge(learned)
+            for name in news.moved_away:
+                self._require_elsewhere(name)
+            if news.changed:
+                os.eventfd_write(self._changed, 1)
+
+    def _watch(self) -> None:
+        poll = _poll(self._changed, self._rule_news.fileno(), self._stop)
         while self._breach is None:
-            ready = {descriptor for descriptor, _ in poll.poll(self._wait_seconds() * 1000)}
+            ready = _ready(poll, seconds=self._look_at - time.monotonic())
             if self._stop in ready:
                 return
-            try:
-                self._take_news()
-                if time.monotonic() >= self._look_at:
-                    self._look()
-            except Exception as error:  # noqa: BLE001 - a watch that ends at a bug watches no more
-                self._sound(IsolationError(f"the watch over the fence failed: {error!r}", remedy=_REMEDY))
+            if self._changed in ready:
+                os.eventfd_read(self._changed)
+            if self._rule_news.read() or self._changed in ready:
+                self._look_at = min(self._look_at, self._last_look + _BETWEEN_LOOKS_SECONDS)
+            if time.monotonic() >= self._look_at:
+                self._look()
 
-    def _wait_seconds(self) -> float:
-        return max(self._look_at - time.monotonic(), 0)
-
-    def _take_news(self) -> None:
-        self._listen()
-        changed, learned = self._link_news.read()
-        for news in learned:
-            self._judge(news)
-        if self._rule_news.read() or changed:
-            self._look_at = min(self._look_at, self._last_look + _BETWEEN_LOOKS_SECONDS)
+    def _require_elsewhere(self, name: str) -> None:
+        """A link of another's may go where it likes. One of the fence's would live on where nobody looks."""
+        if name in {link for port in self._plan.ports for link in (port.bridge, port.tap, port.veth_host)}:
+            self._sound(
+                IsolationError(
+                    f"the fence's link {name} was moved into another network namespace while the clone ran",
+                    remedy=_REMEDY,
+                )
+            )
 
     def _listen(self) -> None:
         heard = self._ears.heard()
@@ -241,15 +264,28 @@ class NetworkWatch:
         return {port.tap: known[port.tap] for port in self._plan.ports if port.tap in known}
 
     def _sound(self, breach: IsolationError) -> None:
-        if self._breach is None:
+        with self._sounding:
+            if self._breach is not None:
+                return
             self._breach = breach
-            self._alarm(breach)
+        self._alarm(breach)
 
     def _require_peace(self) -> None:
         if self._breach is not None:
             raise self._breach
-        if not self._thread.is_alive():
+        if not all(thread.is_alive() for thread in self._threads):
             raise IsolationError("the watch over the fence is not there any more", remedy="nothing was stored")
+
+
+def _poll(*descriptors: int) -> select.poll:
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return poll
+
+
+def _ready(poll: select.poll, *, seconds: float | None = None) -> frozenset[int]:
+    return frozenset(found for found, _ in poll.poll(None if seconds is None else max(seconds, 0) * 1000))
 
 
 def _point(kind: ProofKind, *, name: str, observed: str) -> ProofPoint:
