@@ -7,6 +7,8 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
+# How many labs the integration tests are spread over. Guests are emulated on one core each where there is no KVM.
+LABS ?= 2
 NAME ?= backup
 FUZZ_SECONDS ?= 600
 FUZZ := build/fuzz
@@ -35,7 +37,7 @@ unit: venv
 
 integration: setup
 	bash integration/setup.sh tests
-	$(LAB) $(PYTHON) -m pytest integration -q --durations=15
+	$(PYTHON) -m pytest integration -q --durations=15 --dist=loadfile --tx='$(LABS)*popen//python=$(LAB) $(PYTHON)'
 
 bench: setup
 	@[ $(NAME) != pause ] || bash integration/setup.sh plots

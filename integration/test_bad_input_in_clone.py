@@ -79,6 +79,8 @@ def fake_agent(guest: LabGuest, *, mode: str) -> Iterator[None]:
     inside("systemctl", "stop", "qemu-guest-agent.service")
     try:
         inside("systemd-run", *options, "perl", "/run/fake-agent", mode)
+        if mode == "late":
+            guest.wait_for_agent()
         yield
     finally:
         inside("systemctl", "stop", "fake-agent.service")

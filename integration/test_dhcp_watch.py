@@ -170,6 +170,8 @@ def test_nonce_and_vlan_are_read(
     for name in ("inside", "outside"):
         sh("ip", "link", "set", name, "up")
     sh("ip", "link", "set", "outside", "master", "prod")
+    # The kernel lets a port forward when it has seen the carrier, a moment after the link was set up.
+    wait_until(lambda: "state forwarding" in sh("bridge", "link", "show", "dev", "outside"), what="the port")
     with PacketSocket("prod" if by == "the host" else "inside") as packets:
         packets.send(acknowledgement(xid=77, tags=tags))
         wait_until(lambda: bool(watching.told), what="the exchange", seconds=5)

@@ -97,6 +97,14 @@ def test_the_host_key_can_be_asked_for(server: LocalSshServer) -> None:
         ACCESS.host_key(login, address=ADDRESS, connector=server.connect)
 
 
+def test_a_server_that_does_not_agree_on_keys_in_time_is_unreachable(server: LocalSshServer) -> None:
+    here, there = socketpair()
+    there.sendall(b"SSH-2.0-slow\r\n")
+    login = replace(server.login, host_key=None, connect_timeout=timedelta(seconds=0.5))
+    with there, pytest.raises(GuestUnreachableError, match="does not answer"):
+        ACCESS.host_key(login, address=ADDRESS, connector=lambda _address, _port, _timeout: here)
+
+
 def test_a_key_that_the_guest_does_not_know_is_refused(server: LocalSshServer, tmp_path: Path) -> None:
     stranger = str(write_key(tmp_path / "stranger"))
     with pytest.raises(PreconditionError) as caught:

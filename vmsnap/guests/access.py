@@ -62,7 +62,7 @@ class Access:
             address=address, port=login.port, connector=connector, timeout=login.connect_timeout, host_key=None
         )
         try:
-            return host_key_of(transport)
+            return host_key_of(transport, address=address)
         finally:
             transport.close()
 

@@ -240,9 +240,13 @@ def open_transport(
         return transport
 
 
-def host_key_of(transport: paramiko.Transport) -> str:
-    """Return the server's host key as in known_hosts without the name."""
-    key = transport.get_remote_server_key()
+def host_key_of(transport: paramiko.Transport, *, address: str) -> str:
+    """Return the server's host key as in known_hosts without the name.
+
+    Raises GuestUnreachableError where the connection broke after the keys were agreed on.
+    """
+    with _translated(address):
+        key = transport.get_remote_server_key()
     return f"{key.get_name()} {base64.b64encode(key.asbytes()).decode('ascii')}"
 
 
@@ -263,8 +267,9 @@ def _start(transport: paramiko.Transport, *, host_key: str | None, address: str,
         transport.start_client(timeout=seconds)
     except IncompatiblePeer as error:
         raise _another_server(address, wanted=host_key, got="no key of that type") from error
-    if host_key_of(transport) != _two_words(host_key):
-        raise _another_server(address, wanted=host_key, got=host_key_of(transport))
+    shown = host_key_of(transport, address=address)
+    if shown != _two_words(host_key):
+        raise _another_server(address, wanted=host_key, got=shown)
 
 
 def _another_server(address: str, *, wanted: str, got: str) -> SafetyError:
