@@ -39,6 +39,7 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
+from vmsnap.model.verification import VerifyEntry
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
@@ -46,6 +47,7 @@ from vmsnap.network.residence import FenceResidences
 from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.ports.clock import Cancel
+from vmsnap.ports.observer import Observer
 from vmsnap.ports.progress import Progress
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
@@ -65,7 +67,7 @@ from vmsnap.workflow.prune import foresee, prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.serve import forward, serve
-from vmsnap.workflow.verify import verify
+from vmsnap.workflow.verify import verify, verify_due
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -233,6 +235,15 @@ class Application:
         """Re-read a snapshot."""
         return verify(self._world, reference=reference, progress=progress, cancel=cancel)
 
+    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
+        """Re-read what is due. A policy file that is wrong is a failure of its guest, and of no other."""
+        checks = self._policies.check()
+        policies = [check.policy for check in checks if check.policy is not None]
+        wrong = tuple(
+            VerifyEntry(guest=check.guest or check.path.name, error=check.error) for check in checks if check.error
+        )
+        return (*verify_due(self._world, policies=policies, progress=progress, cancel=cancel), *wrong)
+
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or let it go."""
         guest = self._world.store.find(reference).manifest.guest
@@ -363,3 +374,9 @@ def open_application(settings: Settings, policies: PolicyBook, *, trigger: Trigg
     """Return the application for this host's settings and policies. ``trigger``: what the history says started its runs."""
     limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
     return Application(lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits)
+
+
+def open_observers(settings: Settings, world: World) -> tuple[Observer, ...]:
+    """Return who hears what the daemon does with these settings. Nothing is opened before their ``start``."""
+    del settings, world
+    return ()

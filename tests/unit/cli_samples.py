@@ -77,6 +77,7 @@ from vmsnap.model.report import (
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
+from vmsnap.model.verification import VerifyEntry
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -196,6 +197,7 @@ class FakeApplication:
     stored: tuple[Snapshot, ...] = (sample(),)
     findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
     defects: tuple[str, ...] = ()
+    verified: tuple[VerifyEntry, ...] = ()
     left: str | None = None
     entries: tuple[DueEntry, ...] = ()
     runs: tuple[Due, ...] = tuple(Due(at=AT + timedelta(days=day), reason="'02:00'") for day in range(1, 9))
@@ -333,6 +335,10 @@ class FakeApplication:
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         self._called("verify", reference)
         return VerifyReport(snapshot=SnapshotId("3fa9b0c1d2"), blocks=32768, defects=self.defects, seconds=1.9)
+
+    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
+        self._called("verify_due")
+        return self.verified
 
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         self._called("pin", reference, pin)

@@ -26,6 +26,7 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
+from vmsnap.model.verification import VerifyEntry
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -64,6 +65,9 @@ class Application(Protocol):
 
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         """Re-read a snapshot and record what was found."""
+
+    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
+        """Re-read what the policies want read again; failures are in the entries. Ends early when cancelled."""
 
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or (None) let it go."""

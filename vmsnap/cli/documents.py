@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
     from vmsnap.model.report import (
         BackupReport,
+        DaemonReport,
         EnvironmentStatus,
         ProvisionReport,
         PruneDecision,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from vmsnap.model.schedule import Due
+    from vmsnap.model.verification import VerifyEntry
 
 Document = dict[str, Any]
 
@@ -140,6 +142,26 @@ def _iso(value: datetime) -> str:
 def verify_document(report: VerifyReport) -> Document:
     """Return the document of ``vmsnap verify``."""
     return {**report.model_dump(mode="json"), "intact": not report.defects}
+
+
+def verify_due_document(entries: Sequence[VerifyEntry]) -> Document:
+    """Return the document of ``vmsnap verify --due``."""
+    return {
+        "snapshots": [
+            {
+                "guest": entry.guest,
+                "snapshot": entry.snapshot,
+                "report": None if entry.report is None else verify_document(entry.report),
+                "error": None if entry.error is None else error_fields(entry.error),
+            }
+            for entry in entries
+        ]
+    }
+
+
+def daemon_document(report: DaemonReport) -> Document:
+    """Return the document of ``vmsnap daemon``."""
+    return report.model_dump(mode="json")
 
 
 def environment_document(status: EnvironmentStatus) -> Document:
