@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 
 import typer
 
@@ -34,10 +35,12 @@ def daemon(ctx: typer.Context, *, json: JsonOption = False, config: ConfigOption
     from vmsnap.daemon.logs import set_up_logging  # noqa: PLC0415
     from vmsnap.daemon.notify import Systemd  # noqa: PLC0415
     from vmsnap.daemon.service import Daemon  # noqa: PLC0415
+    from vmsnap.model.history import Trigger  # noqa: PLC0415
 
     level = logging.DEBUG if session.debug else logging.INFO
     set_up_logging(sys.stderr, level=level, environment=os.environ)
     systemd = Systemd(os.environ)
-    report = Daemon(session.config, open_world=make_world, open_observers=open_observers, systemd=systemd).run()
+    open_world = partial(make_world, trigger=Trigger.DAEMON)
+    report = Daemon(session.config, open_world=open_world, open_observers=open_observers, systemd=systemd).run()
     if session.json:
         session.show(daemon_document(report), human=lambda _console: None)
