@@ -173,8 +173,8 @@ CLEAN_UP = (
 )
 
 
-# Closing is a courtesy: what was not closed ends with the process.
-TOLERATED = (".close",)
+# Courtesies: what was not closed ends with the process, and a note is for people.
+TOLERATED = (".close", ".note")
 
 
 @dataclass
