@@ -19,7 +19,7 @@ from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
-from vmsnap.model.history import Trigger
+from vmsnap.model.history import Action, AuditEntry, RunEntry, Trigger
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
@@ -39,7 +39,6 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
-from vmsnap.model.verification import VerifyEntry
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
@@ -47,7 +46,6 @@ from vmsnap.network.residence import FenceResidences
 from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.ports.clock import Cancel
-from vmsnap.ports.observer import Observer
 from vmsnap.ports.progress import Progress
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
@@ -60,6 +58,7 @@ from vmsnap.state.rungs import FileRungMemory
 from vmsnap.state.starter import starter_of_process
 from vmsnap.stores.images import ImagesStore
 from vmsnap.workflow.backup import Backup, settings_of
+from vmsnap.workflow.chronicle import audited, known_runs
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
@@ -67,7 +66,7 @@ from vmsnap.workflow.prune import foresee, prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.serve import forward, serve
-from vmsnap.workflow.verify import verify, verify_due
+from vmsnap.workflow.verify import verify
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -235,20 +234,16 @@ class Application:
         """Re-read a snapshot."""
         return verify(self._world, reference=reference, progress=progress, cancel=cancel)
 
-    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
-        """Re-read what is due. A policy file that is wrong is a failure of its guest, and of no other."""
-        checks = self._policies.check()
-        policies = [check.policy for check in checks if check.policy is not None]
-        wrong = tuple(
-            VerifyEntry(guest=check.guest or check.path.name, error=check.error) for check in checks if check.error
-        )
-        return (*verify_due(self._world, policies=policies, progress=progress, cancel=cancel), *wrong)
-
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or let it go."""
-        guest = self._world.store.find(reference).manifest.guest
-        # Under the lock, so that no prune removes what is being pinned.
-        with self._world.store.lock(guest, timeout=_LOCK_TIMEOUT):
+        named = self._world.store.find(reference)
+        guest, action = named.manifest.guest, Action.UNPIN if pin is None else Action.PIN
+        detail = "" if pin is None else f"for {pin.owner}, until {pin.until or 'it is taken off'}: {pin.reason}"
+        with (
+            audited(self._world, action, guest=guest, subject=named.id, detail=detail),
+            # Under the lock, so that no prune removes what is being pinned.
+            self._world.store.lock(guest, timeout=_LOCK_TIMEOUT),
+        ):
             snapshot = self._world.store.find(reference)
             return self._world.store.mark(snapshot, marks=snapshot.marks.model_copy(update={"pin": pin}))
 
@@ -304,7 +299,9 @@ class Application:
     def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
         """Set when an environment expires."""
         environment = replace(self._world.book.get(name), expires=expires)
-        self._world.book.replace(environment)
+        detail = "until it is destroyed" if expires is None else f"until {expires}"
+        with audited(self._world, Action.EXTEND, guest=environment.guest, subject=name, detail=detail):
+            self._world.book.replace(environment)
         return status_of(self._world, environment)
 
     def forward_environment(
@@ -336,7 +333,16 @@ class Application:
     def register_environment(self, name: str) -> RegisterReport:
         """Register an environment's name in the DNS."""
         environment = self._world.book.get(name)
-        return register(self._world, environment, policy=self._environment_policy(environment.guest))
+        with audited(self._world, Action.REGISTER, guest=environment.guest, subject=name):
+            return register(self._world, environment, policy=self._environment_policy(environment.guest))
+
+    def past_runs(self, guest: str | None, *, failures_only: bool, limit: int | None) -> tuple[RunEntry, ...]:
+        """Return runs, the newest first."""
+        return known_runs(self._world, guest=guest, failures_only=failures_only, limit=limit)
+
+    def audit_trail(self, guest: str | None, *, limit: int | None) -> tuple[AuditEntry, ...]:
+        """Return what was done, the newest first."""
+        return self._world.history.trail(guest=guest, limit=limit)
 
     def _policy_of_environment(self, name: str) -> Policy | None:
         """Return the policy of an environment's guest; an environment outlives it."""
@@ -374,9 +380,3 @@ def open_application(settings: Settings, policies: PolicyBook, *, trigger: Trigg
     """Return the application for this host's settings and policies. ``trigger``: what the history says started its runs."""
     limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
     return Application(lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits)
-
-
-def open_observers(settings: Settings, world: World) -> tuple[Observer, ...]:
-    """Return who hears what the daemon does with these settings. Nothing is opened before their ``start``."""
-    del settings, world
-    return ()

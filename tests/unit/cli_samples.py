@@ -37,6 +37,7 @@ from vmsnap.model.due import DueEntry, DueReport, Outcome
 from vmsnap.model.environment import Environment
 from vmsnap.model.forecast import Forecast, every_so_often, forecast
 from vmsnap.model.guest import Finding, GuestState, Severity
+from vmsnap.model.history import AuditEntry, RunEntry
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, ProofKind, Rung
 from vmsnap.model.journal import ResourceKind
@@ -77,7 +78,6 @@ from vmsnap.model.report import (
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
-from vmsnap.model.verification import VerifyEntry
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -197,7 +197,6 @@ class FakeApplication:
     stored: tuple[Snapshot, ...] = (sample(),)
     findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
     defects: tuple[str, ...] = ()
-    verified: tuple[VerifyEntry, ...] = ()
     left: str | None = None
     entries: tuple[DueEntry, ...] = ()
     runs: tuple[Due, ...] = tuple(Due(at=AT + timedelta(days=day), reason="'02:00'") for day in range(1, 9))
@@ -207,6 +206,8 @@ class FakeApplication:
     existing: tuple[Candidate, ...] = ()
     forecasts: tuple[Forecast, ...] | None = None
     doubtful: bool = False
+    history: tuple[RunEntry, ...] = ()
+    trail: tuple[AuditEntry, ...] = ()
     calls: list[tuple[object, ...]] = field(default_factory=list)
 
     def _called(self, *call: object) -> None:
@@ -336,10 +337,6 @@ class FakeApplication:
         self._called("verify", reference)
         return VerifyReport(snapshot=SnapshotId("3fa9b0c1d2"), blocks=32768, defects=self.defects, seconds=1.9)
 
-    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
-        self._called("verify_due")
-        return self.verified
-
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         self._called("pin", reference, pin)
         return sample(marks=Marks(pin=pin))
@@ -443,6 +440,14 @@ class FakeApplication:
             network=None,
         )
         return EnvironmentStatus(environment=environment, state=status.state, overlay_bytes=0)
+
+    def past_runs(self, guest: str | None, *, failures_only: bool, limit: int | None) -> tuple[RunEntry, ...]:
+        self._called("past_runs", guest, failures_only, limit)
+        return self.history
+
+    def audit_trail(self, guest: str | None, *, limit: int | None) -> tuple[AuditEntry, ...]:
+        self._called("audit_trail", guest, limit)
+        return self.trail
 
 
 def session_over(application: FakeApplication) -> Session:

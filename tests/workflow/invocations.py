@@ -173,8 +173,9 @@ CLEAN_UP = (
 )
 
 
-# Courtesies: what was not closed ends with the process, and a note is for people.
-TOLERATED = (".close", ".note")
+# Closing is a courtesy: what was not closed ends with the process. The history tells what happened, and decides nothing.
+TOLERATED = (".close",)
+TOLD_ONLY = "history."
 
 
 @dataclass
@@ -223,6 +224,9 @@ class Trial:
         if mode is Mode.CANCEL:
             if outcome.error is not None and not isinstance(outcome.error, CancelledError):
                 wrong.append(f"ended with {outcome.error!r}")
+        elif name.startswith(TOLD_ONLY):
+            if outcome.error is not None:
+                wrong.append(f"the history stopped it: {outcome.error!r}")
         elif outcome.error is None and not name.endswith(TOLERATED) and not _warned(outcome):
             wrong.append("the fault was swallowed")
         elif outcome.error is not None and "injected" not in _all_words(outcome.error):
@@ -262,4 +266,5 @@ def recovers(lab: FakeWorld) -> list[str]:
         return [f"reconcile failed: {outcome.error!r}"]
     assert isinstance(outcome.result, ReconcileReport)
     wrong = [] if outcome.result.complete else [f"reconcile is not complete: {outcome.result}"]
+    wrong += [f"run {entry.run} goes on for ever by the history" for entry in lab.state.history.dead()]
     return wrong + [f"after reconcile: {text}" for text in order(lab)]

@@ -9,6 +9,7 @@ from typing import Protocol
 from vmsnap.model.due import DueReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding
+from vmsnap.model.history import AuditEntry, RunEntry
 from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import (
@@ -26,7 +27,6 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
-from vmsnap.model.verification import VerifyEntry
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -65,9 +65,6 @@ class Application(Protocol):
 
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         """Re-read a snapshot and record what was found."""
-
-    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
-        """Re-read what the policies want read again; failures are in the entries. Ends early when cancelled."""
 
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or (None) let it go."""
@@ -124,3 +121,9 @@ class Application(Protocol):
 
     def register_environment(self, name: str) -> RegisterReport:
         """Register an environment's name in the DNS. Raises PreconditionError where its policy says of none."""
+
+    def past_runs(self, guest: str | None, *, failures_only: bool, limit: int | None) -> tuple[RunEntry, ...]:
+        """Return runs by the history, the newest first. ``failures_only``: those that failed or died."""
+
+    def audit_trail(self, guest: str | None, *, limit: int | None) -> tuple[AuditEntry, ...]:
+        """Return what was done to snapshots and environments, the newest first."""

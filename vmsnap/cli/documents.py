@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from vmsnap.model.due import DueEntry, DueReport
     from vmsnap.model.forecast import Forecast
     from vmsnap.model.guest import Finding
+    from vmsnap.model.history import AuditEntry, RunEntry, Starter
     from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
     from vmsnap.model.report import (
         BackupReport,
-        DaemonReport,
         EnvironmentStatus,
         ProvisionReport,
         PruneDecision,
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from vmsnap.model.schedule import Due
-    from vmsnap.model.verification import VerifyEntry
 
 Document = dict[str, Any]
 
@@ -144,26 +143,6 @@ def verify_document(report: VerifyReport) -> Document:
     return {**report.model_dump(mode="json"), "intact": not report.defects}
 
 
-def verify_due_document(entries: Sequence[VerifyEntry]) -> Document:
-    """Return the document of ``vmsnap verify --due``."""
-    return {
-        "snapshots": [
-            {
-                "guest": entry.guest,
-                "snapshot": entry.snapshot,
-                "report": None if entry.report is None else verify_document(entry.report),
-                "error": None if entry.error is None else error_fields(entry.error),
-            }
-            for entry in entries
-        ]
-    }
-
-
-def daemon_document(report: DaemonReport) -> Document:
-    """Return the document of ``vmsnap daemon``."""
-    return report.model_dump(mode="json")
-
-
 def environment_document(status: EnvironmentStatus) -> Document:
     """Return one environment and how it is."""
     dumped = status.model_dump(mode="json")
@@ -222,6 +201,60 @@ def due_fields(due: Due | None) -> Document | None:
         return None
     at = None if due.at is None else due.at.isoformat(timespec="seconds").replace("+00:00", "Z")
     return {"at": at, "why": due.reason}
+
+
+def history_document(runs: Sequence[RunEntry]) -> Document:
+    """Return the document of ``vmsnap history``: runs, the newest first. ``exit_code`` null: it runs, or it died."""
+    return {"runs": [_run_fields(entry) for entry in runs]}
+
+
+def _run_fields(entry: RunEntry) -> Document:
+    result = entry.result
+    return {
+        "run": entry.run,
+        "kind": entry.kind.value,
+        "guest": entry.guest,
+        "outcome": entry.outcome.value,
+        "started": _iso(entry.started),
+        "ended": None if entry.ended is None else _iso(entry.ended),
+        "seconds": entry.seconds,
+        "by": _starter_fields(entry.starter),
+        "exit_code": None if result is None else result.exit_code,
+        "error": None if result is None else result.error,
+        "remedy": None if result is None else result.remedy,
+        "snapshot": None if result is None else result.snapshot,
+        "environment": None if result is None else result.environment,
+        "pause_ms": None if result is None else result.pause_ms,
+        "new_bytes": None if result is None else result.new_bytes,
+        "logical_bytes": None if result is None else result.logical_bytes,
+        "warnings": [] if result is None else list(result.warnings),
+        "steps": [
+            {"name": step.name, "began_after_seconds": step.began_after_seconds, "seconds": step.seconds}
+            for step in entry.steps
+        ],
+    }
+
+
+def _starter_fields(starter: Starter) -> Document:
+    return {"trigger": starter.trigger.value, "user": starter.user or None, "detail": starter.detail}
+
+
+def audit_document(trail: Sequence[AuditEntry]) -> Document:
+    """Return the document of ``vmsnap history --audit``: the newest first. ``failure`` null: it was done."""
+    return {
+        "audit": [
+            {
+                "at": _iso(entry.at),
+                "action": entry.action.value,
+                "guest": entry.guest or None,
+                "subject": entry.subject,
+                "detail": entry.detail,
+                "failure": entry.failure,
+                "by": _starter_fields(entry.starter),
+            }
+            for entry in trail
+        ]
+    }
 
 
 def doctor_document(findings: Sequence[Finding], *, guest: str | None, ready: bool) -> Document:

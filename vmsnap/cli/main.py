@@ -11,11 +11,11 @@ import typer
 from vmsnap import __version__
 from vmsnap.cli.backup import backup
 from vmsnap.cli.context import ConfigOption, JsonOption, Session, session_of
-from vmsnap.cli.daemon import daemon
 from vmsnap.cli.dhcp import dhcp
 from vmsnap.cli.doctor import doctor
 from vmsnap.cli.env import environments
 from vmsnap.cli.group import ErrorGroup
+from vmsnap.cli.history import history
 from vmsnap.cli.list import list_snapshots
 from vmsnap.cli.pin import pin, unpin
 from vmsnap.cli.policy import policies
@@ -86,7 +86,7 @@ app.command("prune", rich_help_panel=_KEEP)(prune)
 app.command("pin", rich_help_panel=_KEEP)(pin)
 app.command("unpin", rich_help_panel=_KEEP)(unpin)
 app.command("verify", rich_help_panel=_KEEP)(verify)
-app.command("daemon", rich_help_panel=_HOST)(daemon)
+app.command("history", rich_help_panel=_HOST)(history)
 app.command("doctor", rich_help_panel=_HOST)(doctor)
 app.command("reconcile", rich_help_panel=_HOST)(reconcile)
 app.add_typer(dhcp, name="dhcp", rich_help_panel=_HOST)

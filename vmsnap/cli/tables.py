@@ -12,9 +12,9 @@ from rich.text import Text
 
 from vmsnap.cli.text import columns, milliseconds, printable, printable_lines, seconds, size
 
-_RIGHT = frozenset({"SIZE", "NEW", "PAUSE", "OVERLAY"})
+_RIGHT = frozenset({"SIZE", "NEW", "PAUSE", "OVERLAY", "TOOK"})
 # On a narrow terminal these columns are folded; the others are read or copied whole.
-_FOLDS = frozenset({"GUEST", "ENGINE", "VERIFIED", "PINNED", "WHY", "ENVIRONMENT", "NETWORK"})
+_FOLDS = frozenset({"GUEST", "ENGINE", "VERIFIED", "PINNED", "WHY", "ENVIRONMENT", "NETWORK", "WHAT", "DETAIL"})
 
 
 def print_lines(console: Console, lines: Sequence[str | Text]) -> None:

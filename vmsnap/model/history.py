@@ -108,7 +108,6 @@ class Action(StrEnum):
     EXTEND = "extend"
     EXPIRE = "expire"
     REGISTER = "register"
-    EXPORT = "export"
     PRUNE = "prune"
     PIN = "pin"
     UNPIN = "unpin"

@@ -21,7 +21,7 @@ class HistoryBook(Protocol):
     """
 
     def begin(self, run: RunId, *, kind: RunKind, guest: str, at: datetime, starter: Starter) -> None:
-        """Record that a run began. May be repeated: the first one stands."""
+        """Record that a run began, in this process. May be repeated: the first one stands."""
 
     def step(self, run: RunId, *, name: str, after: timedelta) -> None:
         """Record that a step began, ``after`` the run did; the one before it is over.
@@ -50,6 +50,9 @@ class HistoryBook(Protocol):
 
     def unended(self) -> tuple[RunEntry, ...]:
         """Return the runs whose end is not recorded, the oldest first. Their processes may be dead."""
+
+    def dead(self) -> tuple[RunEntry, ...]:
+        """Return those of them whose process is gone."""
 
     def last_ended(self, *, kind: RunKind) -> Mapping[str, RunEntry]:
         """Return by guest the newest run whose end is recorded, whatever that is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from vmsnap.model.history import Action, AuditEntry, RunEntry, RunOutcome, RunRe
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import RunKind
 from vmsnap.state.database import Database
+from vmsnap.state.processes import process_identity
 
 T = TypeVar("T")
 FILE_NAME = "history.sqlite"
@@ -35,6 +37,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             started_by TEXT NOT NULL,
             user TEXT NOT NULL,
             starter TEXT NOT NULL,
+            process TEXT NOT NULL,
             ended TEXT,
             seconds REAL,
             outcome TEXT,
@@ -93,9 +96,9 @@ class SqliteHistory:
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute(
-                "INSERT INTO runs (run, kind, guest, started, started_by, user, starter) VALUES (?, ?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (run) DO NOTHING",
-                (run, kind.value, _text(guest), _time(at), *_starter_row(starter)),
+                "INSERT INTO runs (run, kind, guest, started, started_by, user, starter, process)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run) DO NOTHING",
+                (run, kind.value, _text(guest), _time(at), *_starter_row(starter), process_identity(os.getpid())),
             )
             _forget_oldest(connection, kind=kind, guest=guest)
 
@@ -179,6 +182,10 @@ class SqliteHistory:
         """Return the runs whose end is not recorded, the oldest first."""
         return self._runs("WHERE ended IS NULL ORDER BY number", ())
 
+    def dead(self) -> tuple[RunEntry, ...]:
+        """Return those of them whose process is gone."""
+        return self._runs("WHERE ended IS NULL ORDER BY number", (), only=lambda row: _is_gone(row["process"]))
+
     def last_ended(self, *, kind: RunKind) -> Mapping[str, RunEntry]:
         """Return by guest the newest run whose end is recorded, whatever that is."""
         found = self._runs("WHERE number IN (SELECT ended FROM newest WHERE kind = ?) ORDER BY guest", (kind.value,))
@@ -200,14 +207,24 @@ class SqliteHistory:
 
         return _decoded(self._database.read(work), decode=_audit_entry)
 
-    def _runs(self, which: str, values: Sequence[str | int]) -> tuple[RunEntry, ...]:
+    def _runs(
+        self, which: str, values: Sequence[str | int], *, only: Callable[[sqlite3.Row], bool] = lambda _: True
+    ) -> tuple[RunEntry, ...]:
         def work(connection: sqlite3.Connection) -> list[tuple[sqlite3.Row, list[sqlite3.Row]]]:
             connection.row_factory = sqlite3.Row
             rows = connection.execute(f"SELECT * FROM runs {which}", values).fetchall()  # noqa: S608 - as above
             steps = "SELECT name, began_after FROM steps WHERE run_number = ? ORDER BY position"
-            return [(row, connection.execute(steps, (row["number"],)).fetchall()) for row in rows]
+            return [(row, connection.execute(steps, (row["number"],)).fetchall()) for row in rows if only(row)]
 
         return _decoded(self._database.read(work), decode=lambda found: _run_entry(*found))
+
+
+def _is_gone(identity: str) -> bool:
+    """Tell whether a process has ended, by what ``process_identity`` said of it."""
+    try:
+        return process_identity(int(identity.split(":", maxsplit=1)[0])) != identity
+    except ValueError:
+        return True
 
 
 def _forget_oldest(connection: sqlite3.Connection, *, kind: RunKind, guest: str) -> None:

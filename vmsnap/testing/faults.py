@@ -142,7 +142,7 @@ class Faults:
             self.hit.append(call)
             self.die()
 
-    def call(self, name: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
+    def call(self, name: str, function: Callable[..., T], /, *args: object, **kwargs: object) -> T:
         """Make a call, unless it goes wrong."""
         if self._is_other_thread():
             return function(*args, **kwargs)

@@ -223,4 +223,9 @@ class HistoryContract:
         world.run_and_die(work)
         (entry,) = world.history.unended()
         assert entry.steps[-1].name == "capture"
+        begin(world.history, 2)
+        assert world.history.dead() == (entry,)
+        end(world.history, entry.run, died("capture"))
+        assert world.history.dead() == ()
+        assert [living.run for living in world.history.unended()] == [run_id(2)]
         assert world.history.trail() == (audited("db"),)

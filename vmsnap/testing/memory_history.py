@@ -21,11 +21,13 @@ class MemoryHistory:
     def __init__(self, state: MemoryState) -> None:
         self._state = state
         self.entries: dict[RunId, RunEntry] = {}
+        self._processes: dict[RunId, int] = {}
         self.audited: list[AuditEntry] = []
 
     def begin(self, run: RunId, *, kind: RunKind, guest: str, at: datetime, starter: Starter) -> None:
         """Record that a run began. May be repeated: the first one stands."""
         self._state.check_alive()
+        self._processes.setdefault(run, self._state.process)
         self.entries.setdefault(run, RunEntry(run=run, kind=kind, guest=guest, started=at, starter=starter))
 
     def step(self, run: RunId, *, name: str, after: timedelta) -> None:
@@ -74,6 +76,10 @@ class MemoryHistory:
         """Return the runs whose end is not recorded, the oldest first."""
         self._state.check_alive()
         return tuple(entry for entry in self.entries.values() if entry.result is None)
+
+    def dead(self) -> tuple[RunEntry, ...]:
+        """Return those of them whose process is gone."""
+        return tuple(entry for entry in self.unended() if self._processes[entry.run] != self._state.process)
 
     def last_ended(self, *, kind: RunKind) -> Mapping[str, RunEntry]:
         """Return by guest the newest run whose end is recorded, whatever that is."""

@@ -12,7 +12,7 @@ from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, Isolat
 from vmsnap.model.capture import Capture, CaptureChoice, CapturePlan, CaptureSettings, Clone, ModeChoice
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
-from vmsnap.model.ids import SnapshotId
+from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Addressed, FencePlan, IsolationEvidence, IsolationProof, ProofPoint
 from vmsnap.model.journal import RunKind
 from vmsnap.model.lifecycle import Event, State, advance
@@ -27,13 +27,13 @@ from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
 from vmsnap.ports.store import Staging
 from vmsnap.workflow import identity, prune, reach
+from vmsnap.workflow.chronicle import Chronicle
 from vmsnap.workflow.clone_service import clone_served
-from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
+from vmsnap.workflow.guard import IsolationGuard, OverlayGuard, alarmed
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
-from vmsnap.workflow.taking import Taking
 from vmsnap.workflow.talk import converse
 from vmsnap.workflow.world import World
 
@@ -51,7 +51,6 @@ def settings_of(policy: Policy) -> CaptureSettings:
         on_no_convergence=policy.capture.on_no_convergence,
         throttle_limit=policy.capture.throttle_limit,
         timeout=policy.capture.timeout,
-        detach=policy.capture.detach,
         overlay_dir=policy.capture.overlay_dir,
         min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
         allow_emulation=policy.capture.allow_emulation,
@@ -130,7 +129,8 @@ class Backup:
     def __init__(self, world: World, *, policy: Policy, progress: Progress, cancel: Cancel) -> None:
         self._world = world
         self._policy = policy
-        self._progress = progress
+        self._chronicle = Chronicle(world, kind=RunKind.BACKUP, guest=policy.guest)
+        self._progress = self._chronicle.telling(progress)
         self._cancel = cancel
         self._state = State.PLANNED
         self._journal: RunJournal | None = None
@@ -143,24 +143,31 @@ class Backup:
         otherwise what went wrong; everything the run made is then undone. CleanupError: the snapshot is stored, or
         not, as it says, and something is left.
         """
-        policy, world = self._policy, self._world
-        with world.locks.guest(policy.guest, purpose="backup"):
-            self._undo_dead_runs()
-            started = world.clock.now()
-            subject = self._preflight()
-            guest = subject.source.guest
+        world = self._world
+        with world.locks.guest(self._policy.guest, purpose="backup"):
             run_id = world.new_run_id()
-            self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
-            run = Run(world, journal=self._journal, progress=self._progress)
-            with closing(self._journal):
-                snapshot = self._work(run, subject=subject, started=started)
-                with run.step("prune"):
-                    pruned = self._prune()
-            return self._report(run, snapshot=snapshot, started=started, pruned=pruned)
+            with self._chronicle.of(run_id):
+                return self._run(run_id)
 
-    def _undo_dead_runs(self) -> None:
+    def _run(self, run_id: RunId) -> BackupReport:
+        world = self._world
+        self._undo_dead_runs(run_id)
+        started = world.clock.now()
+        subject = self._preflight()
+        guest = subject.source.guest
+        self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
+        run = Run(world, journal=self._journal, progress=self._progress)
+        with closing(self._journal):
+            snapshot = self._work(run, subject=subject, started=started)
+            with run.step("prune"):
+                pruned = self._prune()
+        report = self._report(run, snapshot=snapshot, started=started, pruned=pruned)
+        self._chronicle.learned(warnings=report.warnings)
+        return report
+
+    def _undo_dead_runs(self, run_id: RunId) -> None:
         try:
-            report = reconcile(self._world, guest=self._policy.guest)
+            report = reconcile(self._world, guest=self._policy.guest, holder=run_id)
         except BusyError:
             return
         for item in report.undone:
@@ -228,18 +235,24 @@ class Backup:
         hypervisor = world.hypervisor
         source, login = subject.source, subject.login
         guest = source.guest
-        settings = hypervisor.settle(guest, settings=settings_of(policy))
+        settings = settings_of(policy)
         plan = CapturePlan(run=run.id, guest=guest, settings=settings, choice=subject.choice)
         fence = FencePlan.for_guest(run.id, guest=guest, addresses=login.addresses)
         clone_resource = hypervisor.clone_resource(plan)
         machine = hypervisor.machine(guest)
-        taking = Taking(world, run=run, plan=plan, fence=fence)
-        taking.prepare()
+        with run.step("prepare"):
+            run.acquire(hypervisor.overlays_resource(plan), lambda: hypervisor.prepare_overlays(plan))
+            run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
+            memory = hypervisor.memory_resource(plan)
+            run.acquire(memory, lambda: hypervisor.prepare_memory(plan))
+            with alarmed():
+                run.acquire(world.fence.resource(fence), lambda: world.fence.build(fence))
         self._cancel.check()
-        capture = taking.capture(cancel=self._cancel)
-        self._advance(Event.CAPTURE)
-        self._tell_pause(capture)
-        capture = taking.detach(capture)
+        with run.step("capture"):
+            # A capture may make the clone while it goes on.
+            capture = run.acquire(clone_resource, lambda: hypervisor.capture(plan, fence=fence, cancel=self._cancel))
+            self._advance(Event.CAPTURE)
+            self._tell_pause(capture)
 
         def kill_clone() -> None:
             hypervisor.release(clone_resource, deadline=timedelta(seconds=30))
@@ -255,7 +268,7 @@ class Backup:
             try:
                 with run.step("restore clone"):
                     clone = hypervisor.restore_clone(plan, fence=fence)
-                    taking.give_back_memory()
+                    run.release(memory)
                 with run.step("prove fence"):
                     proof = world.fence.prove(fence)
                     watch = world.fence.watch(fence, proof=proof, alarm=guard.sound)
@@ -283,6 +296,7 @@ class Backup:
                 raise
 
     def _tell_pause(self, capture: Capture) -> None:
+        self._chronicle.learned(pause_ms=capture.pause_ms)
         parts = ", ".join(f"{part.name} {part.ms:.1f}" for part in capture.parts)
         self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
         promised_ms = self._policy.capture.max_pause / timedelta(milliseconds=1)
@@ -430,6 +444,7 @@ class Backup:
                 seconds = world.clock.monotonic() - began
                 manifest = self._manifest(run, staging=staging, disks=disks, facts=facts, store_seconds=seconds)
                 snapshot = world.store.publish(staging, manifest=manifest, clean=facts.clean)
+                self._chronicle.learned(snapshot=snapshot.id, store=manifest.store)
             self._advance(Event.STORE)
         return snapshot
 

@@ -12,6 +12,7 @@ from shlex import quote
 from vmsnap.errors import CleanupError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.environment import Environment, EnvironmentPlan
 from vmsnap.model.guest import GuestState
+from vmsnap.model.history import Action
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, IsolationProof
 from vmsnap.model.journal import ResourceKind, RunKind
@@ -21,6 +22,7 @@ from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionRe
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
+from vmsnap.workflow.chronicle import Chronicle, audited
 from vmsnap.workflow.guard import IsolationGuard, alarmed
 from vmsnap.workflow.location import known_address, resources_of, wait_for_address
 from vmsnap.workflow.naming import register_quietly
@@ -82,12 +84,25 @@ class Provision:
         does not answer in time raises GuestUnreachableError and stays, for a look at it.
         """
         world = self._world
-        began, started = world.clock.monotonic(), world.clock.now()
         snapshot = world.store.find(reference)
+        chronicle = Chronicle(world, kind=RunKind.PROVISION, guest=snapshot.manifest.guest)
+        self._progress = chronicle.telling(self._progress)
         run_id = world.new_run_id()
-        plan = plan_environment(run_id, snapshot=snapshot, options=self._options, policy=self._policy)
+        with chronicle.of(run_id):
+            plan = plan_environment(run_id, snapshot=snapshot, options=self._options, policy=self._policy)
+            chronicle.learned(snapshot=snapshot.id, environment=plan.name)
+            where = "in a fence" if plan.network is None else f"on network '{plan.network}'"
+            detail = f"of snapshot {snapshot.id}, {where}"
+            with audited(world, Action.PROVISION, guest=plan.guest, subject=plan.name, detail=detail):
+                report = self._make(plan, snapshot=snapshot)
+            chronicle.learned(warnings=report.warnings)
+        return report
+
+    def _make(self, plan: EnvironmentPlan, *, snapshot: Snapshot) -> ProvisionReport:
+        world = self._world
+        began, started = world.clock.monotonic(), world.clock.now()
         self._refuse_taken_name(plan.name)
-        journal = world.journals.begin(run_id, kind=RunKind.PROVISION, guest=plan.guest, at=started)
+        journal = world.journals.begin(plan.run, kind=RunKind.PROVISION, guest=plan.guest, at=started)
         run = Run(world, journal=journal, progress=self._progress)
         with ExitStack() as watching:
             with (
@@ -113,7 +128,7 @@ class Provision:
             state=world.hypervisor.environment_state(plan.name),
             defined_ms=round(defined_ms, 1),
             running_ms=round(running_ms, 1),
-            overlay_bytes=world.hypervisor.environment_written_bytes(run_id),
+            overlay_bytes=world.hypervisor.environment_written_bytes(plan.run),
             address=None if address is None else str(address),
             expires=environment.expires,
             answered_ms=answered_ms,
@@ -262,12 +277,19 @@ class Provision:
         return round((world.clock.monotonic() - began) * 1000, 1)
 
 
-def destroy_environment(world: World, *, name: str) -> None:
-    """End an environment and let its snapshot go. May be repeated after a failure.
+def destroy_environment(world: World, *, name: str, action: Action = Action.DESTROY) -> None:
+    """End an environment and let its snapshot go. May be repeated after a failure. ``action``: for the audit trail.
 
     Raises EnvironmentNotFoundError, BusyError, CleanupError.
     """
     environment = world.book.get(name)
+    detail = f"of snapshot {environment.snapshot}"
+    with audited(world, action, guest=environment.guest, subject=name, detail=detail):
+        _destroy(world, environment)
+
+
+def _destroy(world: World, environment: Environment) -> None:
+    name = environment.name
     records = {record.run: record for record in world.journals.records()}
     record = records.get(environment.run)
     if record is None:

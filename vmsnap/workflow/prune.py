@@ -8,9 +8,11 @@ from zoneinfo import ZoneInfo
 
 from vmsnap.errors import ConfigError, HeldError
 from vmsnap.model.forecast import Forecast, as_scheduled, every_so_often, forecast
+from vmsnap.model.history import Action
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
+from vmsnap.workflow.chronicle import audited
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=1)
@@ -65,8 +67,16 @@ def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta |
 def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
     if decision.keep:
         return decision
+    snapshot = decision.snapshot
     try:
-        removed = world.store.remove(decision.snapshot)
+        with audited(
+            world,
+            Action.PRUNE,
+            guest=snapshot.manifest.guest,
+            subject=snapshot.id,
+            detail=f"of {snapshot.manifest.captured:%Y-%m-%d %H:%M:%SZ}: {'; '.join(decision.reasons)}",
+        ):
+            removed = world.store.remove(snapshot)
     except HeldError as error:
         # An environment was made of it since the decision.
         return decision.model_copy(update={"keep": True, "reasons": (error.brief,), "rules": (Keeper.IN_USE.value,)})

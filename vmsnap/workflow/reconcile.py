@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 
 from vmsnap.errors import BusyError, VmsnapError
+from vmsnap.model.history import Action
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind, RunRecord
 from vmsnap.model.report import ReconcileReport, Undone
+from vmsnap.workflow.chronicle import audit, close_dead_runs
 from vmsnap.workflow.run import as_vmsnap_error, closing, release_each
 from vmsnap.workflow.world import World
 
@@ -22,7 +24,6 @@ _ORDER = (
     ResourceKind.CLONE,
     ResourceKind.STAGING,
     ResourceKind.CLONE_OVERLAYS,
-    ResourceKind.DISK_COPIES,
     ResourceKind.ENVIRONMENT_DISKS,
     ResourceKind.SOURCE_OVERLAYS,
     ResourceKind.FENCE,
@@ -31,9 +32,10 @@ _ORDER = (
 )
 
 
-def reconcile(world: World, *, guest: str | None = None) -> ReconcileReport:
+def reconcile(world: World, *, guest: str | None = None, holder: RunId | None = None) -> ReconcileReport:
     """Undo dead runs, of one guest or of all. May be repeated; a run that is alive, or kept, is not touched.
 
+    ``holder``: the run that this is done for, which holds the guest. The history is told which runs have died.
     Raises BusyError where another process reconciles.
     """
     with world.locks.reconcile():
@@ -54,6 +56,7 @@ def reconcile(world: World, *, guest: str | None = None) -> ReconcileReport:
         strays, stray_runs = _undo_strays(world, guest=guest)
         undone.extend(strays)
         dead.extend(run for run in stray_runs if run not in dead)
+        close_dead_runs(world, guest=guest, holder=holder)
         if failures:
             failures[0].also.extend(failures[1:])
             raise failures[0]
@@ -80,6 +83,15 @@ def _undo_run(world: World, record: RunRecord) -> list[Undone] | None:
                 world.book.remove(environment.name)
         if all(item.failure is None for item in done):
             journal.finish()
+    failed = [item.failure for item in done if item.failure is not None]
+    audit(
+        world,
+        Action.RECONCILE,
+        guest=record.guest,
+        subject=record.run,
+        detail=f"a {record.kind} that died in state '{record.state}': {len(done) - len(failed)} things removed",
+        failure="; ".join(failed) or None,
+    )
     return done
 
 
