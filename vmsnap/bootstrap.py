@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -39,12 +40,18 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
+<<<<<<< HEAD
+=======
+from vmsnap.model.verification import VerifyEntry
+from vmsnap.monitoring.metrics import Metric
+>>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.residence import FenceResidences
 from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
+from vmsnap.oversight import Hearing, Oversight
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.state.attempts import FileAttemptBook
@@ -123,15 +130,20 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
 class Application:
     """Everything vmsnap can do, for the commands. See vmsnap.cli.application for the contract of each method."""
 
-    def __init__(self, open_world: Callable[[], World], *, policies: PolicyBook, limits: Limits) -> None:
+    def __init__(
+        self, open_world: Callable[[], World], *, policies: PolicyBook, limits: Limits, oversight: Oversight
+    ) -> None:
         self._open_world = open_world
         self._world = open_world()
         self._limits = limits
         self._policies = policies
+        self._oversight = oversight
 
     def backup(self, guest: str, *, progress: Progress, cancel: Cancel) -> BackupReport:
         """Back up a guest once."""
-        return self._back_up(self._policies.get(guest), progress=progress, cancel=cancel)
+        policy = self._policies.get(guest)
+        with self._oversight.of_runs(rounds=False) as hearing, hearing.run(guest):
+            return self._back_up(policy, progress=progress, cancel=cancel)
 
     def _back_up(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
         # Commands in the clone take as long as a drain; a signal has to reach them.
@@ -150,15 +162,22 @@ class Application:
     def run_due(self, *, dry_run: bool, progress: Progress, cancel: Cancel) -> DueReport:
         """Back up what is due. A policy file that is wrong is a failure of its guest, and of no other."""
         checks = self._policies.check()
-        runs = DueRuns(
-            self._world,
-            policies=[check.policy for check in checks if check.policy is not None],
-            limits=self._limits,
-            back_up=lambda policy: self._back_up_beside_others(policy, progress=progress, cancel=cancel),
-            progress=progress,
-            cancel=cancel,
-        )
-        report = runs.run(dry_run=dry_run)
+        with ExitStack() as stack:
+            hearing = Hearing(None) if dry_run else stack.enter_context(self._oversight.of_runs(rounds=True))
+
+            def back_up(policy: Policy) -> BackupReport:
+                with hearing.run(policy.guest):
+                    return self._back_up_beside_others(policy, progress=progress, cancel=cancel)
+
+            runs = DueRuns(
+                self._world,
+                policies=[check.policy for check in checks if check.policy is not None],
+                limits=self._limits,
+                back_up=back_up,
+                progress=progress,
+                cancel=cancel,
+            )
+            report = runs.run(dry_run=dry_run)
         wrong = tuple(
             DueEntry(guest=check.guest or check.path.name, outcome=Outcome.FAILED, error=check.error)
             for check in checks
@@ -234,6 +253,22 @@ class Application:
         """Re-read a snapshot."""
         return verify(self._world, reference=reference, progress=progress, cancel=cancel)
 
+<<<<<<< HEAD
+=======
+    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
+        """Re-read what is due. A policy file that is wrong is a failure of its guest, and of no other."""
+        checks = self._policies.check()
+        policies = [check.policy for check in checks if check.policy is not None]
+        wrong = tuple(
+            VerifyEntry(guest=check.guest or check.path.name, error=check.error) for check in checks if check.error
+        )
+        return (*verify_due(self._world, policies=policies, progress=progress, cancel=cancel), *wrong)
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Return all metrics as they are now."""
+        return self._oversight.metrics()
+
+>>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or let it go."""
         named = self._world.store.find(reference)
@@ -379,4 +414,19 @@ def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Findi
 def open_application(settings: Settings, policies: PolicyBook, *, trigger: Trigger | None = None) -> Application:
     """Return the application for this host's settings and policies. ``trigger``: what the history says started its runs."""
     limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
+<<<<<<< HEAD
     return Application(lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits)
+=======
+    oversight = Oversight(settings, policies=policies, world=make_world(settings, trigger=trigger))
+    return Application(
+        lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits, oversight=oversight
+    )
+
+
+def open_observers(settings: Settings, world: World) -> tuple[Observer, ...]:
+    """Return who hears what the daemon does with these settings. Nothing is opened before their ``start``.
+
+    ``world``: drivers that nobody else uses: observers look from threads of their own.
+    """
+    return Oversight(settings, policies=PolicyBook(settings.policies), world=world).observers()
+>>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)

@@ -78,6 +78,11 @@ from vmsnap.model.report import (
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
+<<<<<<< HEAD
+=======
+from vmsnap.model.verification import VerifyEntry
+from vmsnap.monitoring.metrics import Metric, Sample
+>>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -332,6 +337,18 @@ class FakeApplication:
     def doctor(self, guest: str | None) -> tuple[Finding, ...]:
         self._called("doctor", guest)
         return self.findings
+
+    def metrics(self) -> tuple[Metric, ...]:
+        self._called("metrics")
+        return (
+            Metric(name="vmsnap_alarms", text="Wrong.", label_names=(), samples=(Sample(value=2, labels={}),)),
+            Metric(
+                name="vmsnap_guest_overdue",
+                text="Overdue.",
+                label_names=("guest",),
+                samples=(Sample(value=1, labels={"guest": 'db"1'}),),
+            ),
+        )
 
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         self._called("verify", reference)

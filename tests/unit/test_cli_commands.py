@@ -688,8 +688,13 @@ def _commands() -> list[tuple[str, ...]]:
 
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
+<<<<<<< HEAD
         "backup", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
         "env register", "env serve", "env show", "history", "list", "pin", "policy check",
+=======
+        "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
+        "env register", "env serve", "env show", "list", "metrics", "pin", "policy check",
+>>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
         "policy show", "provision", "prune", "reconcile", "run", "show", "unpin", "verify",
     ]  # fmt: skip
 

@@ -58,6 +58,17 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         reconcile_every = "1m"
         prune_every = "2h"
         stop_deadline = "3m"
+        [metrics]
+        listen = "[::1]:9642"
+        textfile = "/e/vmsnap.prom"
+        [notifications]
+        urls = ["json://user:secret@192.0.2.1/x"]
+        credential = "notifications"
+        dead_man_url = "https://ping.example/secret"
+        dead_man_method = "POST"
+        remind_after = "never"
+        at_most_every = "10m"
+        timeout = "5s"
         """
     settings = load_settings(write(tmp_path, text))
     assert settings.model_dump(mode="json") == {
@@ -69,7 +80,18 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         "isolation": {"service_network": "100.64.0.0/24"},
         "limits": {"runs_per_host": 3, "runs_per_storage": 2},
         "daemon": {"tick": "10s", "reconcile_every": "1m", "prune_every": "2h", "stop_deadline": "3m"},
+        "metrics": {"listen": "[::1]:9642", "textfile": "/e/vmsnap.prom"},
+        "notifications": {
+            "urls": ["**********"],
+            "credential": "notifications",
+            "dead_man_url": "**********",
+            "dead_man_method": "POST",
+            "remind_after": None,
+            "at_most_every": "10m",
+            "timeout": "5s",
+        },
     }
+    assert "secret" not in repr(settings)
 
 
 def test_the_file_is_named_by_option_then_environment_then_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +130,17 @@ def test_the_file_is_named_by_option_then_environment_then_default(monkeypatch: 
         ("a = 1\na = 2\n", ":2:6: not valid TOML: cannot overwrite a value"),
         ("[store]\npath =", ":2:7: not valid TOML: invalid value"),
         (b'[store]\npath = "/\xff"\n', ":2: not UTF-8 (byte 0xff at offset 17)"),
+        ('[store]\npath = "/a"\n[metrics]\nlisten = "localhost:9"\n', ':4: metrics.listen: given "localhost:9"; an IP'),
+        ('[store]\npath = "/a"\n[metrics]\nlisten = "127.0.0.1:0"\n', ':4: metrics.listen: given "127.0.0.1:0"; an IP'),
+        ('[store]\npath = "/a"\n[metrics]\nlisten = "::1:9642"\n', ':4: metrics.listen: given "::1:9642"; an IP'),
+        (
+            '[store]\npath = "/a"\n[metrics]\ntextfile = "/a/b.txt"\n',
+            ':4: metrics.textfile: given "/a/b.txt"; node_exporter reads files whose names end in .prom',
+        ),
+        (
+            '[store]\npath = "/a"\n[notifications]\nat_most_every = "1s"\n',
+            ':4: notifications.at_most_every: given "1s"; must be at least 1m',
+        ),
     ],
 )
 def test_an_error_names_file_line_key_and_what_is_allowed(tmp_path: Path, text: str | bytes, said: str) -> None:
@@ -235,3 +268,20 @@ def test_every_key_of_any_file_has_the_line_it_stands_on(items: list[tuple[bool,
             expected[(*section, name)] = line
     tomllib.loads(text)
     assert key_lines(text).lines == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'urls = "slack://t0ken"',
+        'urls = [5, "slack://t0ken"]',
+        'dead_man_url = ["https://ping.example/t0ken"]',
+        'url = ["slack://t0ken"]',
+        'urls = ["slack://t0ken]',
+        'urls = ["slack://user:t0ken@host/t0ken", ',
+        'dead_man_url = "https://ping.example/t0ken" "x"',
+    ],
+)
+def test_no_message_shows_what_stands_in_a_notification_url(tmp_path: Path, line: str) -> None:
+    error = refused(write(tmp_path, f'[store]\npath = "/a"\n[notifications]\n{line}\n'))
+    assert "t0ken" not in f"{error.brief}{error.details}{error.remedy}"

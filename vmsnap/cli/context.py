@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmsnap.cli.progress import PlainProgress, SilentProgress, TerminalProgress
     from vmsnap.config.policies import PolicyBook
     from vmsnap.config.settings import Settings
+    from vmsnap.model.guest import Finding
 
 ApplicationFactory = Callable[["Settings", "PolicyBook"], "Application"]
 
@@ -79,6 +80,14 @@ class Session:
     def application(self) -> Application:
         """Return the application. Raises any VmsnapError."""
         return self._open_application(self.settings, self.policies)
+
+    def settings_warnings(self) -> tuple[Finding, ...]:
+        """Return what in the settings of metrics and notifications is wrong, or unwise. Sends nothing."""
+        from vmsnap.config.settings import settings_path  # noqa: PLC0415
+        from vmsnap.oversight import findings_of  # noqa: PLC0415
+
+        found = findings_of(self.settings, file=settings_path(self.config))
+        return tuple(finding for finding in found if finding.severity.value != "ok")
 
     @cached_property
     def out(self) -> Console:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from vmsnap.model.schedule import Due
+<<<<<<< HEAD
+=======
+    from vmsnap.model.verification import VerifyEntry
+    from vmsnap.monitoring.metrics import Metric
+>>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 
 Document = dict[str, Any]
 
@@ -274,9 +279,12 @@ def doctor_document(findings: Sequence[Finding], *, guest: str | None, ready: bo
     }
 
 
-def policy_check_document(checks: Sequence[PolicyCheck], *, warnings: Mapping[Path, Sequence[str]]) -> Document:
-    """Return the document of ``vmsnap policy check``."""
+def policy_check_document(
+    checks: Sequence[PolicyCheck], *, warnings: Mapping[Path, Sequence[str]], settings: Sequence[Finding]
+) -> Document:
+    """Return the document of ``vmsnap policy check``. ``settings``: what is to be said of vmsnap.toml."""
     return {
+        "settings": {"warnings": [finding.message for finding in settings]},
         "files": [
             {
                 "file": str(check.path),
@@ -286,5 +294,19 @@ def policy_check_document(checks: Sequence[PolicyCheck], *, warnings: Mapping[Pa
                 "warnings": list(warnings.get(check.path, ())),
             }
             for check in checks
+        ],
+    }
+
+
+def metrics_document(metrics: Sequence[Metric]) -> Document:
+    """Return the document of ``vmsnap metrics``."""
+    return {
+        "metrics": [
+            {
+                "name": metric.name,
+                "text": metric.text,
+                "samples": [{"labels": dict(sample.labels), "value": sample.value} for sample in metric.samples],
+            }
+            for metric in metrics
         ]
     }

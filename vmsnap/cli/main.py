@@ -17,6 +17,7 @@ from vmsnap.cli.env import environments
 from vmsnap.cli.group import ErrorGroup
 from vmsnap.cli.history import history
 from vmsnap.cli.list import list_snapshots
+from vmsnap.cli.metrics import metrics
 from vmsnap.cli.pin import pin, unpin
 from vmsnap.cli.policy import policies
 from vmsnap.cli.provision import provision
@@ -88,6 +89,7 @@ app.command("unpin", rich_help_panel=_KEEP)(unpin)
 app.command("verify", rich_help_panel=_KEEP)(verify)
 app.command("history", rich_help_panel=_HOST)(history)
 app.command("doctor", rich_help_panel=_HOST)(doctor)
+app.command("metrics", rich_help_panel=_HOST)(metrics)
 app.command("reconcile", rich_help_panel=_HOST)(reconcile)
 app.add_typer(dhcp, name="dhcp", rich_help_panel=_HOST)
 app.add_typer(policies, name="policy", rich_help_panel=_HOST)

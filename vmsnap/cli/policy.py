@@ -20,6 +20,7 @@ from vmsnap.errors import ExitCode, VmsnapError
 
 if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
+    from vmsnap.model.guest import Finding
     from vmsnap.model.policy import Policy
     from vmsnap.model.schedule import Due
 
@@ -33,7 +34,8 @@ policies = typer.Typer(no_args_is_help=True, help="Check policy files, and show 
 def check_policies(ctx: typer.Context, *, json: JsonOption = False, config: ConfigOption = None) -> None:
     """Check every policy file: syntax, keys, values, one file a guest. Exit code 2 where any is wrong.
 
-    Nothing else is looked at; 'vmsnap doctor GUEST' looks at the guest itself.
+    It also warns of notification URLs in vmsnap.toml that cannot be used. Nothing else is looked at; 'vmsnap doctor GUEST'
+    looks at the guest itself.
 
     For example:
 
@@ -44,10 +46,13 @@ def check_policies(ctx: typer.Context, *, json: JsonOption = False, config: Conf
     checks = session.policies.check()
     folder = session.policies.folder
     warnings = {check.path: _warnings(check.policy, now=session.now()) for check in checks if check.policy is not None}
-    session.show(
-        policy_check_document(checks, warnings=warnings),
-        human=lambda console: _print(console, checks, folder=folder, warnings=warnings),
-    )
+    settings = session.settings_warnings()
+
+    def human(console: Console) -> None:
+        _print(console, checks, folder=folder, warnings=warnings)
+        _print_settings(console, settings)
+
+    session.show(policy_check_document(checks, warnings=warnings, settings=settings), human=human)
     if any(check.error is not None for check in checks):
         raise typer.Exit(int(ExitCode.CONFIGURATION))
 
@@ -133,4 +138,14 @@ def _print(
         lines += [f"          {line}" for line in printable_lines(check.error.details or "")]
         if check.error.remedy:
             lines.append(f"        what to do: {printable(check.error.remedy)}")
+    print_lines(console, lines)
+
+
+def _print_settings(console: Console, warnings: Sequence[Finding]) -> None:
+    lines: list[str | Text] = []
+    for finding in warnings:
+        said = f"vmsnap.toml: {finding.check}: {printable(finding.message)}"
+        lines.append(Text.assemble(("warning: ", "yellow"), said))
+        if finding.remedy:
+            lines.append(f"        what to do: {printable(finding.remedy)}")
     print_lines(console, lines)

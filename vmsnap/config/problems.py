@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from ipaddress import AddressValueError, NetmaskValueError
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -14,9 +16,12 @@ from pydantic_core import ErrorDetails
 
 from vmsnap.config.toml import TomlFile
 from vmsnap.errors import ConfigError
+from vmsnap.model.durations import format_duration
 
 _LONGEST_GIVEN = 60
 ModelT = TypeVar("ModelT", bound=BaseModel)
+SECRET_KEYS = frozenset({"urls", "dead_man_url"})
+"""Keys whose values are secrets: no message shows them."""
 
 
 def validate(model: type[ModelT], file: TomlFile, *, data: dict[str, Any]) -> ModelT:
@@ -105,7 +110,8 @@ def _explain(item: ErrorDetails, *, path: tuple[int | str, ...], model: type[Bas
     if kind == "value_error" and isinstance(given, dict):
         return allowed  # a rule about several keys of a section speaks for itself
     meant = _meant_value(given, context=context)
-    return f"given {_given_text(given)}; {allowed}{meant}"
+    told = "what is not shown here" if SECRET_KEYS & set(path) else _given_text(given)
+    return f"given {told}; {allowed}{meant}"
 
 
 def _unknown_key(key: str, *, allowed: Sequence[str]) -> str:
@@ -133,8 +139,8 @@ _ADDRESS = 'an IPv4 address such as "192.0.2.1" is allowed, with its prefix in o
 _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
     "enum": lambda context: f"allowed: {context['expected']}",
     "literal_error": lambda context: f"allowed: {context['expected']}",
-    "greater_than_equal": lambda context: f"must be at least {context['ge']}",
-    "less_than_equal": lambda context: f"must be at most {context['le']}",
+    "greater_than_equal": lambda context: f"must be at least {_plain(context['ge'])}",
+    "less_than_equal": lambda context: f"must be at most {_plain(context['le'])}",
     "greater_than": lambda context: f"must be more than {_plain(context['gt'])}",
     "int_type": lambda _: "a whole number is allowed, without quotes",
     "int_from_float": lambda _: "a whole number is allowed",
@@ -148,8 +154,16 @@ _ALLOWED: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+_TIMEDELTA = re.compile(r"datetime\.timedelta\((?:days=(?P<days>\d+))?(?:, )?(?:seconds=(?P<seconds>\d+))?0?\)")
+
+
 def _plain(value: object) -> str:
-    return "0" if str(value) == "datetime.timedelta(0)" else str(value)
+    """Return a bound as a policy would have it: pydantic gives durations as Python writes them."""
+    found = _TIMEDELTA.fullmatch(str(value))
+    if found is None:
+        return str(value)
+    span = timedelta(days=int(found["days"] or 0), seconds=int(found["seconds"] or 0))
+    return format_duration(span) if span else "0"
 
 
 def allowed_keys(model: type[BaseModel], path: Sequence[int | str]) -> tuple[str, ...]:

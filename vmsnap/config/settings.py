@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
 
 from vmsnap.config.problems import validate
 from vmsnap.config.toml import read_toml
@@ -31,6 +31,10 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+def _never_is_none(value: object) -> object:
+    return None if value == "never" else value
 
 
 class _Section(BaseModel):
@@ -94,6 +98,56 @@ class DaemonSettings(_Section):
     stop_deadline: PositiveDuration = timedelta(minutes=9)
 
 
+def listen_address(text: str) -> tuple[IPv4Address | IPv6Address, int]:
+    """Return the address and the port of a text such as ``127.0.0.1:9642`` or ``[::1]:9642``. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = IPv6Address(host[1:-1]) if bracketed else IPv4Address(host)
+        number = int(port) if port.isascii() and port.isdecimal() else 0
+    except ValueError:
+        number = 0
+    if not 1 <= number <= 65535:
+        msg = 'an IP address and a port such as "127.0.0.1:9642" or "[::1]:9642" are allowed'
+        raise ValueError(msg)
+    return address, number
+
+
+def _listen(text: str) -> str:
+    listen_address(text)
+    return text
+
+
+class MetricsSettings(_Section):
+    """Metrics for Prometheus: ``listen``, where the daemon answers it, and a file for node_exporter. Both off by default."""
+
+    listen: Annotated[str, AfterValidator(_listen)] | None = None
+    textfile: AbsolutePath | None = None
+
+    @field_validator("textfile")
+    @classmethod
+    def _is_read(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix != ".prom":
+            msg = "node_exporter reads files whose names end in .prom"
+            raise ValueError(msg)
+        return path
+
+
+class NotificationSettings(_Section):
+    """Who is told what is wrong. ``credential`` names a file or a systemd credential with ``urls`` and ``dead_man_url``.
+
+    ``urls`` are apprise's; they are secrets, and so is ``dead_man_url``. ``remind_after`` None: nobody is reminded.
+    """
+
+    urls: tuple[SecretStr, ...] = ()
+    dead_man_url: SecretStr | None = None
+    credential: str | None = Field(default=None, min_length=1, max_length=4096)
+    dead_man_method: Literal["GET", "POST"] = "GET"
+    remind_after: Annotated[PositiveDuration | None, BeforeValidator(_never_is_none)] = timedelta(days=1)
+    at_most_every: Annotated[PositiveDuration, Field(ge=timedelta(minutes=1))] = timedelta(minutes=5)
+    timeout: Annotated[PositiveDuration, Field(le=timedelta(minutes=1))] = timedelta(seconds=20)
+
+
 class Settings(_Section):
     """Everything ``vmsnap.toml`` says. ``policies`` is absolute once loaded; in the file it may be relative to it."""
 
@@ -104,6 +158,8 @@ class Settings(_Section):
     limits: LimitSettings = LimitSettings()
     isolation: IsolationSettings = IsolationSettings()
     daemon: DaemonSettings = DaemonSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    notifications: NotificationSettings = NotificationSettings()
     policies: Path = Path("policies")
 
 

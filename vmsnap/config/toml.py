@@ -13,6 +13,7 @@ from vmsnap.config.keylines import KeyLines, key_lines
 from vmsnap.errors import ConfigError
 
 LARGEST_BYTES = 1 << 20
+_IN_URL = re.compile(r"(?<=://)[^\s\"']+")
 _PLACE = re.compile(r"\s*\(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)\Z")
 
 
@@ -86,9 +87,18 @@ def _syntax_error(error: tomllib.TOMLDecodeError, *, path: Path, text: str) -> C
             line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
     where = f"{path}:{line}:{column}" if line else str(path)
     lines = text.splitlines()
-    quoted = f"{lines[line - 1]}\n{' ' * (column - 1)}^" if line and column and line <= len(lines) else None
+    quoted = (
+        f"{_without_secrets(lines[line - 1])}\n{' ' * (column - 1)}^"
+        if line and column and line <= len(lines)
+        else None
+    )
     return ConfigError(
         f"{where}: not valid TOML: {said[:1].lower()}{said[1:]}",
         details=quoted,
         remedy='a line is KEY = VALUE, texts and durations in quotes: max_pause = "500ms"',
     )
+
+
+def _without_secrets(line: str) -> str:
+    """Return a line with what stands in its URLs blanked: tokens and passwords do."""
+    return _IN_URL.sub(lambda found: "*" * len(found[0]), line)

@@ -45,6 +45,7 @@ class SchedulePolicy(BaseModel):
     """When backups are due: ``every`` so often, or at times of day and calendar times. See ``vmsnap.model.schedule``.
 
     Where none of the three is given, they are due every day. Times are by the clocks of the policy's ``time_zone``.
+    ``overdue_after`` a run was to start its snapshot must be there, or somebody is told.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +58,7 @@ class SchedulePolicy(BaseModel):
     jitter: Annotated[Duration, _no_longer_than(timedelta(days=1))] = timedelta(0)
     retry_after: PositiveDuration = timedelta(minutes=15)
     retry_at_most: Annotated[PositiveDuration, _no_longer_than(timedelta(days=30))] = timedelta(hours=6)
+    overdue_after: Annotated[PositiveDuration, _no_longer_than(timedelta(days=366))] = timedelta(hours=1)
     storage: str | None = Field(default=None, min_length=1, max_length=255)
 
     @model_validator(mode="after")

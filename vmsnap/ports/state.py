@@ -77,6 +77,9 @@ class Locks(Protocol):
     def daemon(self) -> AbstractContextManager[None]:
         """Hold being the daemon of this state directory. Raises BusyError that names who holds it."""
 
+    def alarms(self) -> AbstractContextManager[None]:
+        """Hold the ledger of alarms, one process at a time. Raises BusyError that names who holds it."""
+
 
 class AttemptBook(Protocol):
     """What the schedule began for each guest without a snapshot to show for it."""

@@ -52,6 +52,12 @@ class FileLocks:
             yield
 
     @contextmanager
+    def alarms(self) -> Iterator[None]:
+        """Hold the ledger of alarms, one process at a time. Raises BusyError that names who holds it."""
+        with self._held("alarms", what="the ledger of alarms", purpose="alarms"):
+            yield
+
+    @contextmanager
     def _held(self, name: str, *, what: str, purpose: str) -> Iterator[None]:
         make_private_folder(self._folder)
         path = self._folder / f"{name}.lock"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from vmsnap.errors import BugError, BusyError, PreconditionError
+from vmsnap.model.alarms import Ledger
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.isolation import Exchange, Rung
@@ -56,6 +57,7 @@ class MemoryState:
         self.rungs = MemoryRungs(self)
         self.attempts = MemoryAttemptBook(self)
         self.history = MemoryHistory(self)
+        self.alarms = MemoryAlarmBook(self)
 
     def die(self) -> None:
         """End the present process at once. Every call raises ProcessDied until ``restart``."""
@@ -223,6 +225,12 @@ class MemoryLocks:
             yield
 
     @contextmanager
+    def alarms(self) -> Iterator[None]:
+        """Hold the ledger of alarms, one process at a time. Raises BusyError that names who holds it."""
+        with self._held("the ledger of alarms", purpose="alarms"):
+            yield
+
+    @contextmanager
     def _held(self, what: str, *, purpose: str) -> Iterator[None]:
         state = self._state
         state.check_alive()
@@ -316,6 +324,23 @@ class MemoryAttemptBook:
         """Record a guest's failed attempts instead of those before. None: forget the guest."""
         self._state.check_alive()
         self._known[guest] = tuple(failures)
+
+
+class MemoryAlarmBook:
+    """The port ``AlarmBook``."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+        self._ledger = Ledger()
+
+    def load(self) -> Ledger:
+        """Return the ledger."""
+        return self._ledger
+
+    def replace(self, ledger: Ledger) -> None:
+        """Write the ledger."""
+        self._state.check_alive()
+        self._ledger = ledger
 
 
 class MemoryRungs:
