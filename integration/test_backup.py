@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -17,6 +16,7 @@ from integration.lab.client import LabClient
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
+from integration.markers import require_instant
 from vmsnap.model.isolation import ProofKind
 
 
@@ -62,14 +62,7 @@ def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Instal
     made = vmsnap.ok("provision", first["snapshot"], "--name", "copy of 'db' <1>", "--wait")
     vm = RunningVm(guest, name=made["environment"])
     vm.wait_for_postgresql()
-    found = {int(line) for line in vm.psql("SELECT n FROM markers").splitlines()}
-    stopped = datetime.fromisoformat(first["capture"]["captured"])
-    resumed = stopped + timedelta(milliseconds=first["capture"]["pause_ms"])
-    expected = {m.number for m in client.markers if m.acknowledged_at is not None and m.acknowledged_at < stopped}
-    impossible = {m.number for m in client.markers if m.began_at > resumed}
-    assert expected, "the client committed before the capture"
-    assert expected <= found
-    assert not impossible & found
+    require_instant(client, vm, first["capture"])
     assert not [line for line in _last_start(vm) if any(sign in line for sign in RECOVERY_SIGNS)]
     assert vm.domain.UUIDString() != guest.domain.UUIDString()
     _reach(vmsnap, made["environment"], lab=guest.lab)

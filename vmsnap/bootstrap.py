@@ -40,11 +40,8 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
-<<<<<<< HEAD
-=======
 from vmsnap.model.verification import VerifyEntry
 from vmsnap.monitoring.metrics import Metric
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
@@ -53,6 +50,7 @@ from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.oversight import Hearing, Oversight
 from vmsnap.ports.clock import Cancel
+from vmsnap.ports.observer import Observer
 from vmsnap.ports.progress import Progress
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
@@ -73,7 +71,7 @@ from vmsnap.workflow.prune import foresee, prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.serve import forward, serve
-from vmsnap.workflow.verify import verify
+from vmsnap.workflow.verify import verify, verify_due
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -253,8 +251,6 @@ class Application:
         """Re-read a snapshot."""
         return verify(self._world, reference=reference, progress=progress, cancel=cancel)
 
-<<<<<<< HEAD
-=======
     def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
         """Re-read what is due. A policy file that is wrong is a failure of its guest, and of no other."""
         checks = self._policies.check()
@@ -268,7 +264,6 @@ class Application:
         """Return all metrics as they are now."""
         return self._oversight.metrics()
 
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or let it go."""
         named = self._world.store.find(reference)
@@ -414,9 +409,6 @@ def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Findi
 def open_application(settings: Settings, policies: PolicyBook, *, trigger: Trigger | None = None) -> Application:
     """Return the application for this host's settings and policies. ``trigger``: what the history says started its runs."""
     limits = Limits(per_host=settings.limits.runs_per_host, per_storage=settings.limits.runs_per_storage)
-<<<<<<< HEAD
-    return Application(lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits)
-=======
     oversight = Oversight(settings, policies=policies, world=make_world(settings, trigger=trigger))
     return Application(
         lambda: make_world(settings, trigger=trigger), policies=policies, limits=limits, oversight=oversight
@@ -429,4 +421,3 @@ def open_observers(settings: Settings, world: World) -> tuple[Observer, ...]:
     ``world``: drivers that nobody else uses: observers look from threads of their own.
     """
     return Oversight(settings, policies=PolicyBook(settings.policies), world=world).observers()
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)

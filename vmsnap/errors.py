@@ -7,7 +7,7 @@ Drivers translate the errors of their libraries into these at their edge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
 
@@ -23,6 +23,23 @@ class ExitCode(IntEnum):
     DRIVER = 7
     CLEANUP = 8
     BUG = 70
+
+
+_WORST_FIRST = (
+    ExitCode.SAFETY,
+    ExitCode.CLEANUP,
+    ExitCode.BUG,
+    ExitCode.DRIVER,
+    ExitCode.DEADLINE,
+    ExitCode.PRECONDITION,
+    ExitCode.CONFIGURATION,
+    ExitCode.BUSY,
+)
+
+
+def worst_of(codes: Collection[ExitCode]) -> ExitCode:
+    """Return the worst of the exit codes of several things; DONE where there is none."""
+    return next((code for code in _WORST_FIRST if code in codes), ExitCode.DONE)
 
 
 class VmsnapError(Exception):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.model.capture import CaptureSettings, DiskImage
+from vmsnap.model.capture import CaptureSettings, Detach, DiskImage
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.testing.fake_host import DISK_BYTES
 from vmsnap.testing.fake_hypervisor import FakeHypervisor
 from vmsnap.testing.fake_network import FakeFence
-from vmsnap.testing.hypervisor_contract import HypervisorContract, HypervisorHarness
+from vmsnap.testing.hypervisor_contract import CopyingContract, HypervisorContract, HypervisorHarness
 from vmsnap.testing.world import FakeWorld
 
 
@@ -18,9 +18,9 @@ class FakeHarness:
     """A fake host with one guest of two disks."""
 
     guest = "db"
-    settings = CaptureSettings()
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, settings: CaptureSettings | None = None) -> None:
+        self.settings = settings or CaptureSettings()
         self.lab = FakeWorld(folder, disks=2)
         self.lab.network.needs_watch = False
         self.hypervisor: Hypervisor = self.another_process()
@@ -40,6 +40,15 @@ class TestFakeHypervisor(HypervisorContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
         harness = FakeHarness(tmp_path)
+        yield harness
+        assert harness.lab.host.harm() == []
+        assert harness.lab.leftovers() == ()
+
+
+class TestFakeHypervisorWithReflinks(CopyingContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
+        harness = FakeHarness(tmp_path, settings=CaptureSettings(detach=Detach.AUTO))
         yield harness
         assert harness.lab.host.harm() == []
         assert harness.lab.leftovers() == ()

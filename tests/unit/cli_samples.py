@@ -78,11 +78,8 @@ from vmsnap.model.report import (
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
-<<<<<<< HEAD
-=======
 from vmsnap.model.verification import VerifyEntry
 from vmsnap.monitoring.metrics import Metric, Sample
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -202,6 +199,7 @@ class FakeApplication:
     stored: tuple[Snapshot, ...] = (sample(),)
     findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
     defects: tuple[str, ...] = ()
+    verified: tuple[VerifyEntry, ...] = ()
     left: str | None = None
     entries: tuple[DueEntry, ...] = ()
     runs: tuple[Due, ...] = tuple(Due(at=AT + timedelta(days=day), reason="'02:00'") for day in range(1, 9))
@@ -353,6 +351,10 @@ class FakeApplication:
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         self._called("verify", reference)
         return VerifyReport(snapshot=SnapshotId("3fa9b0c1d2"), blocks=32768, defects=self.defects, seconds=1.9)
+
+    def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
+        self._called("verify_due")
+        return self.verified
 
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         self._called("pin", reference, pin)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
-from vmsnap.errors import ConfigError, NotCleanError
+from vmsnap.errors import ConfigError, NotCleanError, ToolError
 from vmsnap.model.due import DueEntry
 from vmsnap.model.due import Outcome as Result
 from vmsnap.model.forecast import every_so_often, forecast
@@ -25,10 +25,11 @@ from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Marks, Pin, Verification
 from vmsnap.model.policy import Policy
-from vmsnap.model.report import ForwardOptions, ServeOptions
+from vmsnap.model.report import ForwardOptions, ServeOptions, VerifyReport
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
+from vmsnap.model.verification import VerifyEntry, damage
 
 WARNED = (
     Finding(check="store", severity=Severity.OK, message="XFS with reflinks", remedy="nothing"),
@@ -458,6 +459,31 @@ def test_verify_tells_intact_from_damaged(program: Program) -> None:
     assert len(outcome.json["defects"]) == 30
 
 
+def test_what_is_due_for_verification_is_verified_and_the_worst_gives_the_exit_code(program: Program) -> None:
+    assert program("verify", "--due").stdout == "Nothing is due.\n"
+    report = VerifyReport(snapshot=SnapshotId("3fa9b0c1d2"), blocks=32768, defects=(), seconds=1.9)
+    good = VerifyEntry(guest="db1", snapshot=report.snapshot, report=report)
+    program.application.verified = (good,)
+    outcome = program("verify", "--due")
+    assert (outcome.code, outcome.stdout.splitlines()[-1]) == (0, "1 snapshot due.")
+    bad = report.model_copy(update={"defects": ("vda: block 3 differs",)})
+    program.application.verified = (
+        VerifyEntry(guest="db2", error=ToolError("the store is gone", remedy="mount it")),
+        VerifyEntry(guest="db3", snapshot=bad.snapshot, report=bad, error=damage(bad, guest="db3")),
+        good,
+    )
+    outcome = program("verify", "--due")
+    assert outcome.code == 5
+    assert "db2: vmsnap: error: the store is gone" in outcome.stdout
+    assert "is DAMAGED: 1 defect" in outcome.stdout
+    documents = program("verify", "--due", "--json").json["snapshots"]
+    assert [item["guest"] for item in documents] == ["db2", "db3", "db1"]
+    assert documents[1]["report"]["intact"] is False
+    assert documents[0]["error"]["exit_code"] == 7
+    for wrong in (("verify",), ("verify", "3fa9", "--due")):
+        assert program(*wrong).code == 2
+
+
 def test_environments_are_listed_shown_extended_and_destroyed(program: Program) -> None:
     lines = program("env", "list").stdout.splitlines()
     assert lines[1].split() == [
@@ -688,13 +714,8 @@ def _commands() -> list[tuple[str, ...]]:
 
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
-<<<<<<< HEAD
-        "backup", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
-        "env register", "env serve", "env show", "history", "list", "pin", "policy check",
-=======
         "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
-        "env register", "env serve", "env show", "list", "metrics", "pin", "policy check",
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
+        "env register", "env serve", "env show", "history", "list", "metrics", "pin", "policy check",
         "policy show", "provision", "prune", "reconcile", "run", "show", "unpin", "verify",
     ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from tests.unit.libvirt_domains import RUN
 from tests.unit.libvirt_fakes import FakeConnection, FakeDomain, disk_xml, domain_of
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import overlays
-from vmsnap.hypervisors.libvirt.leftovers import overlay_resources
+from vmsnap.hypervisors.libvirt.leftovers import image_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
 from vmsnap.model.ids import RunId
@@ -43,7 +43,7 @@ def found(*domains: FakeDomain) -> dict[tuple[ResourceKind, RunId, str], list[st
         (resource.kind, resource.run, resource.guest): [
             disk.overlay for disk in OverlaysDetail.model_validate_json(resource.detail).disks
         ]
-        for resource in overlay_resources(FakeConnection(*domains))
+        for resource in image_resources(FakeConnection(*domains))
     }
 
 

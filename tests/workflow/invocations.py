@@ -173,8 +173,9 @@ CLEAN_UP = (
 )
 
 
-# Closing is a courtesy: what was not closed ends with the process. The history tells what happened, and decides nothing.
-TOLERATED = (".close",)
+# Courtesies: what was not closed ends with the process, and a note is for people.
+TOLERATED = (".close", ".note")
+# The history tells what happened, and decides nothing.
 TOLD_ONLY = "history."
 
 

@@ -27,11 +27,8 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
-<<<<<<< HEAD
-=======
 from vmsnap.model.verification import VerifyEntry
 from vmsnap.monitoring.metrics import Metric
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 
@@ -71,15 +68,12 @@ class Application(Protocol):
     def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
         """Re-read a snapshot and record what was found."""
 
-<<<<<<< HEAD
-=======
     def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
         """Re-read what the policies want read again; failures are in the entries. Ends early when cancelled."""
 
     def metrics(self) -> tuple[Metric, ...]:
         """Return all metrics as they are now. Changes nothing, and tells nobody."""
 
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
     def pin(self, reference: str, *, pin: Pin | None) -> Snapshot:
         """Hold a snapshot against retention, or (None) let it go."""
 

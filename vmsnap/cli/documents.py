@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
     from vmsnap.model.report import (
         BackupReport,
+        DaemonReport,
         EnvironmentStatus,
         ProvisionReport,
         PruneDecision,
@@ -25,11 +26,8 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from vmsnap.model.schedule import Due
-<<<<<<< HEAD
-=======
     from vmsnap.model.verification import VerifyEntry
     from vmsnap.monitoring.metrics import Metric
->>>>>>> 890c54d (Reckon from what is stored what somebody has to be told of guests, and when; metrics for Prometheus, notifications by apprise, a dead-man's ping)
 
 Document = dict[str, Any]
 
@@ -146,6 +144,26 @@ def _iso(value: datetime) -> str:
 def verify_document(report: VerifyReport) -> Document:
     """Return the document of ``vmsnap verify``."""
     return {**report.model_dump(mode="json"), "intact": not report.defects}
+
+
+def verify_due_document(entries: Sequence[VerifyEntry]) -> Document:
+    """Return the document of ``vmsnap verify --due``."""
+    return {
+        "snapshots": [
+            {
+                "guest": entry.guest,
+                "snapshot": entry.snapshot,
+                "report": None if entry.report is None else verify_document(entry.report),
+                "error": None if entry.error is None else error_fields(entry.error),
+            }
+            for entry in entries
+        ]
+    }
+
+
+def daemon_document(report: DaemonReport) -> Document:
+    """Return the document of ``vmsnap daemon``."""
+    return report.model_dump(mode="json")
 
 
 def environment_document(status: EnvironmentStatus) -> Document:

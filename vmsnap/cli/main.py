@@ -11,6 +11,7 @@ import typer
 from vmsnap import __version__
 from vmsnap.cli.backup import backup
 from vmsnap.cli.context import ConfigOption, JsonOption, Session, session_of
+from vmsnap.cli.daemon import daemon
 from vmsnap.cli.dhcp import dhcp
 from vmsnap.cli.doctor import doctor
 from vmsnap.cli.env import environments
@@ -87,6 +88,7 @@ app.command("prune", rich_help_panel=_KEEP)(prune)
 app.command("pin", rich_help_panel=_KEEP)(pin)
 app.command("unpin", rich_help_panel=_KEEP)(unpin)
 app.command("verify", rich_help_panel=_KEEP)(verify)
+app.command("daemon", rich_help_panel=_HOST)(daemon)
 app.command("history", rich_help_panel=_HOST)(history)
 app.command("doctor", rich_help_panel=_HOST)(doctor)
 app.command("metrics", rich_help_panel=_HOST)(metrics)

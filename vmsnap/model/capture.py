@@ -43,6 +43,17 @@ class OnNoConvergence(StrEnum):
     THROTTLE = "throttle"
 
 
+class Detach(StrEnum):
+    """When production leaves its overlays: once the clone's disks are stored, or at once, the clone being on copies.
+
+    ``AUTO``: at once where every disk can be copied by reflink.
+    """
+
+    LATE = "late"
+    REFLINK = "reflink"
+    AUTO = "auto"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
     """A policy's wishes for the capture.
@@ -58,6 +69,7 @@ class CaptureSettings:
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
     throttle_limit: timedelta = timedelta(seconds=30)
     timeout: timedelta = timedelta(minutes=10)
+    detach: Detach = Detach.LATE
     overlay_dir: str | None = None
     min_overlay_free_bytes: int = 1 << 30
     allow_emulation: bool = False
@@ -100,6 +112,7 @@ class Capture:
     ``pause_ms`` is the time between QEMU's STOP and RESUME events. ``captured`` is the wall clock of the STOP.
     ``reason`` says why it was this mode. ``ram_bytes`` is what was copied of RAM and device state.
     ``parts`` follow one another and add up to the pause, as far as they could be told apart; empty where they could not.
+    ``on_overlay_seconds``: how long production was on its overlays, where it is home already.
     """
 
     mode: CaptureMode
@@ -110,6 +123,7 @@ class Capture:
     ram_bytes: int
     seconds: float
     parts: tuple[PausePart, ...] = ()
+    on_overlay_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

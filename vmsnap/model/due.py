@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from vmsnap.errors import ExitCode, VmsnapError
+from vmsnap.errors import ExitCode, VmsnapError, worst_of
 from vmsnap.model.report import BackupReport
 from vmsnap.model.schedule import Due
 
@@ -51,19 +51,7 @@ class DueReport:
         codes = {entry.error.exit_code for entry in self.entries if entry.error is not None}
         if any(entry.outcome is Outcome.STOPPED for entry in self.entries):
             codes.add(ExitCode.DEADLINE)
-        return next((code for code in _WORST_FIRST if code in codes), ExitCode.DONE)
-
-
-_WORST_FIRST = (
-    ExitCode.SAFETY,
-    ExitCode.CLEANUP,
-    ExitCode.BUG,
-    ExitCode.DRIVER,
-    ExitCode.DEADLINE,
-    ExitCode.PRECONDITION,
-    ExitCode.CONFIGURATION,
-    ExitCode.BUSY,
-)
+        return worst_of(codes)
 
 
 @dataclass(frozen=True, kw_only=True)

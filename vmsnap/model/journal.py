@@ -15,6 +15,7 @@ class ResourceKind(StrEnum):
     MEMORY = "memory"
     SOURCE_OVERLAYS = "source-overlays"
     CLONE_OVERLAYS = "clone-overlays"
+    DISK_COPIES = "disk-copies"
     FENCE = "fence"
     CLONE = "clone"
     EXPORT = "export"

@@ -30,6 +30,7 @@ class CaptureRecord(_Record):
     """How the guest was captured. ``captured`` is the instant the disks are of.
 
     ``reason`` says why it was this mode. The oldest manifests have neither ``reason`` nor ``parts``.
+    ``on_overlay_seconds``: how long production was on its overlays, where it was home before the snapshot was stored.
     """
 
     mode: CaptureMode
@@ -38,6 +39,7 @@ class CaptureRecord(_Record):
     ram_bytes: int
     parts: tuple[PausePartRecord, ...] = ()
     reason: str = ""
+    on_overlay_seconds: float | None = None
 
 
 class ProofRecord(_Record):

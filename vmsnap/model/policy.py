@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from vmsnap.model.capture import OnNoConvergence
+from vmsnap.model.capture import Detach, OnNoConvergence
 from vmsnap.model.durations import Duration, PositiveDuration, TimeZoneName
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
@@ -50,6 +50,7 @@ class CapturePolicy(_Section):
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
     throttle_limit: PositiveDuration = timedelta(seconds=30)
     timeout: PositiveDuration = timedelta(minutes=10)
+    detach: Detach = Detach.LATE
     overlay_dir: str | None = None
     min_overlay_free_mib: int = Field(default=1024, ge=1)
     allow_emulation: bool = False

@@ -172,3 +172,12 @@ class VerifyReport(_Report):
     blocks: int
     defects: tuple[str, ...]
     seconds: float
+
+
+class DaemonReport(_Report):
+    """What one daemon did in its life. ``backups`` were stored; ``failures`` are those of backups."""
+
+    started: datetime
+    finished: datetime
+    backups: int
+    failures: int

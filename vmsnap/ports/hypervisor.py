@@ -41,6 +41,9 @@ class Hypervisor(Owner, Protocol):
         A refusal forbids the capture.
         """
 
+    def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
+        """Return the settings with nothing left to choose: what ``auto`` comes to for this guest on this host now."""
+
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the place of the memory image."""
 
@@ -50,7 +53,8 @@ class Hypervisor(Owner, Protocol):
     def overlays_resource(self, plan: CapturePlan) -> Resource:
         """Name the source's overlays. Releasing it puts the source back on its own disks (commit and pivot).
 
-        It must be released after the clone: the clone reads the disks that the commit writes.
+        It must be released after the clone, which reads the disks that the commit writes; where the clone reads copies
+        (``plan.settings.detach``), at any time after the capture.
         """
 
     def prepare_overlays(self, plan: CapturePlan) -> None:
@@ -60,7 +64,19 @@ class Hypervisor(Owner, Protocol):
         """Name the overlays that the clone will write to."""
 
     def prepare_clone_overlays(self, plan: CapturePlan) -> None:
-        """Make the overlays that the clone will write to, over the disks as they are at the capture."""
+        """Make the overlays that the clone will write to, over the disks as they are at the capture.
+
+        Where ``plan.settings.detach`` is ``reflink`` they are over the copies, which the capture fills.
+        """
+
+    def copies_resource(self, plan: CapturePlan) -> Resource:
+        """Name the copies of the source's disks that the clone reads where ``plan.settings.detach`` is ``reflink``."""
+
+    def prepare_copies(self, plan: CapturePlan) -> None:
+        """Make the copies, empty: the capture fills them.
+
+        Raises NoSpaceError, and PreconditionError where a disk cannot be copied by reflink.
+        """
 
     def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Take RAM, device state and all disks at one instant. The source runs on when this returns or raises.

@@ -88,8 +88,8 @@ class FakeHost:
 
     ``between`` is called inside operations that change several things, with a name of the place: a process may die
     there. ``before_command`` is called with a domain's name before each command in it. A test may set ``findings``,
-    ``free_bytes``, ``shutdown`` (how a clone ends: ``in order``, ``hangs``, or in any other word's way) and
-    ``environments_answer``, and their addresses ``environment_addresses``.
+    ``free_bytes``, ``has_reflinks``, ``shutdown`` (how a clone ends: ``in order``, ``hangs``, or in any other word's way)
+    and ``environments_answer``, and their addresses ``environment_addresses``.
     """
 
     def __init__(self, *, network: NetworkWorld) -> None:
@@ -107,6 +107,7 @@ class FakeHost:
         self.free_bytes = 100 << 30
         self.shutdown = "in order"
         self.keeps_nics = False
+        self.has_reflinks = True
         self.environments_answer = True
         self.environment_addresses: tuple[IPv4Interface, ...] = ()
         self.pause = timedelta(milliseconds=25)

@@ -9,13 +9,13 @@ import json
 import re
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 
 from vmsnap.errors import (
     BugError,
     DeadlineError,
     DriverError,
-    EnvironmentNotFoundError,
     NoSpaceError,
     NotCleanError,
     PreconditionError,
@@ -27,10 +27,10 @@ from vmsnap.model.capture import (
     CapturePlan,
     CaptureSettings,
     Clone,
+    Detach,
     DiskImage,
     ModeChoice,
 )
-from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Disk, DiskKind, Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
@@ -39,19 +39,20 @@ from vmsnap.model.manifest import MachineRecord
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import AgentChannel
 from vmsnap.testing.fake_access import FakeAgentChannel
-from vmsnap.testing.fake_guest import FakeGuest
+from vmsnap.testing.fake_environments import FakeEnvironments, environment_disks
 from vmsnap.testing.fake_host import DISK_BYTES, RAM_BYTES, FakeHost, ImageFile, Machine, MemoryImage
 
 _OVERLAY = re.compile(r"/images/vmsnap-(?P<run>[0-9a-f]{10})-(?P<target>vd[a-h])\.(?P<role>source|clone)\.qcow2\Z")
+_COPY = re.compile(r"/images/vmsnap-(?P<run>[0-9a-f]{10})-(?P<target>vd[a-h])\.base\Z")
 _UUIDS = uuid.UUID("0d3c3f04-51f5-5f0e-9d1c-3c1b0a2f7f11")
 _KINDS = {"source": ResourceKind.SOURCE_OVERLAYS, "clone": ResourceKind.CLONE_OVERLAYS}
 
 
-class FakeHypervisor:
+class FakeHypervisor(FakeEnvironments):
     """``ports.hypervisor.Hypervisor`` over a ``FakeHost``."""
 
     def __init__(self, host: FakeHost, *, clock: Clock) -> None:
-        self._host = host
+        super().__init__(host)
         self._clock = clock
 
     @property
@@ -62,6 +63,7 @@ class FakeHypervisor:
                 ResourceKind.MEMORY,
                 ResourceKind.SOURCE_OVERLAYS,
                 ResourceKind.CLONE_OVERLAYS,
+                ResourceKind.DISK_COPIES,
                 ResourceKind.CLONE,
                 ResourceKind.ENVIRONMENT_DISKS,
                 ResourceKind.ENVIRONMENT,
@@ -131,6 +133,13 @@ class FakeHypervisor:
 
     # Capturing
 
+    def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
+        """Choose what ``auto`` comes to."""
+        del guest
+        if settings.detach is not Detach.AUTO:
+            return settings
+        return replace(settings, detach=Detach.REFLINK if self._host.has_reflinks else Detach.LATE)
+
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the place of the memory image."""
         return self._memory(plan.run, guest=plan.guest.name)
@@ -164,8 +173,29 @@ class FakeHypervisor:
         self._host.live_on()
         for disk in plan.guest.disks:
             path = _overlay(plan.run, target=disk.target, role=role)
-            self._host.files[path] = ImageFile(path=path, backing=disk.source)
+            on_copy = role == "clone" and plan.settings.detach is Detach.REFLINK
+            backing = _copy(plan.run, target=disk.target) if on_copy else disk.source
+            self._host.files[path] = ImageFile(path=path, backing=backing)
             self._host.between(f"{role} overlay of {disk.target} made")
+
+    def copies_resource(self, plan: CapturePlan) -> Resource:
+        """Name the copies."""
+        return _copies(plan.run, guest=plan.guest.name, targets=tuple(disk.target for disk in plan.guest.disks))
+
+    def prepare_copies(self, plan: CapturePlan) -> None:
+        """Make the copies, empty."""
+        if not self._host.has_reflinks:
+            raise PreconditionError("the disks cannot be copied by reflink", remedy="this is a fake")
+        for disk in plan.guest.disks:
+            path = _copy(plan.run, target=disk.target)
+            self._host.files[path] = ImageFile(path=path)
+            self._host.between(f"copy of {disk.target} made")
+
+    def _fill_copies(self, plan: CapturePlan) -> None:
+        for disk in plan.guest.disks:
+            copy = self._host.files[_copy(plan.run, target=disk.target)]
+            copy.writes = set(self._host.content(disk.source))
+            self._host.between(f"copy of {disk.target} filled")
 
     def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Take the guest."""
@@ -196,6 +226,8 @@ class FakeHypervisor:
             raise
         source.state, source.paused_by_capture = GuestState.RUNNING, False
         host.live_on()
+        if plan.settings.detach is Detach.REFLINK:
+            self._fill_copies(plan)
         return Capture(
             mode=plan.choice.mode,
             reason=plan.choice.reason,
@@ -335,97 +367,6 @@ class FakeHypervisor:
         home = {disk.target: disk.source for disk in guest.disks}
         return machine.live == home and machine.persistent == home
 
-    # Environments
-
-    def environment_disks_resource(self, plan: EnvironmentPlan) -> Resource:
-        """Name an environment's overlays."""
-        return _environment_disks(plan.run, guest=plan.guest)
-
-    def prepare_environment_disks(
-        self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...], nvram: str | None
-    ) -> None:
-        """Make an environment's overlays."""
-        del nvram
-        for image in images:
-            path = f"/environments/{plan.run}/{image.target}.qcow2"
-            self._host.files[path] = ImageFile(path=path, backing=image.path)
-            self._host.between(f"environment overlay of {image.target} made")
-
-    def environment_resource(self, plan: EnvironmentPlan) -> Resource:
-        """Name an environment."""
-        return Resource(kind=ResourceKind.ENVIRONMENT, run=plan.run, guest=plan.guest, name=plan.name)
-
-    def define_environment(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
-        """Define an environment."""
-        if plan.name in self._host.machines:
-            raise PreconditionError(f"there is already a VM named {plan.name!r}", remedy="choose another name")
-        if plan.network is not None and plan.network not in self._host.networks:
-            raise PreconditionError(f"there is no network {plan.network!r}")
-        if machine.hypervisor != "fake":
-            raise PreconditionError(f"the snapshot is of {machine.hypervisor}")
-        prefix = f"/environments/{plan.run}/"
-        live = {path.removeprefix(prefix)[:3]: path for path in self._host.files if path.startswith(prefix)}
-        guest = FakeGuest()
-        guest.answers = self._host.environments_answer
-        self._host.machines[plan.name] = Machine(
-            name=plan.name,
-            uuid=plan.uuid,
-            guest=guest,
-            live=live,
-            persistent=dict(live),
-            macs=plan.macs,
-            addresses=self._host.environment_addresses,
-            state=GuestState.SHUT_OFF,
-            run=plan.run,
-            of_guest=plan.guest,
-            fence=None if fence is None else fence.run,
-        )
-
-    def attach_environment(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> None:
-        """Create an environment's process, paused."""
-        del machine
-        environment = self._host.machine(plan.name)
-        environment.state = GuestState.PAUSED
-        self._host.between("the environment's process is there")
-        if fence is not None:
-            self._host.plug(environment)
-
-    def start_environment(self, plan: EnvironmentPlan, *, proof: IsolationProof | None) -> None:
-        """Let an environment boot."""
-        if plan.network is None and (proof is None or proof.run != plan.run):
-            raise BugError(f"the environment {plan.name!r} has a fence that was not proven")
-        environment = self._host.machine(plan.name)
-        if environment.state is not GuestState.PAUSED:
-            raise BugError(f"the environment {plan.name!r} was not attached")
-        environment.state = GuestState.RUNNING
-        self._host.live_on()
-
-    def environment_state(self, name: str) -> GuestState:
-        """Return an environment's state."""
-        machine = self._host.machines.get(name)
-        if machine is None:
-            raise EnvironmentNotFoundError(f"the VM of environment {name!r} is gone")
-        return machine.state
-
-    def environment_nics(self, name: str) -> tuple[Nic, ...]:
-        """Return an environment's NICs; all of its addresses are on the first."""
-        self.environment_state(name)
-        machine = self._host.machine(name)
-        return tuple(
-            Nic(
-                index=index,
-                mac=mac,
-                attached_to="fence" if machine.fence else "network",
-                addresses=machine.addresses if index == 0 else (),
-            )
-            for index, mac in enumerate(machine.macs)
-        )
-
-    def environment_written_bytes(self, run: RunId) -> int:
-        """Return what an environment wrote: 64 KiB a write."""
-        prefix = f"/environments/{run}/"
-        return sum(65536 * len(file.writes) for path, file in self._host.files.items() if path.startswith(prefix))
-
     # Owning
 
     def release(self, resource: Resource, *, deadline: timedelta) -> None:
@@ -437,7 +378,7 @@ class FakeHypervisor:
             host.memory.pop(resource.run, None)
         elif resource.kind is ResourceKind.SOURCE_OVERLAYS:
             self._return_source(resource)
-        elif resource.kind is ResourceKind.CLONE_OVERLAYS:
+        elif resource.kind is ResourceKind.CLONE_OVERLAYS or resource.kind is ResourceKind.DISK_COPIES:
             self._delete(json.loads(resource.detail).values())
         elif resource.kind in (ResourceKind.CLONE, ResourceKind.ENVIRONMENT):
             machine = host.machines.get(resource.name)
@@ -499,8 +440,14 @@ class FakeHypervisor:
             _overlays_resource(run, guest=guest, role=role, paths=paths)
             for (run, role, guest), paths in overlays.items()
         ]
+        copied: dict[RunId, list[str]] = {}
+        for path in host.files:
+            match = _COPY.match(path)
+            if match is not None:
+                copied.setdefault(RunId(match["run"]), []).append(match["target"])
+        found += [_copies(run, guest="", targets=tuple(targets)) for run, targets in copied.items()]
         runs = sorted({path.split("/")[2] for path in host.files if path.startswith("/environments/")})
-        found += [_environment_disks(RunId(run), guest="") for run in runs]
+        found += [environment_disks(RunId(run), guest="") for run in runs]
         for machine in host.made():
             kind = ResourceKind.CLONE if machine.transient else ResourceKind.ENVIRONMENT
             run = machine.run or RunId("")
@@ -518,6 +465,20 @@ def _overlay(run: RunId, *, target: str, role: str) -> str:
     return f"/images/vmsnap-{run}-{target}.{role}.qcow2"
 
 
+def _copy(run: RunId, *, target: str) -> str:
+    return f"/images/vmsnap-{run}-{target}.base"
+
+
+def _copies(run: RunId, *, guest: str, targets: tuple[str, ...]) -> Resource:
+    return Resource(
+        kind=ResourceKind.DISK_COPIES,
+        run=run,
+        guest=guest,
+        name=f"copies of the disks of {guest}",
+        detail=json.dumps({target: _copy(run, target=target) for target in targets}),
+    )
+
+
 def _overlays(plan: CapturePlan, *, role: str) -> Resource:
     paths = {disk.target: _overlay(plan.run, target=disk.target, role=role) for disk in plan.guest.disks}
     return _overlays_resource(plan.run, guest=plan.guest.name, role=role, paths=paths)
@@ -527,10 +488,6 @@ def _overlays_resource(run: RunId, *, guest: str, role: str, paths: dict[str, st
     return Resource(
         kind=_KINDS[role], run=run, guest=guest, name=f"{role} overlays of {guest}", detail=json.dumps(paths)
     )
-
-
-def _environment_disks(run: RunId, *, guest: str) -> Resource:
-    return Resource(kind=ResourceKind.ENVIRONMENT_DISKS, run=run, guest=guest, name=f"/environments/{run}")
 
 
 def _refusal(check: str, message: str) -> Finding:

@@ -22,7 +22,7 @@ from vmsnap.errors import (
     PreconditionError,
     VmsnapError,
 )
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, Detach, DiskImage
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.ids import RunId, new_run_id
@@ -71,15 +71,21 @@ class _Made:
         self.run: RunId = new_run_id()
         self.hypervisor = harness.hypervisor
         self.guest = harness.hypervisor.inspect(harness.guest)
-        choice = harness.hypervisor.choose_mode(self.guest, settings=harness.settings)
-        self.plan = CapturePlan(run=self.run, guest=self.guest, settings=harness.settings, choice=choice)
+        self.settings = harness.hypervisor.settle(self.guest, settings=harness.settings)
+        choice = harness.hypervisor.choose_mode(self.guest, settings=self.settings)
+        self.plan = CapturePlan(run=self.run, guest=self.guest, settings=self.settings, choice=choice)
         self.fence = FencePlan.for_guest(self.run, guest=self.guest)
         self.resources: list[Resource] = []
+
+    @property
+    def on_copies(self) -> bool:
+        return self.settings.detach is Detach.REFLINK
 
     def prepare(self) -> None:
         hypervisor, plan = self.hypervisor, self.plan
         for resource, make in (
             (hypervisor.overlays_resource(plan), hypervisor.prepare_overlays),
+            *(((hypervisor.copies_resource(plan), hypervisor.prepare_copies),) if self.on_copies else ()),
             (hypervisor.clone_overlays_resource(plan), hypervisor.prepare_clone_overlays),
             (hypervisor.memory_resource(plan), hypervisor.prepare_memory),
         ):
@@ -162,6 +168,7 @@ class HypervisorContract:
                 hypervisor.memory_resource(made.plan),
                 hypervisor.overlays_resource(made.plan),
                 hypervisor.clone_overlays_resource(made.plan),
+                hypervisor.copies_resource(made.plan),
                 hypervisor.clone_resource(made.plan),
                 hypervisor.environment_disks_resource(environment),
                 hypervisor.environment_resource(environment),
@@ -308,6 +315,43 @@ class HypervisorContract:
             with pytest.raises(VmsnapError):
                 made.hypervisor.define_environment(plan, machine=made.hypervisor.machine(made.guest), fence=None)
             assert ResourceKind.ENVIRONMENT not in made.owned()
+
+
+class CopyingContract:
+    """The further duties of a driver on whose host disks can be copied by reflink. ``harness.settings`` leaves it the choice."""
+
+    @pytest.fixture
+    def harness(self) -> Iterator[HypervisorHarness]:
+        """Return the harness of the driver under test."""
+        raise NotImplementedError
+
+    def test_copies_are_owned_and_released_before_any_use(self, harness: HypervisorHarness) -> None:
+        """They are found by their tags alone, and released from their names alone."""
+        with _run(harness) as made:
+            assert made.on_copies
+            made.prepare()
+            assert made.owned() == {*_PREPARED, ResourceKind.DISK_COPIES}
+            for resource in _tagged(made):
+                made.release(resource)
+            assert made.owned() == set()
+
+    def test_the_source_is_home_while_its_clone_runs_on_copies(self, harness: HypervisorHarness) -> None:
+        """Released before the clone, the source's overlays leave the clone alone; what the run left is found by tags."""
+        with _run(harness) as made:
+            hypervisor = made.hypervisor
+            made.capture()
+            made.release(hypervisor.overlays_resource(made.plan))
+            assert hypervisor.source_is_home(made.guest)
+            clone = hypervisor.restore_clone(made.plan, fence=made.fence)
+            hypervisor.resume_clone(clone, proof=harness.fence.prove(made.fence))
+            hypervisor.agent(clone.name).send('{"execute":"guest-ping"}', timeout=ANSWER)
+            assert hypervisor.overlay_free_bytes(made.plan) > 0
+            assert hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE, cancel=NeverCancelled())
+            images = hypervisor.clone_images(made.plan)
+            assert [image.target for image in images] == [disk.target for disk in made.guest.disks]
+            assert made.owned() == {ResourceKind.CLONE_OVERLAYS, ResourceKind.DISK_COPIES, ResourceKind.MEMORY}
+            for resource in _tagged(made):
+                made.release(resource)
 
 
 def _environment(made: _Made, *, name: str, network: str | None = None) -> EnvironmentPlan:

@@ -29,11 +29,12 @@ from vmsnap.ports.store import Staging
 from vmsnap.workflow import identity, prune, reach
 from vmsnap.workflow.chronicle import Chronicle
 from vmsnap.workflow.clone_service import clone_served
-from vmsnap.workflow.guard import IsolationGuard, OverlayGuard, alarmed
+from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
+from vmsnap.workflow.taking import Taking
 from vmsnap.workflow.talk import converse
 from vmsnap.workflow.world import World
 
@@ -51,6 +52,7 @@ def settings_of(policy: Policy) -> CaptureSettings:
         on_no_convergence=policy.capture.on_no_convergence,
         throttle_limit=policy.capture.throttle_limit,
         timeout=policy.capture.timeout,
+        detach=policy.capture.detach,
         overlay_dir=policy.capture.overlay_dir,
         min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
         allow_emulation=policy.capture.allow_emulation,
@@ -235,24 +237,18 @@ class Backup:
         hypervisor = world.hypervisor
         source, login = subject.source, subject.login
         guest = source.guest
-        settings = settings_of(policy)
+        settings = hypervisor.settle(guest, settings=settings_of(policy))
         plan = CapturePlan(run=run.id, guest=guest, settings=settings, choice=subject.choice)
         fence = FencePlan.for_guest(run.id, guest=guest, addresses=login.addresses)
         clone_resource = hypervisor.clone_resource(plan)
         machine = hypervisor.machine(guest)
-        with run.step("prepare"):
-            run.acquire(hypervisor.overlays_resource(plan), lambda: hypervisor.prepare_overlays(plan))
-            run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
-            memory = hypervisor.memory_resource(plan)
-            run.acquire(memory, lambda: hypervisor.prepare_memory(plan))
-            with alarmed():
-                run.acquire(world.fence.resource(fence), lambda: world.fence.build(fence))
+        taking = Taking(world, run=run, plan=plan, fence=fence)
+        taking.prepare()
         self._cancel.check()
-        with run.step("capture"):
-            # A capture may make the clone while it goes on.
-            capture = run.acquire(clone_resource, lambda: hypervisor.capture(plan, fence=fence, cancel=self._cancel))
-            self._advance(Event.CAPTURE)
-            self._tell_pause(capture)
+        capture = taking.capture(cancel=self._cancel)
+        self._advance(Event.CAPTURE)
+        self._tell_pause(capture)
+        capture = taking.detach(capture)
 
         def kill_clone() -> None:
             hypervisor.release(clone_resource, deadline=timedelta(seconds=30))
@@ -268,7 +264,7 @@ class Backup:
             try:
                 with run.step("restore clone"):
                     clone = hypervisor.restore_clone(plan, fence=fence)
-                    run.release(memory)
+                    taking.give_back_memory()
                 with run.step("prove fence"):
                     proof = world.fence.prove(fence)
                     watch = world.fence.watch(fence, proof=proof, alarm=guard.sound)

@@ -24,6 +24,7 @@ _ORDER = (
     ResourceKind.CLONE,
     ResourceKind.STAGING,
     ResourceKind.CLONE_OVERLAYS,
+    ResourceKind.DISK_COPIES,
     ResourceKind.ENVIRONMENT_DISKS,
     ResourceKind.SOURCE_OVERLAYS,
     ResourceKind.FENCE,

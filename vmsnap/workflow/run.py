@@ -35,6 +35,7 @@ _RELEASE_DEADLINE = timedelta(seconds=60)
 _USED_BY = {
     ResourceKind.FENCE: (ResourceKind.CLONE, ResourceKind.ENVIRONMENT),
     ResourceKind.CLONE_OVERLAYS: (ResourceKind.CLONE,),
+    ResourceKind.DISK_COPIES: (ResourceKind.CLONE,),
     ResourceKind.ENVIRONMENT_DISKS: (ResourceKind.ENVIRONMENT,),
     ResourceKind.HOLD: (ResourceKind.ENVIRONMENT,),
 }

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
@@ -15,7 +15,7 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BugError, NoSpaceError, PreconditionError, VmsnapError
-from vmsnap.hypervisors.libvirt import addresses, commit, memory, overlays, preflight
+from vmsnap.hypervisors.libvirt import addresses, commit, copies, memory, overlays, preflight
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
 from vmsnap.hypervisors.libvirt.capture import LiveCapture
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
@@ -29,7 +29,7 @@ from vmsnap.hypervisors.libvirt.inspect import (
     nics_from_xml,
     writable_disks,
 )
-from vmsnap.hypervisors.libvirt.leftovers import overlay_resources
+from vmsnap.hypervisors.libvirt.leftovers import image_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
 from vmsnap.hypervisors.libvirt.tools import translated_os
@@ -41,6 +41,7 @@ from vmsnap.model.capture import (
     CapturePlan,
     CaptureSettings,
     Clone,
+    Detach,
     DiskImage,
     ModeChoice,
 )
@@ -76,6 +77,7 @@ class LibvirtHypervisor:
             ResourceKind.MEMORY,
             ResourceKind.SOURCE_OVERLAYS,
             ResourceKind.CLONE_OVERLAYS,
+            ResourceKind.DISK_COPIES,
             ResourceKind.CLONE,
             ResourceKind.ENVIRONMENT_DISKS,
             ResourceKind.ENVIRONMENT,
@@ -199,11 +201,16 @@ class LibvirtHypervisor:
         found.extend(preflight.check_emulation(root, qemu_version=qemu_version, settings=settings))
         found.extend(preflight.check_memory_backing(root))
         found.extend(preflight.check_disks(root, settings=settings))
+        found.append(copies.check(guest, settings=settings))
         found.extend(preflight.check_agent(root))
         found.extend(preflight.check_memory(root, meminfo=Path("/proc/meminfo").read_text(encoding="ascii")))
         return tuple(found)
 
     # Capturing
+
+    def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
+        """Choose what ``auto`` comes to."""
+        return replace(settings, detach=copies.settle(guest, settings=settings))
 
     def _runtime(self, run: RunId) -> Path:
         return self._folders.runtime / run
@@ -261,9 +268,20 @@ class LibvirtHypervisor:
         """Make the overlays the clone will write to."""
         overlays.create(overlays.describe(plan, role="clone"))
 
+    def copies_resource(self, plan: CapturePlan) -> Resource:
+        """Name the copies of the source's disks."""
+        return copies.resource(plan.run, guest=plan.guest.name, detail=copies.describe(plan).copies)
+
+    def prepare_copies(self, plan: CapturePlan) -> None:
+        """Make the copies, empty."""
+        copies.create(copies.describe(plan), min_free_bytes=plan.settings.min_overlay_free_bytes)
+
     def overlay_free_bytes(self, plan: CapturePlan) -> int:
-        """Return the room left where the overlays grow."""
-        return min(overlays.free_bytes(overlays.describe(plan, role=role)) for role in ("source", "clone"))
+        """Return the room left where the overlays grow, and the disks that share their blocks with copies."""
+        room = [overlays.free_bytes(overlays.describe(plan, role=role)) for role in ("source", "clone")]
+        if plan.settings.detach is Detach.REFLINK:
+            room.append(copies.free_bytes(copies.describe(plan)))
+        return min(room)
 
     def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Capture in the plan's mode."""
@@ -271,7 +289,10 @@ class LibvirtHypervisor:
             raise BugError(f"the libvirt driver does not capture in mode {plan.choice.mode}")
         del fence
         folder = self._runtime(plan.run) / "memory"
-        return LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
+        capture = LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
+        if plan.settings.detach is Detach.REFLINK:
+            copies.fill(copies.describe(plan))
+        return capture
 
     # The clone
 
@@ -403,6 +424,8 @@ class LibvirtHypervisor:
             overlays.delete(OverlaysDetail.model_validate_json(resource.detail))
             (self._runtime(resource.run) / _CLONE_NVRAM).unlink(missing_ok=True)
             self._remove_runtime_if_empty(resource.run)
+        elif resource.kind is ResourceKind.DISK_COPIES:
+            copies.delete(copies.CopiesDetail.model_validate_json(resource.detail))
         elif resource.kind in (ResourceKind.CLONE, ResourceKind.ENVIRONMENT):
             self._clones.destroy(resource.name, run=resource.run)
         elif resource.kind is ResourceKind.ENVIRONMENT_DISKS:
@@ -426,7 +449,7 @@ class LibvirtHypervisor:
             )
             for name, tag in self._clones.tagged()
         ]
-        found.extend(overlay_resources(self._connection))
+        found.extend(image_resources(self._connection))
         if self._folders.runtime.is_dir():
             found.extend(
                 self._memory_resource(RunId(entry.name), guest="")

@@ -1,4 +1,4 @@
-"""Finding what runs left, from tags alone: domains' metadata and the names of overlay files."""
+"""Finding what runs left, from tags alone: domains' metadata and the names of overlays and copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import libvirt
 
 from vmsnap.errors import VmsnapError
+from vmsnap.hypervisors.libvirt import copies
 from vmsnap.hypervisors.libvirt.connection import Connection, translate, translated
+from vmsnap.hypervisors.libvirt.copies import CopyDetail
 from vmsnap.hypervisors.libvirt.inspect import disk_source, writable_disks
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail, parse_name
 from vmsnap.hypervisors.libvirt.tools import run_tool
@@ -22,9 +24,14 @@ from vmsnap.model.journal import Resource, ResourceKind
 _KINDS = {"source": ResourceKind.SOURCE_OVERLAYS, "clone": ResourceKind.CLONE_OVERLAYS}
 
 
-def overlay_resources(connection: Connection) -> tuple[Resource, ...]:
-    """Return resources for all overlay files of vmsnap beside the disks of any guest."""
+def image_resources(connection: Connection) -> tuple[Resource, ...]:
+    """Return resources for all overlays of vmsnap beside the disks of any guest, and for copies of those disks.
+
+    What stands on a copy, and the copy, may be beside the disks of several guests; it is said to be the first one's.
+    """
     found: dict[tuple[RunId, str, str, str], list[OverlayDetail]] = defaultdict(list)
+    copied: dict[tuple[RunId, str], list[CopyDetail]] = defaultdict(list)
+    seen: set[str] = set()
     for guest, uuid, sources in _guests(connection):
         details = [
             detail
@@ -35,9 +42,16 @@ def overlay_resources(connection: Connection) -> tuple[Resource, ...]:
         own = sources | {detail.base for detail in details if detail.overlay in sources}
         for detail in details:
             name = parse_name(detail.overlay)
-            if name is not None and detail.base in own:
+            if name is None or detail.overlay in seen:
+                continue
+            if detail.base in own or copies.parse_name(detail.base) is not None:
+                seen.add(detail.overlay)
                 found[name.run, name.role, guest, uuid].append(detail)
-    return tuple(
+        for path, (run, target) in _copy_files({Path(source).parent for source in own}):
+            if str(path) not in seen:
+                seen.add(str(path))
+                copied[run, guest].append(CopyDetail(target=target, path=str(path), disk=""))
+    overlaid = [
         Resource(
             kind=_KINDS[role],
             run=run,
@@ -46,6 +60,10 @@ def overlay_resources(connection: Connection) -> tuple[Resource, ...]:
             detail=OverlaysDetail(uuid=uuid, disks=tuple(details)).model_dump_json(),
         )
         for (run, role, guest, uuid), details in found.items()
+    ]
+    return (
+        *overlaid,
+        *(copies.resource(run, guest=guest, detail=tuple(those)) for (run, guest), those in copied.items()),
     )
 
 
@@ -64,6 +82,15 @@ def _guests(connection: Connection) -> Iterator[tuple[str, str, set[str]]]:
         if read_tag(root) is None:
             disks = writable_disks(root)
             yield text_of(root, "name"), text_of(root, "uuid"), {disk_source(d) for d in disks} - {""}
+
+
+def _copy_files(folders: set[Path]) -> Iterator[tuple[Path, tuple[RunId, str]]]:
+    for folder in folders:
+        if folder.is_dir():
+            for entry in sorted(folder.iterdir()):
+                name = copies.parse_name(entry.name)
+                if name is not None:
+                    yield entry, name
 
 
 def _overlay_files(folders: set[Path]) -> Iterator[Path]:

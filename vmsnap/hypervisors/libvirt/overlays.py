@@ -14,8 +14,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DriverError
+from vmsnap.hypervisors.libvirt import copies
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
-from vmsnap.model.capture import CapturePlan
+from vmsnap.model.capture import CapturePlan, Detach
 from vmsnap.model.guest import Disk, DiskKind
 from vmsnap.model.ids import RunId
 
@@ -67,14 +68,18 @@ def parse_name(path: str) -> OverlayName | None:
 
 
 def describe(plan: CapturePlan, *, role: str) -> OverlaysDetail:
-    """Return the overlays of a plan. ``role``: ``source`` for what the guest writes to, ``clone`` for the clone."""
+    """Return the overlays of a plan. ``role``: ``source`` for what the guest writes to, ``clone`` for the clone.
+
+    Where production goes home at once, the clone's are over copies of the disks.
+    """
+    on_copies = role == "clone" and plan.settings.detach is Detach.REFLINK
     return OverlaysDetail(
         uuid=plan.guest.uuid,
         disks=tuple(
             OverlayDetail(
                 target=disk.target,
                 overlay=str(_folder(disk, plan.settings.overlay_dir) / f"vmsnap-{plan.run}-{disk.target}.{role}.qcow2"),
-                base=disk.source,
+                base=str(copies.path_of(plan.run, disk)) if on_copies else disk.source,
                 base_format=disk.image_format,
                 base_kind=disk.kind,
                 size_bytes=disk.size_bytes,

@@ -1,0 +1,129 @@
+"""A real guest on a file system with reflinks: it is home right after the capture, its clone runs on copies."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from integration.demo.__main__ import RECOVERY_SIGNS, _last_start
+from integration.installation import Installation, RunningVm, default_policy
+from integration.lab.client import LabClient
+from integration.lab.commands import run as host_run
+from integration.lab.domain import DiskSpec, GuestSpec
+from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
+from integration.libvirt_runs import PATIENT
+from integration.markers import require_instant
+from integration.test_kill import _kill_at, _reconcile, _require_home, _write
+from integration.test_libvirt_contract import LibvirtHarness
+from vmsnap.hypervisors.libvirt import copies
+from vmsnap.hypervisors.libvirt.copies import CopiesDetail, CopyDetail
+from vmsnap.linux.reflink import exclusive_bytes
+from vmsnap.model.capture import Detach
+from vmsnap.testing.hypervisor_contract import CopyingContract, HypervisorHarness
+
+AT_ONCE = '[capture]\ndetach = "reflink"\n'
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def on_xfs(lab: Lab) -> Iterator[LabGuest]:
+    """A guest with a qcow2 and a raw disk on XFS."""
+    disks = (DiskSpec(folder=lab.reflink), DiskSpec(content="blank", format="raw", folder=lab.reflink, blank_mib=64))
+    with LabGuest(lab, GuestSpec(name=f"xfs-{secrets.token_hex(3)}", memory_mib=512, disks=disks)) as guest:
+        yield guest
+
+
+class TestLibvirtWithReflinks(CopyingContract):
+    @pytest.fixture
+    def harness(self, lab: Lab, on_xfs: LabGuest) -> Iterator[HypervisorHarness]:
+        harness = LibvirtHarness(lab, on_xfs)
+        harness.settings = replace(PATIENT, detach=Detach.AUTO)
+        yield harness
+        harness.close()
+
+
+def policy_at_once(lab: Lab) -> str:
+    return AT_ONCE + default_policy(lab).split("\n", 1)[1]
+
+
+def test_production_is_home_at_once_and_the_snapshot_is_of_the_capture(on_xfs: LabGuest, vmsnap: Installation) -> None:
+    vmsnap.policy(on_xfs.name, policy_at_once(on_xfs.lab))
+    assert any(item["check"] == "detach" for item in vmsnap.ok("doctor", on_xfs.name)["findings"])
+    on_xfs.start_pgbench(clients=2)
+    try:
+        with LabClient(on_xfs.address()) as client:
+            client.wait_for_more(5)
+            report = vmsnap.ok("backup", on_xfs.name)
+            client.wait_for_more(5)
+    finally:
+        on_xfs.stop_pgbench()
+    seconds = report["capture"]["on_overlay_seconds"]
+    steps = {step["name"]: step["seconds"] for step in report["steps"]}
+    print(f"on its overlays for {seconds} s of a run of {sum(steps.values()):.0f} s; detach took {steps['detach']} s")
+    assert seconds < 2
+    assert not list(on_xfs.lab.reflink.glob("*/vmsnap-*"))
+    made = vmsnap.ok("provision", report["snapshot"], "--wait")
+    vm = RunningVm(on_xfs, name=made["environment"])
+    vm.wait_for_postgresql()
+    require_instant(client, vm, report["capture"])
+    assert not [line for line in _last_start(vm) if any(sign in line for sign in RECOVERY_SIGNS)]
+    assert vmsnap.run("env", "destroy", made["environment"]).exit_code == 0
+
+
+@pytest.mark.parametrize(("step", "delay_s"), [("detach", 0.0), ("detach", 0.15), ("drain", 0.0)])
+def test_a_run_with_copies_killed(on_xfs: LabGuest, vmsnap: Installation, step: str, delay_s: float) -> None:
+    vmsnap.policy(on_xfs.name, policy_at_once(on_xfs.lab))
+    on_xfs.psql("DELETE FROM markers; INSERT INTO markers VALUES (1)")
+    _kill_at(vmsnap, "backup", on_xfs.name, step=step, delay_s=delay_s)
+    _write(on_xfs, 2)
+    if step == "drain":
+        assert ".source.qcow2" not in on_xfs.domain.XMLDesc(0), "it was home long before"
+    _reconcile(vmsnap)
+    _require_home(on_xfs, counter=2)
+    assert not list(on_xfs.lab.reflink.glob("*/vmsnap-*"))
+
+
+@pytest.fixture(params=["xfs", "btrfs", "btrfs without copy-on-write"])
+def file_system(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder on a file system with reflinks."""
+    folder = lab.scratch / "shares"
+    backing = lab.scratch / "shares.raw"
+    with backing.open("wb") as file:
+        file.truncate(512 * MIB)
+    host_run([*(("mkfs.xfs", "-q") if request.param == "xfs" else ("mkfs.btrfs", "-q")), backing])
+    folder.mkdir()
+    host_run(["mount", "-o", "loop", backing, folder])
+    try:
+        yield folder
+    finally:
+        host_run(["umount", folder])
+        folder.rmdir()
+        backing.unlink()
+
+
+def test_a_copy_keeps_what_its_disk_held(file_system: Path, request: pytest.FixtureRequest) -> None:
+    """Also of a disk that libvirt made without copy-on-write, as it does on btrfs, in a folder that has it."""
+    disk = file_system / "db1.raw"
+    disk.touch()
+    if "without" in str(request.node.name):
+        subprocess.run(["chattr", "+C", str(disk)], check=True)
+    disk.write_bytes(os.urandom(8 * MIB))
+    before = disk.read_bytes()
+    copy = file_system / "vmsnap-0123456789-vda.base"
+    detail = CopiesDetail(copies=(CopyDetail(target="vda", path=str(copy), disk=str(disk)),))
+    copies.create(detail, min_free_bytes=1)
+    copies.fill(detail)
+    with disk.open("r+b") as file:
+        file.write(os.urandom(4 * MIB))
+        os.fsync(file.fileno())
+    assert copy.read_bytes() == before
+    assert (exclusive_bytes(copy) or 0) <= 5 * MIB
+    copies.delete(detail)
+    assert not copy.exists()

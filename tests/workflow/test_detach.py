@@ -1,0 +1,79 @@
+"""Production goes home right after the capture, where the clone can be put on copies of its disks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.invocations import Trial, backup, invoke, order, recovers, succeed
+from vmsnap.errors import PreconditionError
+from vmsnap.model.capture import Detach
+from vmsnap.model.policy import CapturePolicy, Policy
+from vmsnap.model.report import BackupReport
+from vmsnap.testing.faults import DEATHS, Fault, Mode
+from vmsnap.testing.world import FakeWorld
+
+AT_ONCE = Policy(guest="db", capture=CapturePolicy(detach=Detach.REFLINK))
+AUTO = Policy(guest="db", capture=CapturePolicy(detach=Detach.AUTO))
+
+
+def names(policy: Policy, lab: FakeWorld) -> list[str]:
+    outcome = invoke(lab, backup(policy))
+    assert outcome.error is None
+    return [call.name for call in outcome.calls]
+
+
+def test_production_is_home_before_the_clone_is_made(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path, disks=2)
+    calls = names(AT_ONCE, lab)
+    home = calls.index("hypervisor.release source-overlays")
+    assert calls.index("hypervisor.capture") < home < calls.index("hypervisor.restore_clone")
+    assert calls.count("hypervisor.release source-overlays") == 1
+    assert calls.index("hypervisor.release clone") < calls.index("hypervisor.release disk-copies")
+    (snapshot,) = lab.store.snapshots("db")
+    assert snapshot.manifest.capture.on_overlay_seconds is not None
+    assert order(lab) == []
+
+
+def test_auto_follows_the_file_system(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    assert "hypervisor.prepare_copies" in names(AUTO, lab)
+    lab.host.has_reflinks = False
+    calls = names(AUTO, lab)
+    assert "hypervisor.prepare_copies" not in calls
+    assert calls.index("store.publish") < calls.index("hypervisor.release source-overlays")
+    assert [item.manifest.capture.on_overlay_seconds is None for item in lab.store.snapshots("db")] == [False, True]
+
+
+def test_reflinks_that_are_not_there_end_the_run(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.host.has_reflinks = False
+    outcome = invoke(lab, backup(AT_ONCE))
+    assert isinstance(outcome.error, PreconditionError)
+    assert order(lab) == []
+
+
+def test_the_operator_is_told(tmp_path: Path) -> None:
+    outcome = succeed(FakeWorld(tmp_path), backup(AT_ONCE))
+    assert isinstance(outcome.result, BackupReport)
+    assert [step.name for step in outcome.result.steps][1:4] == ["capture", "detach", "restore clone"]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_any_fault_up_to_the_clone_and_at_the_end(tmp_path: Path, mode: Mode) -> None:
+    """In between, the run is as any other."""
+    disks = 2 if mode in DEATHS else 1
+    trial = Trial(prepare=lambda folder: FakeWorld(folder, disks=disks), work=backup(AT_ONCE))
+    good = names(AT_ONCE, FakeWorld(tmp_path / "good", disks=disks))
+    first, clone, stored = (good.index(f"hypervisor.{name}") for name in ("settle", "resume_clone", "release clone"))
+    problems = []
+    for number in (*range(first, clone + 1), *range(stored, len(good))):
+        lab = trial.prepare(tmp_path / f"{number}")
+        outcome = invoke(lab, trial.work, Fault(call=number, mode=mode))
+        if not outcome.hit:
+            assert mode not in DEATHS  # a place inside a driver's operation
+            continue
+        wrong = [*trial.judge(lab, outcome, mode=mode), *recovers(lab)]
+        problems += [f"{good[number]} {mode}: {text}" for text in wrong]
+    assert problems == []

@@ -1,0 +1,149 @@
+"""What the daemon does beside backups: put in order, prune, let environments expire, verify. One of a kind at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+from vmsnap.daemon.workers import Workers
+from vmsnap.errors import BusyError, CleanupError, DriverError, EnvironmentNotFoundError, VmsnapError
+from vmsnap.model.ids import SnapshotId
+from vmsnap.model.policy import Policy
+from vmsnap.ports.clock import Cancel
+from vmsnap.ports.observer import ChoreDone
+from vmsnap.ports.progress import Progress
+from vmsnap.workflow.provision import destroy_environment
+from vmsnap.workflow.prune import prune
+from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.run import as_vmsnap_error
+from vmsnap.workflow.verify import verify_due
+from vmsnap.workflow.world import World
+
+RECONCILE, PRUNE, EXPIRE, VERIFY = "reconcile", "prune", "expire", "verify"
+_LOG = logging.getLogger(__name__)
+_VERIFY_AGAIN = timedelta(hours=6)
+"""Until a snapshot that could not be read is tried again."""
+
+
+class Chores:
+    """The chores of this process. ``begin_*`` are called by the loop's thread; ``done`` is called by those of the chores."""
+
+    def __init__(
+        self, *, workers: Workers, progress: Progress, cancel: Cancel, done: Callable[[ChoreDone], None]
+    ) -> None:
+        self._workers = workers
+        self._progress = progress
+        self._cancel = cancel
+        self._done = done
+        self._going: set[str] = set()
+        self._said: dict[str, str] = {}
+        self._unreadable: dict[SnapshotId, float] = {}
+
+    @property
+    def going(self) -> frozenset[str]:
+        """Return the names of the chores that go on."""
+        return frozenset(self._going)
+
+    def forget(self, name: str) -> None:
+        """Take note that a chore is over."""
+        self._going.discard(name)
+
+    def begin_reconcile(self, world: World) -> None:
+        """Undo what dead runs left."""
+        self._begin(RECONCILE, world, work=lambda: self._reconcile(world))
+
+    def begin_prune(self, world: World, *, policies: Sequence[Policy]) -> None:
+        """Apply retention to every guest."""
+        self._begin(PRUNE, world, work=lambda: self._prune(world, policies=policies))
+
+    def begin_expire(self, world: World) -> None:
+        """Remove the environments whose time has come."""
+        self._begin(EXPIRE, world, work=lambda: self._expire(world))
+
+    def begin_verify(self, world: World, *, policies: Sequence[Policy]) -> None:
+        """Read again what has not been read for as long as the policies say."""
+        self._begin(VERIFY, world, work=lambda: self._verify(world, policies=policies))
+
+    def _begin(self, name: str, world: World, *, work: Callable[[], Iterator[ChoreDone]]) -> None:
+        if name in self._going or self._cancel.is_set():
+            return
+        self._going.add(name)
+
+        def do() -> None:
+            error: VmsnapError | None = None
+            try:
+                for done in work():
+                    self._done(done)
+            except Exception as caught:  # noqa: BLE001 - it is told, and stops nothing else
+                error = as_vmsnap_error(caught, doing=name)
+            finally:
+                self._done(ChoreDone(name=name, at=world.clock.now(), error=error))
+
+        self._workers.start(do, name=name)
+
+    def _reconcile(self, world: World) -> Iterator[ChoreDone]:
+        try:
+            report = reconcile(world)
+        except BusyError as error:
+            _LOG.info("%s", error.brief)
+            return
+        for item in report.undone:
+            said = item.failure or "removed"
+            _LOG.warning("left by dead run %s of %s: %s %s: %s", item.run, item.guest, item.kind, item.name, said)
+        left = [item for item in report.undone if item.failure is not None]
+        for guest in sorted({item.guest for item in left}):
+            causes = [DriverError(f"{item.kind} {item.name}: {item.failure}") for item in left if item.guest == guest]
+            error_left = CleanupError(f"what a dead run of '{guest}' left could not be removed", causes=causes)
+            yield ChoreDone(name=RECONCILE, at=world.clock.now(), guest=guest, error=error_left)
+
+    def _prune(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
+        for policy in policies:
+            if self._cancel.is_set():
+                return
+            error: VmsnapError | None = None
+            try:
+                decisions = prune(world, policy=policy, dry_run=False)
+            except Exception as caught:  # noqa: BLE001 - one guest's failure stops no other
+                error = as_vmsnap_error(caught, doing="pruning")
+            else:
+                for decision in decisions:
+                    if decision.removed_bytes is not None:
+                        _LOG.info("snapshot %s of %s was pruned", decision.snapshot.id, policy.guest)
+            yield ChoreDone(name=PRUNE, at=world.clock.now(), guest=policy.guest, error=error)
+
+    def _expire(self, world: World) -> Iterator[ChoreDone]:
+        now = world.clock.now()
+        expired = [one for one in world.book.all() if one.expires is not None and one.expires <= now]
+        for gone in self._said.keys() - {one.name for one in expired}:
+            del self._said[gone]
+        for environment in expired:
+            error: VmsnapError | None = None
+            try:
+                destroy_environment(world, name=environment.name)
+                _LOG.info("environment %s has expired and was removed", environment.name)
+            except EnvironmentNotFoundError:
+                continue
+            except Exception as caught:  # noqa: BLE001 - one environment's failure stops no other
+                error = as_vmsnap_error(caught, doing=f"removing environment {environment.name}")
+                if self._said.get(environment.name) == error.brief:
+                    continue  # it is tried at each tick, and told once
+                self._said[environment.name] = error.brief
+            yield ChoreDone(name=EXPIRE, at=world.clock.now(), guest=environment.guest, error=error)
+
+    def _verify(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
+        now = world.clock.monotonic()
+        self._unreadable = {one: until for one, until in self._unreadable.items() if until > now}
+        entries = verify_due(
+            world,
+            policies=policies,
+            progress=self._progress,
+            cancel=self._cancel,
+            leave_out=frozenset(self._unreadable),
+        )
+        for entry in entries:
+            if entry.snapshot is not None and entry.report is None:
+                self._unreadable[entry.snapshot] = world.clock.monotonic() + _VERIFY_AGAIN.total_seconds()
+            if entry.report is not None and entry.error is None:
+                _LOG.info("snapshot %s of %s is intact", entry.report.snapshot, entry.guest)
+            yield ChoreDone(name=VERIFY, at=world.clock.now(), guest=entry.guest, error=entry.error)

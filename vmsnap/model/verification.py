@@ -1,0 +1,48 @@
+"""When a stored snapshot is to be read again, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from vmsnap.errors import VerificationError, VmsnapError
+from vmsnap.model.ids import SnapshotId
+from vmsnap.model.manifest import Snapshot
+from vmsnap.model.report import VerifyReport
+
+_FUTURE_SLACK = timedelta(days=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyEntry:
+    """One snapshot that was due, or (``snapshot`` None) one guest whose snapshots could not be looked at."""
+
+    guest: str
+    snapshot: SnapshotId | None = None
+    report: VerifyReport | None = None
+    error: VmsnapError | None = None
+
+
+def last_read(snapshot: Snapshot) -> datetime:
+    """Return when a snapshot was last read and compared: when it was verified, or else when it was made."""
+    verification = snapshot.marks.verification
+    return snapshot.manifest.created if verification is None else verification.at
+
+
+def is_verification_due(snapshot: Snapshot, *, every: timedelta | None, now: datetime) -> bool:
+    """Tell whether a snapshot is to be read again. A time far ahead of ``now`` is of a clock that was wrong: it is."""
+    if every is None:
+        return False
+    last = last_read(snapshot)
+    return now - last >= every or last > now + _FUTURE_SLACK
+
+
+def damage(report: VerifyReport, *, guest: str) -> VerificationError | None:
+    """Return the error that a damaged snapshot is; None for an intact one."""
+    if not report.defects:
+        return None
+    return VerificationError(
+        f"snapshot {report.snapshot} of '{guest}' is damaged: {report.defects[0]}",
+        details="\n".join(report.defects[:20]),
+        remedy="use another snapshot, and test the store's disk and this host's memory",
+    )

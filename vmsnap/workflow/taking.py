@@ -1,0 +1,62 @@
+"""Taking the guest: everything a capture needs is made, the capture is done, and production goes home as soon as it can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vmsnap.model.capture import Capture, CapturePlan, Detach
+from vmsnap.model.isolation import FencePlan
+from vmsnap.ports.clock import Cancel
+from vmsnap.workflow.guard import alarmed
+from vmsnap.workflow.run import Run
+from vmsnap.workflow.world import World
+
+
+class Taking:
+    """The capture of one run. Call its methods once each, in the order they stand here."""
+
+    def __init__(self, world: World, *, run: Run, plan: CapturePlan, fence: FencePlan) -> None:
+        self._world = world
+        self._run = run
+        self._plan = plan
+        self._fence = fence
+        self._overlays = world.hypervisor.overlays_resource(plan)
+        self._memory = world.hypervisor.memory_resource(plan)
+        self._at_once = plan.settings.detach is Detach.REFLINK
+
+    def prepare(self) -> None:
+        """Make overlays, copies, the place of the memory image, and the fence."""
+        run, plan, fence = self._run, self._plan, self._fence
+        hypervisor = self._world.hypervisor
+        with run.step("prepare"):
+            run.acquire(self._overlays, lambda: hypervisor.prepare_overlays(plan))
+            if self._at_once:
+                run.acquire(hypervisor.copies_resource(plan), lambda: hypervisor.prepare_copies(plan))
+            run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
+            run.acquire(self._memory, lambda: hypervisor.prepare_memory(plan))
+            with alarmed():
+                run.acquire(self._world.fence.resource(fence), lambda: self._world.fence.build(fence))
+
+    def capture(self, *, cancel: Cancel) -> Capture:
+        """Capture the guest."""
+        hypervisor = self._world.hypervisor
+        with self._run.step("capture"):
+            # A capture may make the clone while it goes on.
+            return self._run.acquire(
+                hypervisor.clone_resource(self._plan),
+                lambda: hypervisor.capture(self._plan, fence=self._fence, cancel=cancel),
+            )
+
+    def detach(self, capture: Capture) -> Capture:
+        """Put production back on its own disks, where the clone has copies of them; tell how long it was away."""
+        if not self._at_once:
+            return capture
+        with self._run.step("detach"):
+            self._run.release(self._overlays)
+            seconds = (self._world.clock.now() - capture.resumed).total_seconds()
+            self._run.progress.note(f"production was on its overlays for {seconds:.1f} s")
+        return replace(capture, on_overlay_seconds=seconds)
+
+    def give_back_memory(self) -> None:
+        """Give back the place of the memory image, which the clone has read."""
+        self._run.release(self._memory)
