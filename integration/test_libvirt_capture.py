@@ -37,7 +37,7 @@ from vmsnap.errors import (
     NotCleanError,
     NotConvergingError,
 )
-from vmsnap.hypervisors.libvirt.capture import LiveCapture
+from vmsnap.hypervisors.libvirt.capturewatch import CaptureWatch
 from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.model.capture import CaptureSettings, OnNoConvergence
 from vmsnap.model.guest import GuestState, Severity
@@ -176,7 +176,7 @@ def test_a_cancelled_capture_leaves_the_guest_at_home(lab: Lab, guest: LabGuest)
 def give_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the watcher give up at the first pass: on a busy host any guest may converge, whatever it writes."""
     hopeless = Convergence(ceiling_ms=1, downtime_ms=1, raised_at_pass=-5)
-    monkeypatch.setattr(Convergence, "for_settings", staticmethod(lambda _settings: hopeless))
+    monkeypatch.setattr(Convergence, "for_plan", staticmethod(lambda _plan: hopeless))
 
 
 @pytest.mark.parametrize("mode", [OnNoConvergence.ABORT, OnNoConvergence.SUSPEND])
@@ -185,7 +185,7 @@ def test_a_guest_that_does_not_converge_is_left_alone(
 ) -> None:
     give_up_at_once(monkeypatch)
     # How much is left at the first look depends on the host's speed; here it never fits into the pause.
-    monkeypatch.setattr(LiveCapture, "_fits", lambda *_arguments: False)
+    monkeypatch.setattr(CaptureWatch, "_fits", lambda *_arguments: False)
     before = definitions(guest)
     settings = CaptureSettings(max_pause=HASTY.max_pause, on_no_convergence=mode, min_overlay_free_bytes=1 << 20)
     with memory_writer(guest), run_of(lab, guest, settings) as run:
@@ -201,7 +201,7 @@ def test_a_guest_suspended_for_the_rest_is_captured_and_runs_on(
     lab: Lab, guest: LabGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_up_at_once(monkeypatch)
-    monkeypatch.setattr(LiveCapture, "_fits", lambda *_arguments: True)
+    monkeypatch.setattr(CaptureWatch, "_fits", lambda *_arguments: True)
     settings = CaptureSettings(
         max_pause=timedelta(seconds=30), on_no_convergence=OnNoConvergence.SUSPEND, min_overlay_free_bytes=1 << 20
     )
@@ -218,7 +218,7 @@ def test_a_guest_suspended_for_too_long_is_let_go_on(
 ) -> None:
     before = definitions(guest)
     give_up_at_once(monkeypatch)
-    monkeypatch.setattr(LiveCapture, "_fits", lambda *_arguments: True)
+    monkeypatch.setattr(CaptureWatch, "_fits", lambda *_arguments: True)
     settings = CaptureSettings(
         max_pause=timedelta(milliseconds=1), on_no_convergence=OnNoConvergence.SUSPEND, min_overlay_free_bytes=1 << 20
     )

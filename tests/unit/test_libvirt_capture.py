@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 
 from tests.unit.libvirt_domains import DISK_QCOW2, PARTS, domain_xml, plan_of
 from vmsnap.errors import SafetyError
-from vmsnap.hypervisors.libvirt import overlays
+from vmsnap.hypervisors.libvirt import overlays, pauses
 from vmsnap.hypervisors.libvirt.convergence import Convergence
+from vmsnap.hypervisors.libvirt.pauses import Mark
 from vmsnap.hypervisors.libvirt.request import snapshot_xml
 from vmsnap.hypervisors.libvirt.xml import parse
-from vmsnap.model.capture import CaptureSettings
+from vmsnap.model.capture import MEMORY_PART, CaptureSettings
 
 IMAGE = Path("/run/vmsnap/0123456789/memory/ram.save")
 pauses_ms = st.integers(1, 60_000)
@@ -24,8 +26,9 @@ pauses_ms = st.integers(1, 60_000)
 passes = st.lists(st.integers(0, 3), max_size=60).map(lambda steps: [sum(steps[: n + 1]) for n in range(len(steps))])
 
 
-def decider(pause_ms: int) -> Convergence:
-    return Convergence.for_settings(CaptureSettings(max_pause=timedelta(milliseconds=pause_ms)))
+def decider(pause_ms: int, *, rest_ms: float | None = None) -> Convergence:
+    settings = CaptureSettings(max_pause=timedelta(milliseconds=pause_ms))
+    return Convergence.for_plan(replace(plan_of(domain_xml()), settings=settings, usual_rest_ms=rest_ms))
 
 
 @given(pause_ms=pauses_ms, seen=passes)
@@ -70,6 +73,50 @@ def test_it_does_not_give_up_before_the_longest_pass_was_tried(pause_ms: int, se
         convergence.after_pass(number)
         if convergence.downtime_ms != before or convergence.downtime_ms < convergence.ceiling_ms:
             assert not convergence.gave_up(number)
+
+
+@given(pause_ms=pauses_ms, rest_ms=st.floats(0, 1000))
+def test_the_measured_rest_of_the_pause_is_left_free(pause_ms: int, rest_ms: float) -> None:
+    convergence = decider(pause_ms, rest_ms=rest_ms)
+    for number in range(100):
+        convergence.after_pass(number)
+        assert convergence.downtime_ms == 1 or convergence.downtime_ms + rest_ms <= pause_ms + 1
+
+
+def at(ms: float) -> datetime:
+    return datetime(2026, 11, 21, tzinfo=UTC) + timedelta(milliseconds=ms)
+
+
+def test_the_parts_of_a_pause_add_up_to_it() -> None:
+    marks = [
+        Mark(part=pauses.STOPPING, at=at(-1)),  # an earlier pass
+        Mark(part=pauses.STOPPING, at=at(4)),
+        Mark(part=pauses.DISKS, at=at(15)),  # QEMU lets go of the disks; not the transaction yet
+        Mark(part=MEMORY_PART, at=at(16)),
+        Mark(part=pauses.IMAGE, at=at(20)),
+        Mark(part=pauses.IMAGE, at=at(22)),
+        Mark(part=pauses.DISKS, at=at(30)),
+        Mark(part=pauses.DISKS, at=at(400)),  # the guest writes again
+    ]
+    parts = pauses.parts_of(stopped=at(0), resumed=at(33), marks=marks)
+    assert [(part.name, round(part.ms, 3)) for part in parts] == [
+        ("stop", 4), ("last pass and devices", 12), ("memory image", 6), ("disk transaction", 8), ("resume", 3),
+    ]  # fmt: skip
+
+
+def test_parts_that_were_not_seen_are_in_the_next() -> None:
+    parts = pauses.parts_of(stopped=at(0), resumed=at(33), marks=[Mark(part=MEMORY_PART, at=at(16))])
+    assert [(part.name, part.ms) for part in parts] == [("last pass and devices", 16), ("resume", 17)]
+    parts = pauses.parts_of(stopped=at(0), resumed=at(33), marks=[])
+    assert [(part.name, part.ms) for part in parts] == [("resume", 33)]
+
+
+@given(moments=st.lists(st.tuples(st.sampled_from([*pauses.ORDER]), st.floats(-50, 150)), max_size=20))
+def test_parts_add_up_whatever_was_seen(moments: list[tuple[str, float]]) -> None:
+    marks = [Mark(part=part, at=at(moment)) for part, moment in moments]
+    parts = pauses.parts_of(stopped=at(0), resumed=at(100), marks=marks)
+    assert sum(part.ms for part in parts) == pytest.approx(100)
+    assert all(part.ms >= 0 for part in parts)
 
 
 def request(xml: str, *, of: str | None = None) -> ET.Element:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,15 @@ PIECE = 1 << 20
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "ram.save"
-    path.write_bytes(os.urandom(3 * PIECE + 12345))
+    path.write_bytes(os.urandom(20 * PIECE + 12345))
     return path
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def feeders() -> list[str]:
@@ -35,6 +44,15 @@ def test_the_reader_gets_every_byte_and_the_image_is_empty(image: Path) -> None:
     assert not any(image.read_bytes())
     assert image.stat().st_blocks * 512 < PIECE
     assert feeders() == []
+
+
+def test_an_image_is_empty_soon_after_it_was_read(image: Path) -> None:
+    size = image.stat().st_size
+    with StreamFeeder(image) as feeder, feeder.path.open("rb") as reader:
+        wait_until(lambda: len(reader.read(PIECE)) < PIECE or image.stat().st_blocks * 512 < size // 2)
+        rest = reader.read()
+        assert 0 < len(rest) < size // 2 + 14 * PIECE
+        feeder.require_fed()
 
 
 def test_nobody_reads(image: Path) -> None:

@@ -58,8 +58,9 @@ class Detach(StrEnum):
 class CaptureSettings:
     """A policy's wishes for the capture.
 
-    ``timeout`` is kept, or the capture is undone. ``max_pause`` bounds the last pass over memory, which is what grows with
-    load; what comes after it (device state, disks, resume) is measured, and a pause that was longer is reported.
+    ``timeout`` is kept, or the capture is undone. ``max_pause`` is a promise: a guest that stands still for that long without
+    its memory being taken goes on, and the capture is given up. What comes after (disks, resume) cannot be given up; it is
+    measured, room is left for it, and a pause that was longer nevertheless is reported.
     ``throttle_limit`` is how long the guest's vCPUs may be slowed down for a capture (``OnNoConvergence.THROTTLE``).
     ``allow_emulation``: take guests without hardware virtualisation even where the copy of their memory may be wrong.
     """
@@ -89,12 +90,20 @@ POLICY_SAYS_LIVE = ModeChoice(mode=CaptureMode.LIVE, reason="the policy says so"
 
 @dataclass(frozen=True, kw_only=True)
 class CapturePlan:
-    """One capture to do: whose, for which run, and how. ``choice`` is what became of ``settings.mode``."""
+    """One capture to do: whose, for which run, and how. ``choice`` is what became of ``settings.mode``.
+
+    ``usual_rest_ms`` is what the guest's pauses took lately beside the copying of memory; None where it was not measured.
+    """
 
     run: RunId
     guest: Guest
     settings: CaptureSettings
     choice: ModeChoice = POLICY_SAYS_LIVE
+    usual_rest_ms: float | None = None
+
+
+MEMORY_PART = "last pass and devices"
+"""The part of a pause in which memory is copied: the only one that grows with what the guest writes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from vmsnap.workflow import identity, prune, reach
 from vmsnap.workflow.chronicle import Chronicle
 from vmsnap.workflow.clone_service import clone_served
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
+from vmsnap.workflow.pauses import tell_pause, usual_rest_ms
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
@@ -238,7 +239,8 @@ class Backup:
         source, login = subject.source, subject.login
         guest = source.guest
         settings = hypervisor.settle(guest, settings=settings_of(policy))
-        plan = CapturePlan(run=run.id, guest=guest, settings=settings, choice=subject.choice)
+        rest_ms = usual_rest_ms(world.store.snapshots(guest.name))
+        plan = CapturePlan(run=run.id, guest=guest, settings=settings, choice=subject.choice, usual_rest_ms=rest_ms)
         fence = FencePlan.for_guest(run.id, guest=guest, addresses=login.addresses)
         clone_resource = hypervisor.clone_resource(plan)
         machine = hypervisor.machine(guest)
@@ -247,7 +249,8 @@ class Backup:
         self._cancel.check()
         capture = taking.capture(cancel=self._cancel)
         self._advance(Event.CAPTURE)
-        self._tell_pause(capture)
+        self._chronicle.learned(pause_ms=capture.pause_ms)
+        self._warnings += tell_pause(capture, promised=settings.max_pause, progress=self._progress)
         capture = taking.detach(capture)
 
         def kill_clone() -> None:
@@ -290,16 +293,6 @@ class Backup:
                 if reason is not None and error is not reason:
                     raise reason from error
                 raise
-
-    def _tell_pause(self, capture: Capture) -> None:
-        self._chronicle.learned(pause_ms=capture.pause_ms)
-        parts = ", ".join(f"{part.name} {part.ms:.1f}" for part in capture.parts)
-        self._progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
-        promised_ms = self._policy.capture.max_pause / timedelta(milliseconds=1)
-        if capture.pause_ms > promised_ms:
-            self._warnings += (
-                f"the guest stood still for {capture.pause_ms:.0f} ms; capture.max_pause is {promised_ms:.0f} ms",
-            )
 
     def _quiesce(self, run: Run, *, running: _Running, login: reach.Login, source: identity.Source) -> _Quiesced:
         """Let the clone run, reach it, drain and stop its database, and let it power off."""

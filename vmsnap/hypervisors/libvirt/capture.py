@@ -27,13 +27,17 @@ from vmsnap.errors import (
     SafetyError,
     VmsnapError,
 )
-from vmsnap.hypervisors.libvirt import memory, overlays
+from vmsnap.hypervisors.libvirt import memory, overlays, pauses, vcpulimits
+from vmsnap.hypervisors.libvirt.capturewatch import CaptureWatch, suspended_by_others
 from vmsnap.hypervisors.libvirt.connection import Connection, translate, translated
 from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
+from vmsnap.hypervisors.libvirt.filewatch import FileWatch
+from vmsnap.hypervisors.libvirt.flushing import FlushedDisks
 from vmsnap.hypervisors.libvirt.request import snapshot_xml
+from vmsnap.hypervisors.libvirt.vcpulimits import SlowedVcpus
 from vmsnap.hypervisors.libvirt.xml import parse
-from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, CaptureSettings, OnNoConvergence
+from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, OnNoConvergence
 from vmsnap.ports.clock import Cancel, Clock
 
 _LOG = logging.getLogger(__name__)
@@ -65,28 +69,38 @@ class LiveCapture:
         name = self._plan.guest.name
         domain = self._connection.domain(name)
         xml = self._request(domain)
-        convergence = Convergence.for_settings(self._plan.settings)
+        convergence = Convergence.for_plan(self._plan)
+        slowed = self._slowed()
         started = self._clock.monotonic()
-        with self._short_downtime(domain, convergence), PauseRecorder(self._connection.get(), domain) as recorder:
-            worker = threading.Thread(target=self._snapshot, args=(domain, xml), name="vmsnap-capture")
+        with (
+            self._short_downtime(domain, convergence),
+            FileWatch(self._files()) as files,
+            PauseRecorder(self._connection.get(), domain) as recorder,
+            FlushedDisks(tuple(disk.base for disk in self._detail.disks)) as disks,
+        ):
+            worker = threading.Thread(target=self._snapshot, args=(domain, xml, recorder), name="vmsnap-capture")
+            watch = CaptureWatch(
+                domain, plan=self._plan, convergence=convergence, recorder=recorder, slowed=slowed, disks=disks
+            )
             worker.start()
             try:
-                reason = self._watch(domain, worker=worker, convergence=convergence, cancel=cancel)
+                reason = self._watch(watch, worker=worker, cancel=cancel)
             finally:
                 # The watch ends before the worker only by an error of its own; nobody would abort the job then.
                 self._abort_until_over(domain, worker)
-                self._ensure_running()
+                self._give_back_vcpus(slowed)
+                self._leave_as_found(watch)
             if self._failure is not None:
                 raise reason or self._translate_failure() from self._failure
-            if isinstance(reason, CancelledError):
-                # The cancellation came too late to abort: all is taken, and will be undone with the overlays.
+            if isinstance(reason, CancelledError | PreconditionError):
+                # It came too late to abort: all is taken, and will be undone with the overlays.
                 raise reason
             pause = recorder.pause(timeout_seconds=5)
         if pause is None:
             raise DriverError("QEMU did not say when the guest stopped and went on, so the pause is unknown")
         length = pause.resumed - pause.stopped
         if length > self._plan.settings.max_pause:
-            _LOG.warning("the pause took %s, the policy wishes %s at most", length, self._plan.settings.max_pause)
+            _LOG.warning("the pause took %s, the policy promises %s at most", length, self._plan.settings.max_pause)
         return Capture(
             mode=CaptureMode.LIVE,
             reason=self._plan.choice.reason,
@@ -95,7 +109,31 @@ class LiveCapture:
             pause_ms=length.total_seconds() * 1000,
             ram_bytes=(self._folder / memory.IMAGE_NAME).stat().st_size,
             seconds=self._clock.monotonic() - started,
+            parts=pauses.parts_of(stopped=pause.stopped, resumed=pause.resumed, marks=(*pause.marks, *files.marks())),
         )
+
+    def _files(self) -> dict[str, str]:
+        """Return the files whose opening and closing tell the parts of a pause that QEMU sends no events of."""
+        found = {str(self._folder / memory.IMAGE_NAME): pauses.IMAGE}
+        for disk in self._detail.disks:
+            found |= {disk.overlay: pauses.DISKS, disk.base: pauses.DISKS}
+        return found
+
+    def _slowed(self) -> SlowedVcpus | None:
+        settings = self._plan.settings
+        if settings.on_no_convergence is not OnNoConvergence.THROTTLE:
+            return None
+        limits = vcpulimits.find_limits(self._plan.guest.name)
+        return SlowedVcpus(limits, limit_seconds=settings.throttle_limit.total_seconds())
+
+    def _give_back_vcpus(self, slowed: SlowedVcpus | None) -> None:
+        if slowed is None:
+            return
+        try:
+            slowed.let_go()
+        except DriverError as error:
+            # The guard gave back already, or will; the release of the overlays tries as well, and raises.
+            _LOG.error("%s", error.brief)
 
     def _request(self, domain: Any) -> str:
         """Return the request, after a last look whether the guest still is what the overlays were made for."""
@@ -134,43 +172,24 @@ class LiveCapture:
                     "the longest pause of %r in a migration could not be set back to %d ms: %s", name, before, error
                 )
 
-    def _snapshot(self, domain: Any, xml: str) -> None:
+    def _snapshot(self, domain: Any, xml: str, recorder: PauseRecorder) -> None:
         try:
             domain.snapshotCreateXML(xml, _FLAGS)
         except libvirt.libvirtError as error:
             self._failure = error
+        recorder.wake()
 
-    def _watch(
-        self, domain: Any, *, worker: threading.Thread, convergence: Convergence, cancel: Cancel
-    ) -> VmsnapError | None:
+    def _watch(self, watch: CaptureWatch, *, worker: threading.Thread, cancel: Cancel) -> VmsnapError | None:
         """Watch until the capture ends. Returns why it was aborted, or None."""
-        settings = self._plan.settings
-        deadline = self._clock.monotonic() + settings.timeout.total_seconds()
-        suspended_until: float | None = None
-        reason: VmsnapError | None = None
+        deadline = self._clock.monotonic() + self._plan.settings.timeout.total_seconds()
         while True:
-            worker.join(timeout=_POLL_SECONDS if suspended_until is None else _POLL_SECONDS / 10)
+            watch.wait()
             if not worker.is_alive():
                 return None
-            now = self._clock.monotonic()
-            reason = self._reason_to_stop(now > deadline, cancel=cancel)
-            if reason is None and suspended_until is not None and now > suspended_until:
-                reason = self._not_converging(convergence)
-            if reason is None and suspended_until is None:
-                number = _passes(domain)
-                raised = convergence.after_pass(number)
-                if raised is not None:
-                    _LOG.info("pass %d over memory: allowing a last pass of %d ms", number, raised)
-                    self._set_downtime(domain, raised)
-                elif convergence.gave_up(number):
-                    if settings.on_no_convergence is OnNoConvergence.SUSPEND and self._fits(domain, settings):
-                        suspended_until = now + settings.max_pause.total_seconds()
-                        self._suspend(domain)
-                    else:
-                        reason = self._not_converging(convergence)
+            reason = self._reason_to_stop(self._clock.monotonic() > deadline, cancel=cancel) or watch.look()
             if reason is not None:
                 _LOG.warning("aborting the capture: %s", reason.brief)
-                self._abort_until_over(domain, worker)
+                self._abort_until_over(watch.domain, worker)
                 return reason
 
     def _reason_to_stop(self, late: bool, *, cancel: Cancel) -> VmsnapError | None:  # noqa: FBT001
@@ -197,13 +216,6 @@ class LiveCapture:
             remedy="capture at a quieter time, or raise capture.max_pause",
         )
 
-    def _not_converging(self, convergence: Convergence) -> NotConvergingError:
-        return NotConvergingError(
-            f"the guest writes memory faster than it can be copied with a pause of {self._plan.settings.max_pause}",
-            details=f"the last pass was allowed {convergence.downtime_ms} ms",
-            remedy="raise capture.max_pause, or capture at a quieter time",
-        )
-
     def _translate_failure(self) -> VmsnapError:
         assert self._failure is not None  # noqa: S101 - the caller looked
         # The stream may fill the tmpfs between two looks at it.
@@ -221,24 +233,15 @@ class LiveCapture:
                 _LOG.debug("abortJob: %s", error)
             worker.join(timeout=_ABORT_POLL_SECONDS)
 
-    def _set_downtime(self, domain: Any, downtime_ms: int) -> None:
-        try:
-            domain.migrateSetMaxDowntime(downtime_ms, 0)
-        except libvirt.libvirtError as error:
-            _LOG.debug("migrateSetMaxDowntime: %s", error)
-
-    def _fits(self, domain: Any, settings: CaptureSettings) -> bool:
-        """Tell whether what is left can be copied within the promised pause, at the speed seen so far."""
-        stats = _job_stats(domain)
-        remaining, speed = stats.get("memory_remaining", 0), stats.get("memory_bps", 0)
-        return bool(speed) and remaining / speed < settings.max_pause.total_seconds()
-
-    def _suspend(self, domain: Any) -> None:
-        _LOG.info("stopping the guest for the rest of the capture")
-        try:
-            domain.suspend()
-        except libvirt.libvirtError as error:
-            _LOG.debug("suspend: %s", error)
+    def _leave_as_found(self, watch: CaptureWatch) -> None:
+        """Let the guest run, or stand still where somebody else stopped it: libvirt lets it go on after a capture."""
+        if not watch.stopped_by_others:
+            self._ensure_running()
+            return
+        with translated(f"suspend {self._plan.guest.name!r} again"):
+            domain = self._connection.domain(self._plan.guest.name)
+            if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
+                domain.suspend()
 
     def _ensure_running(self) -> None:
         """Let the guest run, whatever happened. Raises SafetyError where it does not.
@@ -258,6 +261,8 @@ class LiveCapture:
                         "then 'vmsnap reconcile'",
                     ) from error
                 time.sleep(_POLL_SECONDS)
+        if (state, detail) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER):
+            raise suspended_by_others(self._plan.guest.name)
         if state != libvirt.VIR_DOMAIN_RUNNING:
             raise SafetyError(
                 f"{self._plan.guest.name!r} is not running after the capture (state {state}, reason {detail})",
@@ -267,21 +272,8 @@ class LiveCapture:
     def _resumed_state(self) -> tuple[int, int]:
         domain = self._connection.domain(self._plan.guest.name)
         state, detail = domain.state()
-        if state == libvirt.VIR_DOMAIN_PAUSED:
+        if state == libvirt.VIR_DOMAIN_PAUSED and detail != libvirt.VIR_DOMAIN_PAUSED_USER:
             _LOG.warning("the guest was still paused (reason %d) after the capture; resuming it", detail)
             domain.resume()
             state, detail = domain.state()
         return state, detail
-
-
-def _job_stats(domain: Any) -> dict[str, int]:
-    try:
-        stats: dict[str, int] = domain.jobStats()
-    except libvirt.libvirtError:
-        return {}
-    return stats
-
-
-def _passes(domain: Any) -> int:
-    """Return how many passes over RAM the running job has begun (QEMU's dirty-sync count)."""
-    return int(_job_stats(domain).get("memory_iteration", 0))

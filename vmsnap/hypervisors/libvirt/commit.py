@@ -17,7 +17,7 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BusyError, DeadlineError, DriverError, SafetyError
-from vmsnap.hypervisors.libvirt import offline, overlays
+from vmsnap.hypervisors.libvirt import offline, overlays, vcpulimits
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_source, find_disk
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail
@@ -44,6 +44,7 @@ class SourceReturn:
         Raises DeadlineError, BusyError, DriverError, SafetyError; the overlays then stay, and the guest runs on.
         """
         until = time.monotonic() + deadline.total_seconds()
+        vcpulimits.give_back(self._detail.vcpu_limits)
         domain = self._connection.find_by_uuid(self._detail.uuid)
         if domain is None:
             self._without_domain()

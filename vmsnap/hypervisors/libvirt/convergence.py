@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmsnap.model.capture import CaptureSettings
+from vmsnap.model.capture import CapturePlan
 
 FIRST_DOWNTIME_MS = 10
-# What a pause costs beside the last pass: device state, disk transaction, resume (20 to 60 ms were measured).
+# What a pause costs beside the last pass where it was not measured yet: disks and resume (20 to 60 ms were seen).
 _RESERVE_MS = 60
+# How much longer than lately it may take this time.
+_MARGIN = 1.25
 _PASSES_BEFORE_RAISING = 3
 _PASSES_AT_CEILING = 5
 
@@ -25,10 +27,16 @@ class Convergence:
     raised_at_pass: int = _PASSES_BEFORE_RAISING - 1
 
     @staticmethod
-    def for_settings(settings: CaptureSettings) -> Convergence:
-        """Return the decider for a policy's promise."""
-        promised = round(settings.max_pause.total_seconds() * 1000)
-        ceiling = max(1, promised - _RESERVE_MS, promised // 2)
+    def for_plan(plan: CapturePlan) -> Convergence:
+        """Return the decider for a policy's promise, less what the rest of the pause takes.
+
+        A promise shorter than the rest leaves the last pass a millisecond; the pause then shows, and is reported.
+        """
+        promised = round(plan.settings.max_pause.total_seconds() * 1000)
+        if plan.usual_rest_ms is not None:
+            ceiling = max(1, promised - round(plan.usual_rest_ms * _MARGIN))
+        else:
+            ceiling = max(1, promised - _RESERVE_MS, promised // 2)
         return Convergence(ceiling_ms=ceiling, downtime_ms=min(FIRST_DOWNTIME_MS, ceiling))
 
     def after_pass(self, number: int) -> int | None:

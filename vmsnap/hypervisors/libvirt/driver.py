@@ -15,7 +15,7 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BugError, NoSpaceError, PreconditionError, VmsnapError
-from vmsnap.hypervisors.libvirt import addresses, commit, copies, memory, overlays, preflight
+from vmsnap.hypervisors.libvirt import addresses, commit, copies, memory, overlays, preflight, vcpulimits
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
 from vmsnap.hypervisors.libvirt.capture import LiveCapture
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
@@ -44,6 +44,7 @@ from vmsnap.model.capture import (
     Detach,
     DiskImage,
     ModeChoice,
+    OnNoConvergence,
 )
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
@@ -235,7 +236,13 @@ class LibvirtHypervisor:
         domain = self._connection.domain(plan.guest.name)
         with translated(f"ask for the longest pause of {plan.guest.name!r}"):
             max_downtime_ms = int(domain.migrateGetMaxDowntime()) if domain.isActive() else None
-        detail = overlays.describe(plan, role="source").model_copy(update={"max_downtime_ms": max_downtime_ms})
+        slowed = plan.settings.on_no_convergence is OnNoConvergence.THROTTLE
+        detail = overlays.describe(plan, role="source").model_copy(
+            update={
+                "max_downtime_ms": max_downtime_ms,
+                "vcpu_limits": vcpulimits.find_limits(plan.guest.name) if slowed else (),
+            }
+        )
         return self._overlays_resource(plan, role="source", kind=ResourceKind.SOURCE_OVERLAYS, detail=detail)
 
     def _overlays_resource(

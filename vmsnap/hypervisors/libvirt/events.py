@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -11,33 +13,46 @@ from typing import Any, Self
 import libvirt
 import libvirt_qemu
 
+from vmsnap.hypervisors.libvirt import pauses
 from vmsnap.hypervisors.libvirt.connection import translated
+from vmsnap.hypervisors.libvirt.pauses import Mark
+from vmsnap.model.capture import MEMORY_PART
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pause:
-    """When the guest's vCPUs stopped and when they went on, by QEMU's clock."""
+    """When the guest's vCPUs stopped and when they went on, by QEMU's clock; ``marks`` are moments in between."""
 
     stopped: datetime
     resumed: datetime
+    marks: tuple[Mark, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Event:
+    name: str
+    at: datetime
+    status: str | None
+    number: int
 
 
 class PauseRecorder:
-    """Records QEMU's STOP and RESUME events of one domain while the block runs.
+    """Records QEMU's events of one domain that tell of its pause, while the block runs.
 
-    QEMU stamps the events itself (qapi/run-state.json), so the delay of their delivery does not count.
+    QEMU stamps the events itself (qapi/run-state.json), so the delay of their delivery does not count. MIGRATION and
+    MIGRATION_PASS come because libvirt turns QEMU's migration capability ``events`` on.
     """
 
     def __init__(self, connection: Any, domain: Any) -> None:
         self._connection = connection
         self._domain = domain
         self._changed = threading.Condition()
-        self._events: list[tuple[str, datetime]] = []
+        self._events: list[_Event] = []
         self._handles: list[int] = []
 
     def __enter__(self) -> Self:
         with translated("listen to QEMU's events"):
-            for event in ("STOP", "RESUME"):
+            for event in ("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"):
                 self._handles.append(
                     libvirt_qemu.qemuMonitorEventRegister(self._connection, self._domain, event, self._record, None, 0)
                 )
@@ -54,11 +69,40 @@ class PauseRecorder:
                 continue
 
     def _record(
-        self, _conn: object, _dom: object, event: str, seconds: int, micros: int, _details: object, _opaque: object
+        self, _conn: object, _dom: object, event: str, seconds: int, micros: int, details: str | None, _opaque: object
     ) -> None:
+        data = json.loads(details) if details else {}
+        at = datetime.fromtimestamp(seconds + micros / 1e6, tz=UTC)
         with self._changed:
-            self._events.append((event, datetime.fromtimestamp(seconds + micros / 1e6, tz=UTC)))
+            self._events.append(_Event(name=event, at=at, status=data.get("status"), number=data.get("pass", 0)))
             self._changed.notify_all()
+
+    def wait_for_news(self, *, timeout_seconds: float) -> None:
+        """Wait until an event arrives, ``wake`` is called, or that long."""
+        with self._changed:
+            self._changed.wait(timeout=timeout_seconds)
+
+    def wake(self) -> None:
+        """Wake who waits for news."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def passes(self) -> int:
+        """Return how many passes over memory were begun (QEMU's dirty-sync count)."""
+        with self._changed:
+            return max((event.number for event in self._events), default=0)
+
+    def stopped_since(self) -> datetime | None:
+        """Return since when the guest stands still with its memory not yet taken; None where it does not."""
+        with self._changed:
+            events = tuple(self._events)
+        stopped = None
+        for event in events:
+            if event.name == "STOP":
+                stopped = stopped or event.at
+            elif event.name == "RESUME" or event.status == "completed":
+                stopped = None
+        return stopped
 
     def pause(self, *, timeout_seconds: float) -> Pause | None:
         """Return the pause from the first STOP to the last RESUME, waiting for the latter; None where one is missing."""
@@ -67,11 +111,18 @@ class PauseRecorder:
             return self._complete()
 
     def _complete(self) -> Pause | None:
-        stops = [at for event, at in self._events if event == "STOP"]
-        resumes = [at for event, at in self._events if event == "RESUME"]
+        stops = [event.at for event in self._events if event.name == "STOP"]
+        resumes = [event.at for event in self._events if event.name == "RESUME"]
         if not stops or not resumes or resumes[-1] < stops[-1]:
             return None
-        return Pause(stopped=stops[0], resumed=resumes[-1])
+        return Pause(stopped=stops[0], resumed=resumes[-1], marks=tuple(self._marks()))
+
+    def _marks(self) -> Iterator[Mark]:
+        for event in self._events:
+            if event.name == "MIGRATION_PASS":
+                yield Mark(part=pauses.STOPPING, at=event.at)
+            elif event.name == "MIGRATION" and event.status == "completed":
+                yield Mark(part=MEMORY_PART, at=event.at)
 
 
 class LifecycleRecorder:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import copies
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
+from vmsnap.hypervisors.libvirt.vcpulimits import VcpuLimit
 from vmsnap.model.capture import CapturePlan, Detach
 from vmsnap.model.guest import Disk, DiskKind
 from vmsnap.model.ids import RunId
@@ -40,7 +41,7 @@ class OverlaysDetail(BaseModel):
     """All overlays of one role of one run.
 
     ``max_downtime_ms`` is what libvirt allowed a migration of the source to pause before the capture lowered it; None
-    where it is not known.
+    where it is not known. ``vcpu_limits`` are those of the source's vCPUs, where a capture may lower them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class OverlaysDetail(BaseModel):
     uuid: str
     disks: tuple[OverlayDetail, ...]
     max_downtime_ms: int | None = None
+    vcpu_limits: tuple[VcpuLimit, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

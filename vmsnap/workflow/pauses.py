@@ -1,0 +1,31 @@
+"""What is told of a pause, and what earlier ones tell of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from vmsnap.model.capture import MEMORY_PART, Capture
+from vmsnap.model.manifest import Snapshot
+from vmsnap.ports.progress import Progress
+
+_RECENT = 3
+
+
+def usual_rest_ms(snapshots: Iterable[Snapshot]) -> float | None:
+    """Return what a guest's latest pauses took beside the copying of memory, the longest of them; None where none tells."""
+    captures = [snapshot.manifest.capture for snapshot in snapshots]
+    told = [capture for capture in captures if any(part.name == MEMORY_PART for part in capture.parts)]
+    latest = sorted(told, key=lambda capture: capture.captured)[-_RECENT:]
+    rests = [sum(part.ms for part in capture.parts if part.name != MEMORY_PART) for capture in latest]
+    return max(rests, default=None)
+
+
+def tell_pause(capture: Capture, *, promised: timedelta, progress: Progress) -> tuple[str, ...]:
+    """Tell the operator how long the guest stood still, and what for; return a warning where it was longer than promised."""
+    parts = ", ".join(f"{part.name} {part.ms:.1f}" for part in capture.parts)
+    progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
+    promised_ms = promised / timedelta(milliseconds=1)
+    if capture.pause_ms <= promised_ms:
+        return ()
+    return (f"the guest stood still for {capture.pause_ms:.0f} ms; capture.max_pause is {promised_ms:.0f} ms",)
