@@ -129,11 +129,28 @@ def test_a_clock_far_ahead_of_the_snapshots_removes_nothing_by_age(tmp_path: Pat
     aged = Policy(guest="db", retention=RetentionPolicy(keep_last=9, max_age=timedelta(days=4)))
     lab.clock.sleep(timedelta(days=400))
     kept = prune(lab.process(), policy=aged, dry_run=False)
-    # Believed are two days after the second newest: not four.
     assert [decision.keep for decision in kept] == [True, True]
     assert "clock-in-doubt" in kept[0].rules
     removed = prune(lab.process(), policy=aged, dry_run=False, trust_clock=True)
     assert [(decision.snapshot.id, decision.keep) for decision in removed] == [(first.id, False), (second.id, True)]
+
+
+@pytest.mark.parametrize("keep", [RetentionPolicy(keep_last=50), RetentionPolicy(keep_daily=9)])
+def test_backups_made_by_a_clock_far_ahead_remove_nothing_by_age(tmp_path: Path, keep: RetentionPolicy) -> None:
+    lab = FakeWorld(tmp_path)
+    policy = Policy(guest="db", retention=keep.model_copy(update={"max_age": timedelta(days=10)}))
+    for _ in range(5):
+        succeed(lab, backup(policy))
+        lab.clock.sleep(timedelta(days=1))
+    good = {snapshot.id for snapshot in lab.store.snapshots("db")}
+    lab.clock.sleep(timedelta(days=400))
+    for number in range(6):
+        report = succeed(lab, backup(policy)).result
+        assert isinstance(report, BackupReport)
+        assert not good & set(report.pruned)
+        assert bool(report.warnings) == (number == 0)
+        lab.clock.sleep(timedelta(hours=12))
+    assert good <= {snapshot.id for snapshot in lab.store.snapshots("db")}
 
 
 def test_a_forecast_changes_nothing_and_knows_what_is_in_use(tmp_path: Path) -> None:

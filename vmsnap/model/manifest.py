@@ -155,7 +155,10 @@ class StepRecord(_Record):
 
 
 class Manifest(_Record):
-    """Everything known about one snapshot."""
+    """Everything known about one snapshot.
+
+    ``clock_doubt_seconds``: how much of the time before it is in doubt, by the clock of its host (``model.doubt``).
+    """
 
     format_version: Literal[1] = 1
     id: SnapshotId
@@ -172,6 +175,7 @@ class Manifest(_Record):
     store: StoreRecord
     steps: tuple[StepRecord, ...]
     vmsnap_version: str
+    clock_doubt_seconds: float = Field(default=0.0, ge=0.0)
 
     @property
     def captured(self) -> datetime:

@@ -5,8 +5,9 @@ the newest, the newest without known damage, the newest verified one, pinned one
 whose time lies ahead of the clock. Every snapshot is proven clean, so the newest is the newest proven one.
 
 Clocks are not trusted. A snapshot from the future stays and takes no other's place. Ages, and ends of pins, are reckoned
-by a clock that is believed to run ahead of the second newest snapshot by a limited time only (``_believed``): one that jumped
-far ahead, or a guest whose backups have stopped, removes nothing. The ``keep_*`` rules look at no clock at all.
+without time that is in doubt (``model.doubt``): that of long pauses, in which the clock may have jumped. Each snapshot tells how
+much that was before it. So a clock that jumped far ahead removes nothing by age, however many backups it makes, and neither
+does a guest whose backups paused. The ``keep_*`` rules look at no clock at all.
 
 A damaged snapshot takes no place from a sound one: the rules choose among the sound ones, and once more among all.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 
+from vmsnap.model.doubt import doubt_up_to
 from vmsnap.model.durations import format_duration
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Pin, Snapshot
@@ -25,8 +27,6 @@ from vmsnap.model.report import PruneDecision
 from vmsnap.model.retention_policy import Counting, RetentionPolicy
 from vmsnap.model.selection import PERIODS, RULES, Candidate, choose, newest_first
 
-_LEAST_TRUST = timedelta(days=2)
-_TRUST_WITHOUT_MAX_AGE = timedelta(days=30)
 _NAMES = {
     "keep_hourly": "hour",
     "keep_daily": "day",
@@ -73,15 +73,22 @@ class Verdict:
 
 @dataclass(kw_only=True, slots=True)
 class _Now:
-    """The clock, the clock as far as it is believed, and what is kept so far. ``chosen``: by each ``keep_*`` rule."""
+    """The clock, the doubt about it, and what is kept so far. ``chosen``: by each ``keep_*`` rule.
+
+    ``doubt``: how much of the time up to now is in doubt; None: nothing is.
+    """
 
     clock: datetime
-    believed: datetime
+    doubt: timedelta | None
     kept: dict[SnapshotId, list[Reason]] = field(default_factory=dict)
     chosen: dict[str, set[SnapshotId]] = field(default_factory=dict)
 
     def keep(self, one: Candidate, rule: str, text: str) -> None:
         self.kept.setdefault(one.id, []).append(Reason(rule=rule, text=text))
+
+    def after(self, doubt: timedelta) -> datetime:
+        """Return what time it is at least, reckoned from a moment that had so much doubt before it."""
+        return self.clock if self.doubt is None else self.clock - max(self.doubt - doubt, timedelta(0))
 
 
 def decide(
@@ -130,6 +137,7 @@ def candidate_of(snapshot: Snapshot, *, held: frozenset[SnapshotId]) -> Candidat
         verified=verification is not None and verification.bad_blocks == 0,
         damaged=verification is not None and verification.bad_blocks > 0,
         held=snapshot.id in held,
+        doubt=timedelta(seconds=snapshot.manifest.clock_doubt_seconds),
     )
 
 
@@ -139,7 +147,7 @@ def judge(
     """Return what retention says of each of one guest's candidates, oldest first. See ``decide``."""
     ordered = newest_first(candidates)
     past = [one for one in ordered if one.captured <= now]
-    moment = _Now(clock=now, believed=now if trust_clock else _believed(past, now=now, policy=policy))
+    moment = _Now(clock=now, doubt=None if trust_clock else doubt_up_to(now, past=past, policy=policy))
     for one in ordered[: len(ordered) - len(past)]:
         moment.keep(one, Keeper.AHEAD_OF_CLOCK, f"its time is ahead of the clock, which says {now:%Y-%m-%d %H:%MZ}")
     _protect(past, moment=moment)
@@ -157,19 +165,6 @@ def judge(
     )
 
 
-def _believed(past: Sequence[Candidate], *, now: datetime, policy: RetentionPolicy) -> datetime:
-    """Return ``now``, but at most a limited time after the second newest snapshot.
-
-    The newest does not count: its time may come from the same wrong clock. The limit is half of ``max_age``, two days at
-    least, so that a jump removes a snapshot that much too early at worst, until a second backup agrees with the clock.
-    """
-    if not past:
-        return now
-    witness = past[min(1, len(past) - 1)].captured
-    limit = _TRUST_WITHOUT_MAX_AGE if policy.max_age is None else max(policy.max_age / 2, _LEAST_TRUST)
-    return witness + min(now - witness, limit)
-
-
 def _protect(past: Sequence[Candidate], *, moment: _Now) -> None:
     """Keep the newest, the newest without known damage, and the newest verified one."""
     if not past:
@@ -184,7 +179,7 @@ def _protect(past: Sequence[Candidate], *, moment: _Now) -> None:
 
 
 def _apply_rules(past: Sequence[Candidate], *, policy: RetentionPolicy, zone: tzinfo, moment: _Now) -> None:
-    young = [one for one in past if not _is_too_old(one, policy=policy, now=moment.believed)]
+    young = [one for one in past if not _is_too_old(one, policy=policy, now=moment.after(one.doubt))]
     sound = [one for one in young if not one.damaged]
     by_id = {one.id: one for one in young}
     for group in (sound, young) if len(sound) < len(young) else (young,):
@@ -202,14 +197,19 @@ def _apply_rules(past: Sequence[Candidate], *, policy: RetentionPolicy, zone: tz
 
 def _respect_pins_and_age(ordered: Sequence[Candidate], *, policy: RetentionPolicy, moment: _Now) -> None:
     for one in ordered:
-        if one.pin is not None and _holds(one.pin, moment.believed):
+        if one.pin is not None and _holds(one.pin, moment.after(_doubt_at(one.pin.since, one=one, past=ordered))):
             moment.keep(one, Keeper.PINNED, _pin_text(one.pin))
             if not _holds(one.pin, moment.clock):
                 moment.keep(one, Keeper.CLOCK_IN_DOUBT, "the pin has ended by a clock in doubt")
         if one.held:
             moment.keep(one, Keeper.IN_USE, "in use by an environment")
-        if policy.min_age and moment.believed - one.captured < policy.min_age and one.captured <= moment.clock:
+        if policy.min_age and moment.after(one.doubt) - one.captured < policy.min_age and one.captured <= moment.clock:
             moment.keep(one, Keeper.MIN_AGE, f"younger than {format_duration(policy.min_age)} (min_age)")
+
+
+def _doubt_at(since: datetime, *, one: Candidate, past: Sequence[Candidate]) -> timedelta:
+    """Return how much of the time up to a pin's beginning is in doubt, as far as snapshots from before it tell."""
+    return max((other.doubt for other in past if other.captured <= since), default=one.doubt)
 
 
 def _holds(pin: Pin, now: datetime) -> bool:
@@ -243,7 +243,7 @@ def _stand_ins(
 def _why_not(
     one: Candidate, *, policy: RetentionPolicy, zone: tzinfo, moment: _Now, stand_ins: dict[str, set[Hashable]]
 ) -> Iterator[Reason]:
-    if policy.max_age is not None and _is_too_old(one, policy=policy, now=moment.believed):
+    if policy.max_age is not None and _is_too_old(one, policy=policy, now=moment.after(one.doubt)):
         yield Reason(rule=Keeper.MAX_AGE, text=f"older than {format_duration(policy.max_age)} (max_age)")
     elif policy.replace_on_next:
         yield Reason(rule=Keeper.REPLACED, text="a newer one is there (replace_on_next)")

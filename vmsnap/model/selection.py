@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import datetime, timedelta, tzinfo
 
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Pin
@@ -19,7 +19,10 @@ Period = Callable[[datetime], Hashable]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """What retention needs to know of a snapshot. ``verified``: all its blocks were read once and were right."""
+    """What retention needs to know of a snapshot. ``verified``: all its blocks were read once and were right.
+
+    ``doubt``: how much of the time before it is in doubt, see ``model.doubt``.
+    """
 
     id: SnapshotId
     captured: datetime
@@ -27,6 +30,7 @@ class Candidate:
     verified: bool = False
     damaged: bool = False
     held: bool = False
+    doubt: timedelta = timedelta(0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

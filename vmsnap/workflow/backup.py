@@ -10,6 +10,7 @@ from pathlib import Path
 from vmsnap import __version__
 from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.capture import Capture, CaptureChoice, CapturePlan, CaptureSettings, Clone, ModeChoice
+from vmsnap.model.doubt import doubt_before
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import RunId, SnapshotId
@@ -440,8 +441,15 @@ class Backup:
     def _manifest(
         self, run: Run, *, staging: Staging, disks: tuple[DiskRecord, ...], facts: _Facts, store_seconds: float
     ) -> Manifest:
-        quiesced = facts.quiesced
+        quiesced, captured = facts.quiesced, facts.capture.captured
         nvram = None if facts.machine.nvram is None else _NVRAM_FILE
+        snapshots = self._world.store.snapshots(staging.guest)
+        doubt = doubt_before(captured, snapshots=snapshots, policy=self._policy)
+        if doubt and doubt > max(timedelta(seconds=one.manifest.clock_doubt_seconds) for one in snapshots):
+            self._warn(
+                "this snapshot comes long after the one before it: the clock may have jumped, so the time between does not "
+                "count for max_age and for pins. 'vmsnap prune --trust-clock' says that the clock is right"
+            )
         return Manifest(
             id=SnapshotId(run.id),
             run=run.id,
@@ -461,6 +469,7 @@ class Backup:
             ),
             steps=run.steps,
             vmsnap_version=__version__,
+            clock_doubt_seconds=round(doubt.total_seconds(), 3),
         )
 
     def _prune(self) -> tuple[SnapshotId, ...]:
