@@ -22,8 +22,11 @@ class GuestDisks:
         self._uuid = spec.uuid
         attached: list[AttachedDisk] = []
         try:
-            for number, disk in enumerate(spec.disks):
-                attached.append(self._make(disk, f"vd{chr(ord('a') + number)}"))
+            used = {"vd": 0, "sd": 0}
+            for disk in spec.disks:
+                prefix = "vd" if disk.bus == "virtio" else "sd"
+                attached.append(self._make(disk, f"{prefix}{chr(ord('a') + used[prefix])}"))
+                used[prefix] += 1
         except BaseException:
             self.close()
             raise

@@ -15,6 +15,7 @@ OVMF_CODE = "/usr/share/OVMF/OVMF_CODE_4M.fd"
 OVMF_VARS = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 DiskFormat = Literal["qcow2", "raw", "block"]
 DiskContent = Literal["root", "data", "blank"]
+DiskBus = Literal["virtio", "scsi", "sata", "usb"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class DiskSpec:
     format: DiskFormat = "qcow2"
     folder: Path | None = None  # where its file goes; default: `lab.guests`. `lab.reflink / ...` for reflinks
     blank_mib: int = 256  # the size of a 'blank' disk
+    bus: DiskBus = "virtio"  # the guest's kernel sees virtio and scsi; others its firmware alone
 
 
 def random_mac() -> str:
@@ -57,7 +59,7 @@ class AttachedDisk:
     spec: DiskSpec
     file: Path  # the file to copy from or to remove
     source: Path  # what the guest's XML names: the file or the loop device
-    target: str  # 'vda', 'vdb', ...
+    target: str  # 'vda', 'vdb', ..., or 'sda', ... where the bus is not virtio
 
 
 def domain_xml(lab: Lab, spec: GuestSpec, disks: tuple[AttachedDisk, ...]) -> str:
@@ -126,7 +128,7 @@ def _disk(devices: ET.Element, disk: AttachedDisk) -> None:
         ET.SubElement(element, "source", dev=str(disk.source))
     else:
         ET.SubElement(element, "source", file=str(disk.source))
-    ET.SubElement(element, "target", dev=disk.target, bus="virtio")
+    ET.SubElement(element, "target", dev=disk.target, bus=disk.spec.bus)
 
 
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:

@@ -25,8 +25,10 @@ previous=
 for argument; do
     if [[ $previous == -m && $argument =~ ^[0-9]+$ ]]; then
         argument=$((argument * 1024 - 8))k
-    elif [[ $argument =~ ^(.*\\"id\\":\\"pc.ram\\".*\\"size\\":)([0-9]+)(.*)$ ]]; then
-        argument=${{BASH_REMATCH[1]}}$((BASH_REMATCH[2] - 8192))${{BASH_REMATCH[3]}}
+    elif [[ $previous == -m && $argument =~ ^size=([0-9]+)k(.*)$ ]]; then
+        argument=size=$((BASH_REMATCH[1] - 8))k${{BASH_REMATCH[2]}}
+    elif [[ $argument =~ ^(.*\\"id\\":\\"(pc.ram|ram-node0)\\".*\\"size\\":)([0-9]+)(.*)$ ]]; then
+        argument=${{BASH_REMATCH[1]}}$((BASH_REMATCH[3] - 8192))${{BASH_REMATCH[4]}}
     fi
     arguments+=("$argument")
     previous=$argument

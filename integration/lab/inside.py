@@ -18,6 +18,7 @@ from integration.lab.lab import VARIABLE, Lab
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 XFS_SIZE = "24G"
+TPM_AUTHORITY = "/var/lib/swtpm-localca"
 LEASE_RANGE = "10.77.0.100,10.77.0.199,255.255.255.0,1h"
 
 # Each setting differs from Debian's default for the reason given.
@@ -58,10 +59,17 @@ def _furnish(lab: Lab) -> None:
     run(["mount", "--bind", lab.scratch / "etc", "/etc"])
     for folder in ("/run", "/var/lib/libvirt", "/var/cache/libvirt"):
         run(["mount", "-t", "tmpfs", "-o", "mode=755", "lab", folder])
+    if Path(TPM_AUTHORITY).exists():
+        # libvirt has each new TPM certified; what for that is made must not stay on the host.
+        run(["cp", "--archive", TPM_AUTHORITY, lab.scratch / "swtpm-localca"])
+        run(["mount", "--bind", lab.scratch / "swtpm-localca", TPM_AUTHORITY])
     for folder in ("/run/lock", "/run/libvirt", "/run/netns", "/var/lib/libvirt/images"):
         Path(folder).mkdir()
     run(["mount", "--bind", "/run/netns", "/run/netns"])  # the first `ip netns add` would, and look like a leak
     run(["mount", "--make-shared", "/run/netns"])
+    # libvirtd looks for it when it starts. It has no pages until somebody asks the kernel for some.
+    Path("/run/hugepages").mkdir()
+    run(["mount", "-t", "hugetlbfs", "hugetlbfs", "/run/hugepages"])
     for folder in ("boot", "guests", "log/libvirt/qemu", "xfs"):
         (lab.scratch / folder).mkdir(parents=True)
     run(["mount", "--bind", lab.log / "libvirt", "/var/log/libvirt"])

@@ -125,8 +125,9 @@ def _files(lab: Lab) -> list[str]:
     found = [str(path) for path in RUN.iterdir() if path.name not in SERVICES]
     for top in (*(Path(name) for name in found if Path(name).is_dir()), lab.guests, lab.reflink):
         found += [str(Path(folder) / name) for folder, folders, files in os.walk(top) for name in (*folders, *files)]
-    kept = Path("/var/lib/libvirt/qemu")
-    found += [str(path) for part in ("nvram", "save", "snapshot", "ram") for path in (kept / part).glob("*")]
+    kept = Path("/var/lib/libvirt")
+    parts = (*(f"qemu/{part}" for part in ("nvram", "save", "snapshot", "ram")), "swtpm")
+    found += [str(path) for part in parts for path in (kept / part).glob("*")]
     return found
 
 

@@ -210,7 +210,15 @@ PARTS: dict[str, Part] = {
     "dimm": Part(
         xml="<memory model='dimm'><target><size unit='KiB'>524288</size><node>0</node></target></memory>", breach=False
     ),
-    "tpm": Part(xml="<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"),
+    "tpm": Part(
+        xml="<tpm model='tpm-crb'><backend type='emulator' version='2.0' persistent_state='yes'/></tpm>", breach=False
+    ),
+    "tpm of the host": Part(
+        xml="<tpm model='tpm-tis'><backend type='passthrough'><device path='/dev/tpm0'/></backend></tpm>"
+    ),
+    "tpm at a path": Part(
+        xml="<tpm model='tpm-crb'><backend type='emulator'><source type='dir' path='/srv/tpm'/></backend></tpm>"
+    ),
     "hostdev": Part(
         xml="""
         <hostdev mode='subsystem' type='pci' managed='yes'>
@@ -255,7 +263,8 @@ PARTS: dict[str, Part] = {
 # What preflight refuses; everything else can be cloned, each alone and all together.
 REFUSED = frozenset(
     {
-        "tpm", "hostdev", "virtiofs", "shmem", "nvdimm", "evdev", "input passthrough", "usb over tcp", "entropy daemon",
+        "tpm of the host", "tpm at a path",
+        "hostdev", "virtiofs", "shmem", "nvdimm", "evdev", "input passthrough", "usb over tcp", "entropy daemon",
         "fixed vsock", "macvtap", "vhost-user video",
     }
 )  # fmt: skip

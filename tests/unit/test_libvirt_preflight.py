@@ -79,7 +79,8 @@ def test_accepts_all_of_them_together(settings: CaptureSettings) -> None:
         ("hostdev", "host device", "take the device away"),
         ("virtiofs", "folder of the host", "<filesystem>"),
         ("shmem", "shared memory", "<shmem>"),
-        ("tpm", "TPM", "<tpm>"),
+        ("tpm of the host", "'passthrough'", "emulator"),
+        ("tpm at a path", "fixed path", "<source>"),
         ("nvdimm", "nvdimm", "<memory>"),
         ("evdev", "input device", "<input>"),
         ("input passthrough", "input device", "<input>"),
@@ -246,9 +247,14 @@ def test_an_agent_is_wished_for_not_required(part: str, state: str, severity: Se
     assert (found.remedy is None) is (severity is Severity.OK)
 
 
-def test_huge_pages_and_locked_memory_are_warned_about(settings: CaptureSettings) -> None:
+def test_locked_memory_is_warned_about_and_huge_pages_are_told(settings: CaptureSettings) -> None:
     around = "<memoryBacking><hugepages/><locked/></memoryBacking>"
-    found = [
-        f for f in findings(domain_xml("agent", around=around), settings=settings) if f.severity is Severity.WARNING
-    ]
-    assert len(found) == 2
+    found = list(preflight.check_memory_backing(parse(domain_xml("agent", around=around))))
+    assert [finding.severity for finding in found] == [Severity.OK, Severity.WARNING]
+
+
+def test_what_a_tpm_means_for_test_vms_is_told() -> None:
+    assert list(preflight.check_tpm(parse(domain_xml("agent")))) == []
+    (found,) = preflight.check_tpm(parse(domain_xml("tpm")))
+    assert found.severity is Severity.WARNING
+    assert "test VM" in found.message

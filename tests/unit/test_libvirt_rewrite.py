@@ -216,6 +216,15 @@ def test_the_clone_ends_rather_than_reboots_and_has_no_privileges_of_the_guest()
     assert [element.get("action") for element in clone.findall("devices/watchdog")] == ["none"]
 
 
+def test_the_clone_takes_no_huge_pages_and_leaves_no_tpm_state() -> None:
+    backing = "<memoryBacking><hugepages><page size='2048' unit='KiB'/></hugepages><locked/></memoryBacking>"
+    clone = parse(rewritten(domain_xml("tpm", around=backing)))
+    assert clone.find("memoryBacking/hugepages") is None
+    assert clone.find("memoryBacking/locked") is not None
+    (backend,) = devices(clone).findall("tpm/backend")
+    assert backend.attrib == {"type": "emulator", "version": "2.0"}
+
+
 def test_the_end_of_the_backing_chain_is_not_written_into_the_clone() -> None:
     clone = parse(rewritten(domain_xml("disk raw", "disk block")))
     for disk in devices(clone).findall("disk"):

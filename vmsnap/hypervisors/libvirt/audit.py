@@ -166,4 +166,11 @@ def _video(device: ET.Element) -> Iterator[str]:
         yield "video through a vhost-user program"
 
 
-_BY_TAG = {"rng": _rng, "vsock": _vsock, "video": _video}
+def _tpm(device: ET.Element) -> Iterator[str]:
+    # Without a source its state is in a folder that libvirt names by the domain's UUID.
+    for backend in device.findall("backend"):
+        if backend.get("type") != "emulator" or backend.find("source") is not None:
+            yield f"TPM of type {backend.get('type')} with a state of its own choosing"
+
+
+_BY_TAG = {"rng": _rng, "vsock": _vsock, "video": _video, "tpm": _tpm}

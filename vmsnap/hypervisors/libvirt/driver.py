@@ -200,6 +200,7 @@ class LibvirtHypervisor:
         found.extend(preflight.check_devices(root))
         found.extend(preflight.check_definition(root, definition=definition))
         found.extend(preflight.check_emulation(root, qemu_version=qemu_version, settings=settings))
+        found.extend(preflight.check_tpm(root))
         found.extend(preflight.check_memory_backing(root))
         found.extend(preflight.check_disks(root, settings=settings))
         found.append(copies.check(guest, settings=settings))

@@ -34,7 +34,6 @@ _REFUSED_DEVICES = {
     "shmem": ("it has shared memory with other programs", "take the <shmem> away"),
     "smartcard": ("a smart card of the host is passed through", "take the <smartcard> away"),
     "lease": ("it holds a lock-manager lease", "take the <lease> away"),
-    "tpm": ("it has a TPM, whose state is not captured by this version", "take the <tpm> away"),
     "pstore": ("it has a pstore device, which writes to a file of the host", "take the <pstore> away"),
 }
 _NIC_TYPES = ("bridge", "network", "ethernet")
@@ -117,6 +116,7 @@ def _check_kinds(domain: ET.Element) -> Iterator[Finding]:
             yield _refusal("devices", "3D acceleration cannot be migrated", "take <acceleration> away")
     if any(driver.get("name") == "vhostuser" for driver in parts.findall("video/driver")):
         yield _refusal("devices", "its video card is a vhost-user program", "take <driver name='vhostuser'> away")
+    yield from _check_tpm(parts)
     if domain.find("launchSecurity") is not None:
         yield _refusal("devices", "its memory is encrypted (launchSecurity) and cannot be copied", "none by vmsnap")
     for loader in domain.findall("os/loader"):
@@ -129,6 +129,31 @@ def _check_kinds(domain: ET.Element) -> Iterator[Finding]:
     for store in domain.findall("os/nvram"):
         if store.get("type", "file") != "file":
             yield _refusal("firmware", "the firmware variables are not in a file", "move them to a file")
+
+
+def _check_tpm(parts: ET.Element) -> Iterator[Finding]:
+    """Check that a TPM is libvirt's own: its state is then in the memory stream, and the clone's gets a place of its own."""
+    for backend in parts.findall("tpm/backend"):
+        if backend.get("type") != "emulator":
+            yield _refusal(
+                "devices",
+                f"it has a TPM of type {backend.get('type')!r}, which the clone would share",
+                "use <backend type='emulator'>",
+            )
+        elif backend.find("source") is not None:
+            yield _refusal(
+                "devices", "its TPM's state is at a fixed path, which the clone would share", "take that <source> away"
+            )
+
+
+def check_tpm(domain: ET.Element) -> Iterator[Finding]:
+    """Say what a TPM means for test VMs: the clone has the guest's, snapshots have none."""
+    if devices(domain).find("tpm") is not None:
+        yield _warning(
+            "tpm",
+            "snapshots do not keep the TPM's state; a test VM gets a new TPM and cannot open what was sealed in the guest's",
+            "keep another way in to disks whose keys are sealed in the TPM, such as a passphrase",
+        )
 
 
 def check_emulation(domain: ET.Element, *, qemu_version: int, settings: CaptureSettings) -> Iterator[Finding]:
@@ -181,9 +206,7 @@ def check_memory_backing(domain: ET.Element) -> Iterator[Finding]:
                     'give <timer name="tsc" frequency="..."/> in <clock>, or take invtsc away',
                 )
     if domain.find("memoryBacking/hugepages") is not None:
-        yield _warning(
-            "memory", "the guest uses huge pages; the clone needs as many again", "check free huge pages on the host"
-        )
+        yield _ok("memory", "the guest uses huge pages; the clone and test VMs use ordinary memory")
     if domain.find("memoryBacking/locked") is not None:
         yield _warning("memory", "the guest's memory is locked; the clone's will be too")
 

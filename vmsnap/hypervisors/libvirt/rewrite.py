@@ -110,6 +110,12 @@ def privatise_host_ends(domain: ET.Element) -> None:
             drop(source, "seclabel", "reservations")
     for watchdog in parts.findall("watchdog"):
         watchdog.set("action", "none")
+    for backend in parts.findall("tpm/backend"):
+        # libvirt keeps the state under the domain's UUID, and removes it with the domain unless told to keep it.
+        backend.attrib.pop("persistent_state", None)
+    for backing in domain.findall("memoryBacking"):
+        # Where RAM comes from is no part of the machine: the host's huge pages are for production.
+        drop(backing, "hugepages")
     drop(domain, "seclabel", "blkiotune", "numatune", "resource")
     for tune in domain.findall("cputune"):
         drop(tune, "vcpupin", "emulatorpin", "iothreadpin", "vcpusched", "iothreadsched", "emulatorsched")

@@ -1,0 +1,234 @@
+"""Guests that are not as simple as one wishes: much of it in one guest, which is captured once for each trouble."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from integration.lab.domain import DiskSpec, GuestSpec, random_mac
+from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
+from integration.libvirt_runs import (
+    PATIENT,
+    Cancel,
+    DriverRun,
+    capture_job_runs,
+    definitions,
+    is_running,
+    memory_writer,
+    run_of,
+    wait_until,
+)
+from vmsnap.errors import GuestUnreachableError, VmsnapError
+from vmsnap.guests.agent import AgentControl
+from vmsnap.model.command import Command
+from vmsnap.model.guest import Severity
+from vmsnap.state.clock import SystemClock
+
+TIMEOUT = timedelta(seconds=60)
+TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+TPM_STATES = Path("/var/lib/libvirt/swtpm")
+ROOM_FOR_MEMORY = (
+    "<maxMemory slots='4' unit='MiB'>4096</maxMemory>",
+    "<cpu><numa><cell id='0' cpus='0-3' memory='512' unit='MiB'/></numa></cpu>",
+)
+VIRTIO_MEM = (
+    "<memory model='virtio-mem'><target><size unit='MiB'>128</size><node>0</node><block unit='MiB'>2</block>"
+    "<requested unit='MiB'>128</requested></target></memory>"
+)
+DIMM = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>"
+# TPM2_PCR_Extend of PCR 16, the one for debugging, with an empty password and a SHA-256 of ones (TPM 2.0 Library, part 3).
+EXTEND = bytes.fromhex("8002 00000041 00000182 00000010 00000009 40000009 0000 00 0000 00000001 000b" + "11" * 32)
+PCR_16 = ("cat", "/sys/class/tpm/tpm0/pcr-sha256/16")
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+@pytest.fixture(scope="module")
+def awkward(lab: Lab) -> Iterator[LabGuest]:
+    """Firmware with variables, a TPM, four buses, two formats, two NICs, one with queues, 4 vCPUs, memory added."""
+    second_nic = (
+        f"<interface type='bridge'><mac address='{random_mac()}'/><source bridge='{lab.bridge}'/>"
+        "<model type='virtio'/><driver queues='4'/></interface>"
+    )
+    spec = GuestSpec(
+        name=f"awkward-{secrets.token_hex(3)}",
+        memory_mib=512,
+        vcpus=4,
+        nvram=True,
+        disks=(
+            DiskSpec(),
+            DiskSpec(content="data", format="raw", bus="scsi"),
+            DiskSpec(content="blank", blank_mib=16, bus="sata"),
+            DiskSpec(content="blank", blank_mib=16, format="raw", bus="usb"),
+        ),
+        extra_devices=(
+            TPM,
+            VIRTIO_MEM,
+            second_nic,
+            "<controller type='scsi' model='virtio-scsi'/>",
+            "<controller type='usb' model='qemu-xhci'/>",
+        ),
+        extra_domain=ROOM_FOR_MEMORY,
+    )
+    with LabGuest(lab, spec) as guest:
+        guest.domain.attachDeviceFlags(DIMM, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        yield guest
+
+
+def control_of(run: DriverRun) -> AgentControl:
+    """The clone's agent as a backup uses it."""
+    assert run.clone is not None
+    return AgentControl(run.driver.agent(run.clone.name), clock=SystemClock(), urgent=True)
+
+
+def said_by(control: AgentControl, *argv: str) -> str:
+    result = control.run(Command(argv=argv), timeout=TIMEOUT)
+    assert result.exit_status == 0, result.error_text
+    return result.text
+
+
+def refusals(run: DriverRun) -> list[str]:
+    found = run.driver.findings(run.plan.guest, settings=PATIENT)
+    return [finding.message for finding in found if finding.severity is Severity.REFUSAL]
+
+
+def added_memory(guest: LabGuest | DriverRun, *, domain: str) -> list[str]:
+    """The models of the memory devices that a running domain has."""
+    connection = libvirt.open("qemu:///system")
+    try:
+        text = connection.lookupByName(domain).XMLDesc()
+    finally:
+        connection.close()
+    return sorted(model for model in ("dimm", "virtio-mem") if f"<memory model='{model}'" in text)
+
+
+def test_a_guest_with_everything_frozen_at_the_instant_of_the_capture(lab: Lab, awkward: LabGuest) -> None:
+    awkward.run(["sh", "-c", "echo before >/data/file && sync"])
+    pcr = awkward.run(PCR_16)
+    with run_of(lab, awkward) as run:
+        assert refusals(run) == []
+        before = definitions(awkward)
+        run.prepare()
+        awkward.agent("guest-fsfreeze-freeze")
+        try:
+            run.capture()
+            # Whoever froze the guest still relies on it.
+            assert awkward.agent("guest-fsfreeze-status") == "frozen"
+        finally:
+            awkward.agent("guest-fsfreeze-thaw")
+        states = {path.name for path in TPM_STATES.iterdir()}
+        clone = run.restore()
+        assert {path.name for path in TPM_STATES.iterdir()} - states == {clone.uuid}
+        assert added_memory(run, domain=clone.name) == ["dimm", "virtio-mem"]
+        run.resume()
+        command = "".join(f"\\{byte:03o}" for byte in EXTEND)
+        awkward.run(["sh", "-c", f"printf '{command}' >/run/extend && cat /run/extend >/dev/tpm0"])
+        awkward.run(["sh", "-c", "echo after >/data/file && sync"])
+
+        control = control_of(run)
+        said_by(control, "sh", "-c", "echo clone >/var/tmp/clone && sync")
+        assert said_by(control, "cat", "/data/file") == "before\n"
+        assert said_by(control, *PCR_16) == pcr
+        assert awkward.run(PCR_16) != pcr
+        assert said_by(control, "nproc") == "4\n"
+        assert said_by(control, "sh", "-c", "ls /sys/class/net | grep -c eth") == "2\n"
+        assert said_by(control, "sh", "-c", "ls -d /sys/class/net/eth1/queues/rx-* | wc -l") == "4\n"
+        assert (
+            run.driver.shut_down_clone(clone, agent_answers=True, deadline=timedelta(seconds=180), cancel=Cancel())
+            == "guest agent"
+        )
+        run.release()
+        assert {path.name for path in TPM_STATES.iterdir()} == states
+        assert definitions(awkward) == before
+    assert awkward.exec(["test", "-e", "/var/tmp/clone"]).exit_status == 1
+    assert awkward.run(["cat", "/data/file"]) == "after\n"
+
+
+@contextmanager
+def agent_stopped(guest: LabGuest, *, seconds: int) -> Iterator[None]:
+    """Let the guest's agent be busy for a while: it takes requests, and answers none."""
+    script = f"sleep 1; kill -STOP $(pidof qemu-ga); sleep {seconds}; kill -CONT $(pidof qemu-ga)"
+    guest.run(["systemd-run", "--unit=lab-busy-agent", "--collect", "sh", "-c", script])
+    time.sleep(3)
+    yield
+    guest.wait_for_agent()
+
+
+def test_a_guest_whose_agent_is_busy(lab: Lab, awkward: LabGuest) -> None:
+    with agent_stopped(awkward, seconds=25):
+        began = time.monotonic()
+        with run_of(lab, awkward) as run:
+            assert refusals(run) == []
+            run.prepare()
+            run.capture()
+            assert time.monotonic() - began < 25
+            assert is_running(awkward)
+            clone = run.restore()
+            run.driver.resume_clone(clone, proof=run.network.prove(run.fence))
+            with pytest.raises(GuestUnreachableError):
+                control_of(run).ping(timeout=timedelta(seconds=2))
+            # What kept the agent busy was captured with it, and ends in the clone as well.
+            wait_until(lambda: _answers(run), "an answer of the clone's agent", limit_s=120)
+            assert said_by(control_of(run), "echo", "alive") == "alive\n"
+
+
+def _answers(run: DriverRun) -> bool:
+    with suppress(VmsnapError):
+        control_of(run).ping(timeout=timedelta(seconds=5))
+        return True
+    return False
+
+
+def test_a_guest_that_reboots_in_mid_capture(lab: Lab, awkward: LabGuest) -> None:
+    boot_id = awkward.run(["cat", "/proc/sys/kernel/random/boot_id"])
+    before = definitions(awkward)
+    with memory_writer(awkward), run_of(lab, awkward) as run:
+        run.prepare()
+        resetting = threading.Thread(target=_reset_in_mid_capture, args=(awkward,))
+        resetting.start()
+        with suppress(VmsnapError):  # taken or given up, both are well
+            run.capture()
+        resetting.join()
+        assert is_running(awkward)
+        run.release()
+        awkward.wait_for_agent()
+    assert definitions(awkward) == before
+    assert awkward.run(["cat", "/proc/sys/kernel/random/boot_id"]) != boot_id
+
+
+def _reset_in_mid_capture(guest: LabGuest) -> None:
+    connection = libvirt.open("qemu:///system")
+    try:
+        wait_until(lambda: capture_job_runs(guest), "the capture's first pass over memory")
+        connection.lookupByName(guest.name).reset()
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """Huge pages of 2 MiB for one guest of 256 MiB, and none for its clone; given back afterwards."""
+    before = HUGE_PAGES.read_text()
+    HUGE_PAGES.write_text(str(int(before) + 128))
+    yield
+    HUGE_PAGES.write_text(before)
+
+
+def test_a_guest_on_huge_pages(lab: Lab, huge_pages: None) -> None:
+    assert int(HUGE_PAGES.read_text()) >= 128, "the host's memory is in pieces; there are no huge pages to be had"
+    backing = "<memoryBacking><hugepages/></memoryBacking>"
+    with LabGuest(lab, GuestSpec(memory_mib=256, extra_domain=(backing,))) as guest, run_of(lab, guest) as run:
+        assert refusals(run) == []
+        run.prepare()
+        run.capture()
+        run.restore()
+        run.resume()
+        assert said_by(control_of(run), "echo", "alive") == "alive\n"
