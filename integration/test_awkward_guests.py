@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,12 @@ from integration.libvirt_runs import (
 from vmsnap.errors import GuestUnreachableError, VmsnapError
 from vmsnap.guests.agent import AgentControl
 from vmsnap.model.command import Command
+from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Severity
+from vmsnap.model.ids import new_run_id
+from vmsnap.model.isolation import FencePlan
+from vmsnap.model.journal import Resource
+from vmsnap.ports.owner import Owner
 from vmsnap.state.clock import SystemClock
 
 TIMEOUT = timedelta(seconds=60)
@@ -100,13 +106,9 @@ def refusals(run: DriverRun) -> list[str]:
     return [finding.message for finding in found if finding.severity is Severity.REFUSAL]
 
 
-def added_memory(guest: LabGuest | DriverRun, *, domain: str) -> list[str]:
+def added_memory(guest: LabGuest, *, domain: str) -> list[str]:
     """The models of the memory devices that a running domain has."""
-    connection = libvirt.open("qemu:///system")
-    try:
-        text = connection.lookupByName(domain).XMLDesc()
-    finally:
-        connection.close()
+    text = guest.connection.lookupByName(domain).XMLDesc()
     return sorted(model for model in ("dimm", "virtio-mem") if f"<memory model='{model}'" in text)
 
 
@@ -127,7 +129,7 @@ def test_a_guest_with_everything_frozen_at_the_instant_of_the_capture(lab: Lab, 
         states = {path.name for path in TPM_STATES.iterdir()}
         clone = run.restore()
         assert {path.name for path in TPM_STATES.iterdir()} - states == {clone.uuid}
-        assert added_memory(run, domain=clone.name) == ["dimm", "virtio-mem"]
+        assert added_memory(awkward, domain=clone.name) == ["dimm", "virtio-mem"]
         run.resume()
         command = "".join(f"\\{byte:03o}" for byte in EXTEND)
         awkward.run(["sh", "-c", f"printf '{command}' >/run/extend && cat /run/extend >/dev/tpm0"])
@@ -145,11 +147,43 @@ def test_a_guest_with_everything_frozen_at_the_instant_of_the_capture(lab: Lab, 
             run.driver.shut_down_clone(clone, agent_answers=True, deadline=timedelta(seconds=180), cancel=Cancel())
             == "guest agent"
         )
+        with environment_of(run, awkward) as made:
+            assert {path.name for path in TPM_STATES.iterdir()} == {*states, made}
         run.release()
         assert {path.name for path in TPM_STATES.iterdir()} == states
         assert definitions(awkward) == before
     assert awkward.exec(["test", "-e", "/var/tmp/clone"]).exit_status == 1
     assert awkward.run(["cat", "/data/file"]) == "after\n"
+
+
+@contextmanager
+def environment_of(run: DriverRun, guest: LabGuest) -> Iterator[str]:
+    """A test VM over the clone's disks, started as far as its first instruction; yields its UUID."""
+    driver = run.driver
+    plan = EnvironmentPlan(
+        run=new_run_id(),
+        guest=guest.name,
+        name=f"{guest.name}-test",
+        uuid=str(uuid.uuid4()),
+        macs=tuple(random_mac() for _ in run.plan.guest.nics),
+        network=None,
+    )
+    fence = FencePlan.for_macs(plan.run, guest=guest.name, macs=plan.macs)
+    machine = driver.machine(run.plan.guest)
+    with ExitStack() as stack:
+
+        def own(resource: Resource, owner: Owner) -> None:
+            stack.callback(owner.release, resource, deadline=TIMEOUT)
+
+        own(driver.environment_disks_resource(plan), driver)
+        nvram = driver.clone_nvram(run.plan)
+        driver.prepare_environment_disks(plan, images=driver.clone_images(run.plan), nvram=nvram)
+        own(run.network.resource(fence), run.network)
+        run.network.build(fence)
+        own(driver.environment_resource(plan), driver)
+        driver.define_environment(plan, machine=machine, fence=fence)
+        driver.attach_environment(plan, machine=machine, fence=fence)
+        yield plan.uuid
 
 
 @contextmanager
