@@ -18,6 +18,7 @@ from integration.lab.domain import DiskSpec, GuestSpec, random_mac
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.libvirt_runs import (
+    HASTY,
     PATIENT,
     Cancel,
     DriverRun,
@@ -28,7 +29,7 @@ from integration.libvirt_runs import (
     run_of,
     wait_until,
 )
-from vmsnap.errors import GuestUnreachableError, VmsnapError
+from vmsnap.errors import GuestUnreachableError, NotConvergingError, VmsnapError
 from vmsnap.guests.agent import AgentControl
 from vmsnap.model.command import Command
 from vmsnap.model.environment import EnvironmentPlan
@@ -221,48 +222,53 @@ def _answers(run: DriverRun) -> bool:
     return False
 
 
-def test_a_guest_that_reboots_in_mid_capture(lab: Lab, awkward: LabGuest) -> None:
-    boot_id = awkward.run(["cat", "/proc/sys/kernel/random/boot_id"])
-    before = definitions(awkward)
-    with memory_writer(awkward), run_of(lab, awkward) as run:
-        run.prepare()
-        resetting = threading.Thread(target=_reset_in_mid_capture, args=(awkward,))
-        resetting.start()
-        with suppress(VmsnapError):  # taken or given up, both are well
-            run.capture()
-        resetting.join()
-        assert is_running(awkward)
-        run.release()
-        awkward.wait_for_agent()
-    assert definitions(awkward) == before
-    assert awkward.run(["cat", "/proc/sys/kernel/random/boot_id"]) != boot_id
-
-
-def _reset_in_mid_capture(guest: LabGuest) -> None:
-    connection = libvirt.open("qemu:///system")
+@pytest.fixture(scope="module")
+def on_huge_pages(lab: Lab) -> Iterator[LabGuest]:
+    """A guest on huge pages of 2 MiB. The host's are raised by just as many as it needs, and given back afterwards."""
+    before = int(HUGE_PAGES.read_text())
+    HUGE_PAGES.write_text(str(before + 256))
     try:
-        wait_until(lambda: capture_job_runs(guest), "the capture's first pass over memory")
-        connection.lookupByName(guest.name).reset()
+        assert int(HUGE_PAGES.read_text()) >= 256, "the host's memory is in pieces: no huge pages can be had"
+        backing = "<memoryBacking><hugepages/></memoryBacking>"
+        with LabGuest(lab, GuestSpec(memory_mib=512, extra_domain=(backing,))) as guest:
+            yield guest
     finally:
-        connection.close()
+        HUGE_PAGES.write_text(str(before))
 
 
-@pytest.fixture
-def huge_pages() -> Iterator[None]:
-    """Huge pages of 2 MiB for one guest of 256 MiB, and none for its clone; given back afterwards."""
-    before = HUGE_PAGES.read_text()
-    HUGE_PAGES.write_text(str(int(before) + 128))
-    yield
-    HUGE_PAGES.write_text(before)
-
-
-def test_a_guest_on_huge_pages(lab: Lab, huge_pages: None) -> None:
-    assert int(HUGE_PAGES.read_text()) >= 128, "the host's memory is in pieces; there are no huge pages to be had"
-    backing = "<memoryBacking><hugepages/></memoryBacking>"
-    with LabGuest(lab, GuestSpec(memory_mib=256, extra_domain=(backing,))) as guest, run_of(lab, guest) as run:
+def test_a_guest_on_huge_pages(lab: Lab, on_huge_pages: LabGuest) -> None:
+    with run_of(lab, on_huge_pages) as run:
         assert refusals(run) == []
         run.prepare()
         run.capture()
+        # There are none left for the clone.
+        assert int(HUGE_PAGES.with_name("free_hugepages").read_text()) == 0
         run.restore()
         run.resume()
         assert said_by(control_of(run), "echo", "alive") == "alive\n"
+
+
+def test_a_guest_that_reboots_in_mid_capture(lab: Lab, on_huge_pages: LabGuest) -> None:
+    guest = on_huge_pages
+    boot_id = guest.run(["cat", "/proc/sys/kernel/random/boot_id"])
+    before = definitions(guest)
+    rebooted = threading.Event()
+
+    def reboot_once() -> bool:
+        """Asked by the capture again and again whether it shall end."""
+        if capture_job_runs(guest) and not rebooted.is_set():
+            rebooted.set()
+            guest.agent("guest-exec", path="sh", arg=["-c", "echo b >/proc/sysrq-trigger"])
+        return False
+
+    with memory_writer(guest):
+        with run_of(lab, guest, HASTY) as run:
+            run.prepare()
+            with suppress(NotConvergingError):  # taken or given up, both are well
+                run.capture(Cancel(when=reboot_once))
+            assert rebooted.is_set()
+            assert is_running(guest)
+            run.release()
+        guest.wait_for_agent()
+    assert definitions(guest) == before
+    assert guest.run(["cat", "/proc/sys/kernel/random/boot_id"]) != boot_id
