@@ -42,12 +42,12 @@ def plain_capture(guest: LabGuest, *, limit_s: float = 600.0, limit_bytes: int |
     try:
         with PauseRecorder(connection.get(), domain) as recorder:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            given_up = _watch(process, domain=domain, memory=memory, until_s=began + limit_s, limit_bytes=limit_bytes)
+            watched = _watch(process, domain=domain, memory=memory, until_s=began + limit_s, limit_bytes=limit_bytes)
             _, complaint = process.communicate(timeout=60)
             pause = recorder.pause(timeout_seconds=10) if process.returncode == 0 else None
         seconds = time.monotonic() - began
-        assert given_up or process.returncode == 0, complaint
-        size = memory.stat().st_size if memory.exists() else 0
+        assert watched.given_up or process.returncode == 0, complaint
+        size = memory.stat().st_size if memory.exists() else watched.largest_bytes
         memory.unlink(missing_ok=True)  # before the commit, which would else wait for the disk to take it
         if process.returncode == 0:
             commit = ["virsh", "-q", "blockcommit", guest.name, target, "--active", "--pivot", "--wait"]
@@ -58,6 +58,12 @@ def plain_capture(guest: LabGuest, *, limit_s: float = 600.0, limit_bytes: int |
         shutil.rmtree(folder)
 
 
+@dataclass
+class _Watched:
+    given_up: bool = False
+    largest_bytes: int = 0
+
+
 def _watch(
     process: subprocess.Popen[str],
     *,
@@ -65,14 +71,16 @@ def _watch(
     memory: Path,
     until_s: float,
     limit_bytes: int | None,
-) -> bool:
-    """Wait for the end. Returns whether it had to be ended."""
-    given_up = False
+) -> _Watched:
+    """Wait for the end, or bring it about."""
+    watched = _Watched()
     while process.poll() is None:
-        outgrown = limit_bytes is not None and memory.exists() and memory.stat().st_size > limit_bytes
+        with suppress(FileNotFoundError):  # libvirt removes it where it gives up
+            watched.largest_bytes = max(watched.largest_bytes, memory.stat().st_size)
+        outgrown = limit_bytes is not None and watched.largest_bytes > limit_bytes
         if outgrown or time.monotonic() > until_s:
-            given_up = True
+            watched.given_up = True
             with suppress(libvirt.libvirtError):  # just over
                 domain.abortJob()
         time.sleep(_POLL_S)
-    return given_up
+    return watched
