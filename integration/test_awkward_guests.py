@@ -25,7 +25,6 @@ from integration.libvirt_runs import (
     capture_job_runs,
     definitions,
     is_running,
-    memory_writer,
     run_of,
     wait_until,
 )
@@ -261,14 +260,12 @@ def test_a_guest_that_reboots_in_mid_capture(lab: Lab, on_huge_pages: LabGuest) 
             guest.agent("guest-exec", path="sh", arg=["-c", "echo b >/proc/sysrq-trigger"])
         return False
 
-    with memory_writer(guest):
-        with run_of(lab, guest, HASTY) as run:
-            run.prepare()
-            with suppress(NotConvergingError):  # taken or given up, both are well
-                run.capture(Cancel(when=reboot_once))
-            assert rebooted.is_set()
-            assert is_running(guest)
-            run.release()
-        guest.wait_for_agent()
+    with run_of(lab, guest, HASTY) as run:
+        run.prepare()
+        with suppress(NotConvergingError):  # taken or given up, both are well
+            run.capture(Cancel(when=reboot_once))
+        assert rebooted.is_set()
+        assert is_running(guest)
+    guest.wait_for_agent()
     assert definitions(guest) == before
     assert guest.run(["cat", "/proc/sys/kernel/random/boot_id"]) != boot_id
