@@ -58,9 +58,10 @@ class Channels:
             else:
                 self._channels.append((_name(number, url), opened))
 
-    def __len__(self) -> int:
-        """Return how many can be used."""
-        return len(self._channels)
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether there is nobody to tell."""
+        return not self._channels
 
     def send(self, message: Message) -> bool:
         """Send a message by all; tell whether any took it. Returns within the timeout, and raises nothing.

@@ -30,8 +30,9 @@ _TURN_STEP = timedelta(seconds=1)
 class Sender(Protocol):
     """Tells somebody. See ``Channels``."""
 
-    def __len__(self) -> int:
-        """Return how many ways there are."""
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether there is nobody to tell."""
 
     def send(self, message: Message) -> bool:
         """Tell whether anybody took the message. Raises nothing, and returns in a bounded time."""
@@ -137,7 +138,7 @@ class Lookout:
             unseen=None if facts.unseen is None else facts.unseen | wrong,
         )
         ledger, notice = settle(ledger, facts=facts, rules=self._outlets.rules)
-        if not len(self._outlets.channels):
+        if self._outlets.channels.is_empty:
             notice = None
         if notice is not None:
             ledger = trying(ledger, notice, now=facts.at)

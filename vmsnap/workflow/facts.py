@@ -40,14 +40,14 @@ def gather(world: World, *, policies: Sequence[Policy], ledger: Ledger, room: Ca
         return Facts(at=now, guests=(), unseen=None, problems=(problem,), store=room())
     by_guest = {policy.guest: policy for policy in policies}
     guests: list[GuestFacts] = []
-    problems: list[Problem] = []
+    problems: list[Problem] = list(gathering.problems)
     for guest in sorted({*by_guest, *gathering.guests}):
         try:
             guests.append(gathering.facts_of(guest, policy=by_guest.get(guest)))
         except Exception as error:  # noqa: BLE001 - one guest's trouble must not hide the others
             told = as_vmsnap_error(error, doing=f"looking at guest {guest!r}")
             problems.append(Problem(about="guest", guest=guest, error=told))
-    unseen = frozenset(problem.guest for problem in problems)
+    unseen = frozenset(problem.guest for problem in problems if problem.guest)
     return Facts(at=now, guests=tuple(guests), unseen=unseen, problems=tuple(problems), store=room())
 
 
@@ -77,8 +77,15 @@ class _Gathering:
         self._snapshots: defaultdict[str, list[Snapshot]] = defaultdict(list)
         for snapshot in world.store.snapshots():
             self._snapshots[snapshot.manifest.guest].append(snapshot)
-        self._last: Mapping[str, RunEntry] = world.history.last_ended(kind=RunKind.BACKUP)
-        self._done: Mapping[str, RunEntry] = world.history.last_done(kind=RunKind.BACKUP)
+        self.problems: tuple[Problem, ...] = ()
+        self._last: Mapping[str, RunEntry] = {}
+        self._done: Mapping[str, RunEntry] = {}
+        try:
+            self._last = world.history.last_ended(kind=RunKind.BACKUP)
+            self._done = world.history.last_done(kind=RunKind.BACKUP)
+        except Exception as error:  # noqa: BLE001 - what is overdue is seen without it
+            told = as_vmsnap_error(error, doing="reading the history")
+            self.problems = (Problem(about="history", error=told),)
         records = world.journals.records()
         self._running = {record.guest for record in records if record.alive and record.kind is RunKind.BACKUP}
         environments = world.book.all()
