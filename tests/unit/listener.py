@@ -57,7 +57,7 @@ def listening() -> Iterator[Listener]:
             pass
 
     class Server(ThreadingHTTPServer):
-        daemon_threads = True
+        daemon_threads = False  # so that leaving waits for what is still being answered
 
         def handle_error(self, request: object, client_address: object) -> None:
             pass  # whoever asked has gone away
@@ -72,3 +72,13 @@ def listening() -> Iterator[Listener]:
             heard.freed.set()
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def threads_ended() -> Iterator[None]:
+    """Wait at the end until the threads that began meanwhile have ended: the next test may count them."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+        assert not thread.is_alive(), f"{thread.name} goes on"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.unit.listener import Listener, listening
+from tests.unit.listener import Listener, listening, threads_ended
 from vmsnap.model.alarms import Alarm, AlarmKind, Notice, Raised
 from vmsnap.model.guest import Severity
 from vmsnap.monitoring.channels import Channels, Message, Tone, findings_of
@@ -24,8 +24,14 @@ SECRETS = ("t0ken", "passw0rd")
 SECOND = timedelta(seconds=1)
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_goes_on() -> Iterator[None]:
+    with threads_ended():
+        yield
+
+
 @pytest.fixture
-def listener() -> Iterator[Listener]:
+def listener(_no_thread_goes_on: None) -> Iterator[Listener]:
     with listening() as heard:
         yield heard
 

@@ -19,6 +19,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.unit.cli_samples import sample
+from tests.unit.listener import threads_ended
 from vmsnap import __version__
 from vmsnap.errors import PreconditionError
 from vmsnap.model.alarms import Alarm, AlarmKind, Breach, Ledger, Raised
@@ -216,6 +217,12 @@ def test_a_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
 
 # The endpoint
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_goes_on() -> Iterator[None]:
+    with threads_ended():
+        yield
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.unit.listener import Listener, listening
+from tests.unit.listener import Listener, listening, threads_ended
 from vmsnap.errors import ConfigError, DriverError, IsolationError, PreconditionError, ToolError, VmsnapError
 from vmsnap.model.alarms import Ledger
 from vmsnap.model.due import DueEntry, Outcome
@@ -83,8 +83,14 @@ class Scene:
         return [message["title"] for message in self.listener.messages]
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_goes_on() -> Iterator[None]:
+    with threads_ended():
+        yield
+
+
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
+def scene(tmp_path: Path, _no_thread_goes_on: None) -> Iterator[Scene]:
     with listening() as listener:
         yield Scene(state=tmp_path / "state", listener=listener)
         listener.freed.set()
