@@ -52,6 +52,7 @@ from vmsnap.oversight import Hearing, Oversight
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import Observer
 from vmsnap.ports.progress import Progress
+from vmsnap.state.admissions import FileAdmissions
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
 from vmsnap.state.environments import FileEnvironmentBook
@@ -62,7 +63,7 @@ from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.state.starter import starter_of_process
 from vmsnap.stores.images import ImagesStore
-from vmsnap.workflow.backup import Backup, settings_of
+from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.naming import register
@@ -72,6 +73,7 @@ from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.serve import forward, serve
 from vmsnap.workflow.verify import verify, verify_due
+from vmsnap.workflow.wishes import settings_of
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies),
         journals=FileJournals(state),
         locks=FileLocks(state, clock=clock),
+        admissions=FileAdmissions(state, most=settings.limits.clones_per_host),
         book=FileEnvironmentBook(state),
         attempts=FileAttemptBook(state),
         exchanges=FileExchanges(state),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.ports.state import AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.state.admissions import FileAdmissions
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.environments import FileEnvironmentBook
 from vmsnap.state.exchanges import FileExchanges
@@ -39,6 +40,7 @@ class FileWorld:
     exchanges: Exchanges
     attempts: AttemptBook
     rungs: RungMemory
+    admissions: Admissions
 
     @staticmethod
     def at(folder: Path) -> FileWorld:
@@ -49,6 +51,7 @@ class FileWorld:
             exchanges=FileExchanges(folder),
             attempts=FileAttemptBook(folder),
             rungs=FileRungMemory(folder),
+            admissions=FileAdmissions(folder, most=4),
         )
 
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
@@ -74,6 +77,10 @@ class MemoryWorld:
     @property
     def locks(self) -> Locks:
         return self.state.locks
+
+    @property
+    def admissions(self) -> Admissions:
+        return self.state.admissions
 
     @property
     def environments(self) -> EnvironmentBook:

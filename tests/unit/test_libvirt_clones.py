@@ -11,7 +11,8 @@ import pytest
 
 from tests.unit.libvirt_domains import RUN, domain_xml
 from vmsnap.errors import BugError, DeadlineError, DriverError, NotCleanError
-from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, cpu_weight
+from vmsnap.hypervisors.libvirt.clonelimits import cpu_weight
+from vmsnap.hypervisors.libvirt.clones import Clones, clone_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
 from vmsnap.model.ids import RunId

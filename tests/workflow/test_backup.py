@@ -30,6 +30,7 @@ from vmsnap.errors import (
     SafetyError,
     VmsnapError,
 )
+from vmsnap.model.admission import HostMemory, Place
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.drain import CleanShutdown, FileSystemState, InstanceEvidence
 from vmsnap.model.guest import Finding, GuestState, Severity
@@ -47,7 +48,7 @@ from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.network import AddressRequest, LinkControl
 from vmsnap.testing.fake_disks import FakeDiskInspector
-from vmsnap.testing.fake_host import ImageFile
+from vmsnap.testing.fake_host import RAM_BYTES, ImageFile
 from vmsnap.testing.fake_network import FakeAddressing, RungOutcome
 from vmsnap.testing.fake_postgresql import FakeCluster
 from vmsnap.testing.world import START, FakeWorld, QuietProgress
@@ -314,6 +315,19 @@ def test_a_second_backup_of_the_guest_is_busy_and_another_guest_goes_on(tmp_path
     assert isinstance(other, BackupReport)
     assert [snapshot.manifest.guest for snapshot in lab.store.snapshots()] == ["db", "mail"]
     assert (mine.guest, other.guest) == ("db", "mail")
+
+
+def test_without_room_for_its_clone_a_guest_is_not_touched(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.host.memory_bytes = RAM_BYTES - 1
+    assert isinstance(refused(lab), BusyError)
+    lab.host.memory_bytes = RAM_BYTES
+    other = Place(run=RunId("00000000ff"), guest="other", memory_bytes=RAM_BYTES)
+    with lab.state.admissions.admitted(other, look=lambda: HostMemory(available_bytes=RAM_BYTES)):
+        assert "promised to others" in refused(lab).brief
+    assert lab.state.runs == {}
+    succeed(lab, backup())
+    assert lab.state.places == {}
 
 
 def test_a_reconcile_beside_it_touches_nothing_of_a_living_run(tmp_path: Path) -> None:

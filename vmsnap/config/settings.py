@@ -83,10 +83,14 @@ class IsolationSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """How many runs the schedule lets go on at a time: on this host, and on each storage that policies name."""
+    """How many runs the schedule lets go on at a time: on this host, and on each storage that policies name.
+
+    ``clones_per_host``: how many clones there may be at a time, whoever wants them.
+    """
 
     runs_per_host: int = Field(default=1, ge=1)
     runs_per_storage: int = Field(default=1, ge=1)
+    clones_per_host: int = Field(default=4, ge=1)
 
 
 class DaemonSettings(_Section):

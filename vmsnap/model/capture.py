@@ -54,6 +54,23 @@ class Detach(StrEnum):
     AUTO = "auto"
 
 
+class SwapRule(StrEnum):
+    """What to do where the kernel may write a memory image to swap on a disk."""
+
+    REFUSE = "refuse"
+    WARN = "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloneLimits:
+    """What a clone may use of the host beside CPU weight; None: as much as its guest. Rates are of each disk, or NIC."""
+
+    cpu_percent: int | None = None
+    disk_bytes_per_second: int | None = None
+    disk_operations_per_second: int | None = None
+    network_bytes_per_second: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
     """A policy's wishes for the capture.
@@ -62,6 +79,7 @@ class CaptureSettings:
     its memory being taken goes on, and the capture is given up. What comes after (disks, resume) cannot be given up; it is
     measured, room is left for it, and a pause that was longer nevertheless is reported.
     ``throttle_limit`` is how long the guest's vCPUs may be slowed down for a capture (``OnNoConvergence.THROTTLE``).
+    ``swap``: what to do where memory images could reach a disk. ``cpu_shares`` and ``limits`` are the clone's.
     ``allow_emulation``: take guests without hardware virtualisation even where the copy of their memory may be wrong.
     """
 
@@ -74,7 +92,9 @@ class CaptureSettings:
     overlay_dir: str | None = None
     min_overlay_free_bytes: int = 1 << 30
     allow_emulation: bool = False
+    swap: SwapRule = SwapRule.REFUSE
     cpu_shares: int = 64
+    limits: CloneLimits = CloneLimits()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from vmsnap.model.capture import Detach, OnNoConvergence
+from vmsnap.model.capture import Detach, OnNoConvergence, SwapRule
 from vmsnap.model.durations import Duration, PositiveDuration, TimeZoneName
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
@@ -54,12 +54,20 @@ class CapturePolicy(_Section):
     overlay_dir: str | None = None
     min_overlay_free_mib: int = Field(default=1024, ge=1)
     allow_emulation: bool = False
+    swap: SwapRule = SwapRule.REFUSE
 
 
 class ClonePolicy(_Section):
-    """How the clone runs. ``cpu_shares`` is its weight against other VMs, which have 1024 each by default."""
+    """How the clone runs. ``cpu_shares`` is its weight against other VMs, which have 1024 each by default.
+
+    ``cpu_percent`` is the most of one CPU that each of its vCPUs gets; the rates are of each disk, and of each network card.
+    """
 
     cpu_shares: int = Field(default=64, ge=2, le=262144)
+    cpu_percent: int | None = Field(default=None, ge=1, le=100)
+    disk_mib_s: int | None = Field(default=None, ge=1)
+    disk_iops: int | None = Field(default=None, ge=1)
+    network_mib_s: int | None = Field(default=None, ge=1)
     boot_deadline: PositiveDuration = timedelta(minutes=3)
     shutdown_deadline: PositiveDuration = timedelta(minutes=5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Protocol
 
+from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage, ModeChoice
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic
@@ -43,6 +44,12 @@ class Hypervisor(Owner, Protocol):
 
     def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
         """Return the settings with nothing left to choose: what ``auto`` comes to for this guest on this host now."""
+
+    def clone_memory_bytes(self, guest: Guest) -> int:
+        """Return the most memory that a guest's memory image and clone take of the host together."""
+
+    def host_memory(self) -> HostMemory:
+        """Return what memory the host has left, and what each run's image and clone have taken so far."""
 
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the place of the memory image."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Protocol
 
+from vmsnap.model.admission import HostMemory, Place
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import Exchange, Rung
@@ -134,3 +135,13 @@ class RungMemory(Protocol):
 
     def remember(self, guest: str, *, rung: Rung) -> None:
         """Record the rung that worked, instead of the one before it, atomically."""
+
+
+class Admissions(Protocol):
+    """Places for clones on this host, shared by all processes. A place ends with its process."""
+
+    def admitted(self, place: Place, *, look: Callable[[], HostMemory]) -> AbstractContextManager[None]:
+        """Hold a place for a clone while the block runs. ``look`` is called while nobody else decides.
+
+        Raises BusyError where no place is free, or too little memory that is not promised to others.
+        """

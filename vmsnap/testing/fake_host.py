@@ -105,6 +105,7 @@ class FakeHost:
         self.offline: Callable[[tuple[DiskImage, ...], Ended], None] = lambda _images, _ended: None
         self.findings: list[Finding] = []
         self.free_bytes = 100 << 30
+        self.memory_bytes = 100 << 30
         self.shutdown = "in order"
         self.keeps_nics = False
         self.has_reflinks = True

@@ -21,6 +21,7 @@ from vmsnap.errors import (
     PreconditionError,
     SafetyError,
 )
+from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
     POLICY_SAYS_LIVE,
     Capture,
@@ -139,6 +140,16 @@ class FakeHypervisor(FakeEnvironments):
         if settings.detach is not Detach.AUTO:
             return settings
         return replace(settings, detach=Detach.REFLINK if self._host.has_reflinks else Detach.LATE)
+
+    def clone_memory_bytes(self, guest: Guest) -> int:
+        """Return what image and clone take."""
+        return guest.memory_bytes
+
+    def host_memory(self) -> HostMemory:
+        """Return what memory the host has left."""
+        taken = dict.fromkeys(self._host.memory, RAM_BYTES)
+        taken |= {m.run: RAM_BYTES for m in self._host.machines.values() if m.run is not None and m.transient}
+        return HostMemory(available_bytes=self._host.memory_bytes - sum(taken.values()), taken_bytes=taken)
 
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the place of the memory image."""

@@ -7,12 +7,13 @@ free, its runs are dead, and nothing its code still does while it unwinds reache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from vmsnap.errors import BugError, BusyError, PreconditionError
+from vmsnap.model.admission import HostMemory, Place, refusal
 from vmsnap.model.alarms import Ledger
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, is_run_id
@@ -52,6 +53,8 @@ class MemoryState:
         self.book: dict[str, Environment] = {}
         self.journals = MemoryJournals(self)
         self.locks = MemoryLocks(self)
+        self.places: dict[RunId, Place] = {}
+        self.admissions = MemoryAdmissions(self)
         self.environments = MemoryEnvironmentBook(self)
         self.exchanges = MemoryExchanges(self)
         self.rungs = MemoryRungs(self)
@@ -63,6 +66,7 @@ class MemoryState:
         """End the present process at once. Every call raises ProcessDied until ``restart``."""
         self.alive = False
         self.held.clear()
+        self.places.clear()
         for run in self.runs.values():
             run.owner = None
 
@@ -246,6 +250,32 @@ class MemoryLocks:
         finally:
             if state.alive and state.process == process:
                 del state.held[what]
+
+
+class MemoryAdmissions:
+    """The port ``Admissions`` in memory. ``most`` clones may be there at a time."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+        self.most = 4
+
+    @contextmanager
+    def admitted(self, place: Place, *, look: Callable[[], HostMemory]) -> Iterator[None]:
+        """Hold a place for a clone. Raises BusyError where there is none now."""
+        state = self._state
+        state.check_alive()
+        refused = refusal(place, held=tuple(state.places.values()), memory=look(), most=self.most)
+        if refused is not None:
+            raise BusyError(
+                f"there is no room for another clone on this host: {refused}", remedy="wait until one has ended"
+            )
+        process = state.process
+        state.places[place.run] = place
+        try:
+            yield
+        finally:
+            if state.alive and state.process == process:
+                del state.places[place.run]
 
 
 class MemoryEnvironmentBook:

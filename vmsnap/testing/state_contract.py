@@ -7,6 +7,7 @@ A test module subclasses ``StateContract`` and gives it a fixture ``world``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -14,13 +15,14 @@ from typing import Protocol
 
 import pytest
 
-from vmsnap.errors import BugError, BusyError, EnvironmentNotFoundError, PreconditionError
+from vmsnap.errors import BugError, BusyError, DriverError, EnvironmentNotFoundError, PreconditionError
+from vmsnap.model.admission import HostMemory, Place
 from vmsnap.model.environment import Environment
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, ResourceKind, RunKind, RunRecord
 from vmsnap.model.schedule import FailedAttempt
-from vmsnap.ports.state import AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 
 AT = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -64,6 +66,10 @@ class StateWorld(Protocol):
     @property
     def attempts(self) -> AttemptBook:
         """Return the book of attempts."""
+
+    @property
+    def admissions(self) -> Admissions:
+        """Return the places for clones, of which there are four."""
 
     @property
     def rungs(self) -> RungMemory:
@@ -448,3 +454,60 @@ class StateContract:
         world.run_and_die(work)
         assert world.exchanges.get("52:54:00:aa:00:01") == exchange("52:54:00:aa:00:01")
         assert world.rungs.recall("db") is Rung.AGENT
+
+    def test_places_for_clones_are_counted(self, world: StateWorld) -> None:
+        with ExitStack() as held:
+            for number in range(4):
+                held.enter_context(world.admissions.admitted(place(number), look=plenty))
+            with pytest.raises(BusyError, match="at most 4"), world.admissions.admitted(place(4), look=plenty):
+                pass
+        with world.admissions.admitted(place(4), look=plenty):
+            pass
+
+    def test_two_clones_are_not_promised_the_same_memory(self, world: StateWorld) -> None:
+        def look() -> HostMemory:
+            return HostMemory(available_bytes=150)
+
+        def look_again() -> HostMemory:
+            return HostMemory(available_bytes=100, taken_bytes={place(1).run: 50})
+
+        with world.admissions.admitted(place(1), look=look):
+            with pytest.raises(BusyError, match="promised"), world.admissions.admitted(place(2), look=look):
+                pass
+            with pytest.raises(BusyError), world.admissions.admitted(place(2), look=look_again):
+                pass
+        with world.admissions.admitted(place(2), look=look):
+            pass
+
+    def test_a_failed_look_takes_no_place(self, world: StateWorld) -> None:
+        def fail() -> HostMemory:
+            raise DriverError("nobody knows")
+
+        with pytest.raises(DriverError), world.admissions.admitted(place(1), look=fail):
+            pass
+        with world.admissions.admitted(place(1), look=plenty):
+            pass
+
+    def test_death_frees_a_place(self, world: StateWorld) -> None:
+        kept: list[ExitStack] = []
+
+        def work(mine: StateWorld) -> None:
+            kept.append(ExitStack())
+            for number in range(4):
+                kept[-1].enter_context(mine.admissions.admitted(place(number), look=plenty))
+
+        world.run_and_die(work)
+        with world.admissions.admitted(place(1), look=plenty):
+            pass
+        for stack in kept:
+            stack.pop_all()
+
+
+def place(number: int) -> Place:
+    """Return a place of a hundred bytes."""
+    return Place(run=RunId(f"0000000c{number:02x}"), guest=f"db{number}", memory_bytes=100)
+
+
+def plenty() -> HostMemory:
+    """Return a host with memory for all."""
+    return HostMemory(available_bytes=1 << 40)

@@ -128,6 +128,7 @@ class FakeWorld:
             store=self.store,
             journals=self.state.journals,
             locks=self.state.locks,
+            admissions=self.state.admissions,
             book=self.state.environments,
             attempts=self.state.attempts,
             exchanges=self.state.exchanges,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vmsnap import __version__
 from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
-from vmsnap.model.capture import Capture, CaptureChoice, CapturePlan, CaptureSettings, Clone, ModeChoice
+from vmsnap.model.admission import Place
+from vmsnap.model.capture import Capture, CapturePlan, Clone, ModeChoice
 from vmsnap.model.doubt import doubt_before
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
@@ -38,28 +39,12 @@ from vmsnap.workflow.records import capture_record, clean_record, drain_record, 
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.taking import Taking
 from vmsnap.workflow.talk import converse
+from vmsnap.workflow.wishes import settings_of
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
-_MIB = 1 << 20
 _STOP_SLACK = timedelta(seconds=30)
 _NVRAM_FILE = "nvram.fd"
-
-
-def settings_of(policy: Policy) -> CaptureSettings:
-    """Return what a policy wants of the capture."""
-    return CaptureSettings(
-        mode=CaptureChoice(policy.capture.mode),
-        max_pause=policy.capture.max_pause,
-        on_no_convergence=policy.capture.on_no_convergence,
-        throttle_limit=policy.capture.throttle_limit,
-        timeout=policy.capture.timeout,
-        detach=policy.capture.detach,
-        overlay_dir=policy.capture.overlay_dir,
-        min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
-        allow_emulation=policy.capture.allow_emulation,
-        cpu_shares=policy.clone.cpu_shares,
-    )
 
 
 def refuse(findings: tuple[Finding, ...], *, what: str) -> tuple[str, ...]:
@@ -143,9 +128,9 @@ class Backup:
     def run(self) -> BackupReport:
         """Back up the guest.
 
-        Raises BusyError where the guest is worked on already, PreconditionError before anything was touched, and
-        otherwise what went wrong; everything the run made is then undone. CleanupError: the snapshot is stored, or
-        not, as it says, and something is left.
+        Raises BusyError where the guest is worked on already or its clone has no room on the host, PreconditionError before
+        anything was touched, and otherwise what went wrong; everything the run made is then undone. CleanupError: the
+        snapshot is stored, or not, as it says, and something is left.
         """
         world = self._world
         with world.locks.guest(self._policy.guest, purpose="backup"):
@@ -159,12 +144,14 @@ class Backup:
         started = world.clock.now()
         subject = self._preflight()
         guest = subject.source.guest
-        self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
-        run = Run(world, journal=self._journal, progress=self._progress)
-        with closing(self._journal):
-            snapshot = self._work(run, subject=subject, started=started)
-            with run.step("prune"):
-                pruned = self._prune()
+        place = Place(run=run_id, guest=guest.name, memory_bytes=world.hypervisor.clone_memory_bytes(guest))
+        with world.admissions.admitted(place, look=world.hypervisor.host_memory):
+            self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
+            run = Run(world, journal=self._journal, progress=self._progress)
+            with closing(self._journal):
+                snapshot = self._work(run, subject=subject, started=started)
+                with run.step("prune"):
+                    pruned = self._prune()
         report = self._report(run, snapshot=snapshot, started=started, pruned=pruned)
         self._chronicle.learned(warnings=report.warnings)
         return report

@@ -18,8 +18,8 @@ from vmsnap.model.journal import RunKind
 from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy
 from vmsnap.model.schedule import newest_before, next_due
-from vmsnap.workflow.backup import settings_of
 from vmsnap.workflow.run import as_vmsnap_error
+from vmsnap.workflow.wishes import settings_of
 from vmsnap.workflow.world import World
 
 _NO_RUN = RunId("0" * 10)

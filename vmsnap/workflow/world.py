@@ -20,7 +20,7 @@ from vmsnap.ports.names import Names
 from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.owner import Owner
 from vmsnap.ports.service import Residences, Services
-from vmsnap.ports.state import AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.ports.store import SnapshotStore
 
 
@@ -44,6 +44,7 @@ class World:
     store: SnapshotStore
     journals: Journals
     locks: Locks
+    admissions: Admissions
     book: EnvironmentBook
     attempts: AttemptBook
     exchanges: Exchanges

@@ -13,9 +13,11 @@ import libvirt
 
 from vmsnap.errors import BugError, DeadlineError, GuestNotFoundError, NotCleanError
 from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_image
+from vmsnap.hypervisors.libvirt.clonelimits import set_limits
 from vmsnap.hypervisors.libvirt.connection import AGENT_COMMAND_TIMEOUT, Connection, gone, translated
 from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
 from vmsnap.hypervisors.libvirt.inspect import nic_mac
+from vmsnap.hypervisors.libvirt.processes import FirstToDie
 from vmsnap.hypervisors.libvirt.stream import StreamFeeder
 from vmsnap.hypervisors.libvirt.xml import Tag, devices, drop, parse, read_tag, unparse
 from vmsnap.model.capture import CapturePlan, Clone
@@ -26,8 +28,6 @@ from vmsnap.ports.clock import Cancel
 
 _LOG = logging.getLogger(__name__)
 _UUIDS = uuid.UUID("6c1e2f0a-7f0b-5a55-9a53-2b8f6f1f9e11")
-_NORMAL_SHARES = 1024
-_WEIGHT_V2 = 100
 _NOTHING_TO_DO = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
@@ -71,16 +71,6 @@ def clone_xml(text: str, *, plan: CapturePlan, fence: FencePlan, nvram: str | No
     return unparse(domain)
 
 
-def cpu_weight(cpu_shares: int, *, normal: int) -> int:
-    """Return a policy's CPU weight, in which 1024 is that of other VMs, in the host's measure.
-
-    ``normal`` is what libvirt gives a VM without a word: 1024 in cgroups version 1 (2 to 262144), 100 in version 2 (1 to
-    10000: Linux, Documentation/admin-guide/cgroup-v2.rst, cpu.weight).
-    """
-    largest = 262144 if normal > _WEIGHT_V2 else 10000
-    return min(max(2, cpu_shares * normal // _NORMAL_SHARES), largest)
-
-
 class Clones:
     """All clones of one connection."""
 
@@ -93,10 +83,11 @@ class Clones:
         with image.open("r+b") as file:
             text = save_image.read_header(file).xml
             save_image.replace_xml(file, xml=clone_xml(text, plan=plan, fence=fence, nvram=nvram))
-        with StreamFeeder(image) as feeder:
+        with StreamFeeder(image) as feeder, FirstToDie(clone.name) as doomed:
             with translated("restore the clone"):
                 self._connection.get().restoreFlags(str(feeder.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
             feeder.require_fed()
+            doomed.require_done()
         memory.discard_image(image.parent)
         domain = self._connection.domain(clone.name)
         if state_of(domain) is not GuestState.PAUSED:
@@ -111,10 +102,7 @@ class Clones:
             nvram=nvram,
             name="the clone",
         )
-        with translated("set the clone's CPU weight"):
-            normal = int(domain.schedulerParametersFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE)["cpu_shares"])
-            weight = cpu_weight(plan.settings.cpu_shares, normal=normal)
-            domain.setSchedulerParametersFlags({"cpu_shares": weight}, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        set_limits(domain, cpu_shares=plan.settings.cpu_shares, limits=plan.settings.limits)
         return clone
 
     def resume(self, clone: Clone, *, proof: IsolationProof) -> None:

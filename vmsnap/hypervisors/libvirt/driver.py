@@ -32,8 +32,10 @@ from vmsnap.hypervisors.libvirt.inspect import (
 from vmsnap.hypervisors.libvirt.leftovers import image_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
+from vmsnap.hypervisors.libvirt.swap import check_swap
 from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
+from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
     POLICY_SAYS_LIVE,
     Capture,
@@ -205,6 +207,7 @@ class LibvirtHypervisor:
         found.extend(preflight.check_disks(root, settings=settings))
         found.append(copies.check(guest, settings=settings))
         found.extend(preflight.check_agent(root))
+        found.extend(check_swap(settings.swap))
         found.extend(preflight.check_memory(root, meminfo=Path("/proc/meminfo").read_text(encoding="ascii")))
         return tuple(found)
 
@@ -216,6 +219,14 @@ class LibvirtHypervisor:
 
     def _runtime(self, run: RunId) -> Path:
         return self._folders.runtime / run
+
+    def clone_memory_bytes(self, guest: Guest) -> int:
+        """Return the most memory that a guest's image and clone take."""
+        return preflight.peak_bytes(guest.memory_bytes)
+
+    def host_memory(self) -> HostMemory:
+        """Return what memory the host has left, and what each run has taken."""
+        return memory.host_memory(self._folders.runtime)
 
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the tmpfs of the memory image."""
@@ -230,7 +241,8 @@ class LibvirtHypervisor:
         with translated_os(f"make {self._runtime(plan.run)}"):
             self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
             self._runtime(plan.run).mkdir(mode=0o711, exist_ok=True)
-        memory.create(self._runtime(plan.run) / "memory", ram_bytes=plan.guest.memory_bytes)
+        folder = self._runtime(plan.run) / "memory"
+        memory.create(folder, ram_bytes=plan.guest.memory_bytes, swap=plan.settings.swap)
 
     def overlays_resource(self, plan: CapturePlan) -> Resource:
         """Name the source's overlays, and note what else a capture changes of the source."""

@@ -5,20 +5,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vmsnap.errors import DriverError, NoSpaceError, ToolError
+from vmsnap.errors import DriverError, NoSpaceError, PreconditionError, ToolError
 from vmsnap.hypervisors.libvirt.preflight import KEEP_FREE_BYTES, available_memory_bytes, memory_image_bytes, peak_bytes
+from vmsnap.hypervisors.libvirt.processes import pid_of, resident_bytes
+from vmsnap.hypervisors.libvirt.swap import REMEDY, swap_on_disk
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
+from vmsnap.model.admission import HostMemory
+from vmsnap.model.capture import SwapRule
+from vmsnap.model.ids import RunId, is_run_id
 
 _MIB = 1 << 20
 IMAGE_NAME = "ram.save"
 
 
-def create(folder: Path, *, ram_bytes: int) -> None:
+def create(folder: Path, *, ram_bytes: int, swap: SwapRule) -> None:
     """Mount the tmpfs and make the empty image file that libvirt insists on finding.
 
     The image may outgrow the guest's RAM, which it holds twice where it changed meanwhile, as far as the host has memory.
 
-    Raises NoSpaceError where the host's memory does not hold image and clone, ToolError.
+    It is kept out of swap where the kernel can do that. Raises NoSpaceError where the host's memory does not hold image and
+    clone, PreconditionError where the image could reach a disk although ``swap`` forbids it, ToolError.
     """
     free = available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
     if free < peak_bytes(ram_bytes):
@@ -30,20 +36,51 @@ def create(folder: Path, *, ram_bytes: int) -> None:
     size = min(memory_image_bytes(ram_bytes), free - KEEP_FREE_BYTES)
     with translated_os(f"make the memory area {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    run_tool(
-        (
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            f"size={size // _MIB}m,mode=0700,nosuid,nodev,noexec",
-            "vmsnap-memory",
-            str(folder),
-        )
-    )
+    _mount(folder, options=f"size={size // _MIB}m,mode=0700,nosuid,nodev,noexec", swap=swap)
     with translated_os(f"make the memory image in {folder}"):
         descriptor = os.open(folder / IMAGE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         os.close(descriptor)
+
+
+def _mount(folder: Path, *, options: str, swap: SwapRule) -> None:
+    """Mount a tmpfs out of swap's reach; an older kernel knows no such option (``noswap``: tmpfs(5), Linux 6.4)."""
+    areas = swap_on_disk()
+    try:
+        run_tool(("mount", "-t", "tmpfs", "-o", f"{options},noswap", "vmsnap-memory", str(folder)))
+    except ToolError:
+        if areas and swap is SwapRule.REFUSE:
+            raise PreconditionError(
+                f"the memory image could be swapped to {', '.join(areas)}, and with it the guest's secrets",
+                remedy=REMEDY,
+            ) from None
+        run_tool(("mount", "-t", "tmpfs", "-o", options, "vmsnap-memory", str(folder)))
+
+
+def host_memory(runtime: Path) -> HostMemory:
+    """Return what memory the host has left, and what each run's image and clone hold of it."""
+    taken: dict[RunId, int] = {}
+    for folder in sorted(runtime.iterdir()) if runtime.is_dir() else ():
+        if is_run_id(folder.name):
+            run = RunId(folder.name)
+            taken[run] = _used_bytes(folder / "memory") + _clone_bytes(run)
+    available = available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
+    return HostMemory(available_bytes=available, taken_bytes=taken)
+
+
+def _clone_bytes(run: RunId) -> int:
+    pid = pid_of(f"vmsnap-clone-{run}")
+    return 0 if pid is None else resident_bytes(pid)
+
+
+def _used_bytes(folder: Path) -> int:
+    """Return what a tmpfs holds; 0 where there is none (any more)."""
+    try:
+        if not os.path.ismount(folder):
+            return 0
+        status = os.statvfs(folder)
+    except OSError:
+        return 0
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
 def remove(folder: Path) -> None:

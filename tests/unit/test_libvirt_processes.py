@@ -1,0 +1,58 @@
+"""A clone's process is marked to end first, from its beginning, and no other process is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from vmsnap.errors import DriverError
+from vmsnap.hypervisors.libvirt.processes import CLONE_OOM_SCORE, FirstToDie, pid_of, resident_bytes
+
+CLONE = "vmsnap-clone-0123456789"
+
+
+@contextmanager
+def process(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words])
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def score(child: subprocess.Popen[bytes]) -> int:
+    return int(Path(f"/proc/{child.pid}/oom_score_adj").read_text())
+
+
+def test_a_clone_that_begins_meanwhile_is_marked(tmp_path: Path) -> None:
+    with FirstToDie(CLONE, pid_files=tmp_path) as doomed, process("-name", f"guest={CLONE},debug-threads=on") as clone:
+        (tmp_path / f"{CLONE}.pid").write_text(f"{clone.pid}\n")
+        until = time.monotonic() + 10
+        while score(clone) != CLONE_OOM_SCORE:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        doomed.require_done()
+        assert pid_of(CLONE, pid_files=tmp_path) == clone.pid
+        assert resident_bytes(clone.pid) > 1 << 20
+    assert resident_bytes(clone.pid) == 0
+
+
+def test_a_process_of_another_name_is_left_alone(tmp_path: Path) -> None:
+    with process("-name", "guest=db1,debug-threads=on") as other:
+        before = score(other)
+        (tmp_path / f"{CLONE}.pid").write_text(f"{other.pid}\n")
+        with FirstToDie(CLONE, pid_files=tmp_path) as doomed, pytest.raises(DriverError, match="could not be made"):
+            doomed.require_done()
+        assert score(other) == before
+
+
+def test_without_a_process_it_fails(tmp_path: Path) -> None:
+    with FirstToDie(CLONE, pid_files=tmp_path) as doomed, pytest.raises(DriverError):
+        doomed.require_done()
