@@ -53,6 +53,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         [limits]
         runs_per_host = 3
         runs_per_storage = 2
+        clones_per_host = 6
         [daemon]
         tick = "10s"
         reconcile_every = "1m"
@@ -78,7 +79,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         "runtime": {"path": "/c"},
         "libvirt": {"uri": "qemu+unix:///system?socket=/d"},
         "isolation": {"service_network": "100.64.0.0/24"},
-        "limits": {"runs_per_host": 3, "runs_per_storage": 2},
+        "limits": {"runs_per_host": 3, "runs_per_storage": 2, "clones_per_host": 6},
         "daemon": {"tick": "10s", "reconcile_every": "1m", "prune_every": "2h", "stop_deadline": "3m"},
         "metrics": {"listen": "[::1]:9642", "textfile": "/e/vmsnap.prom"},
         "notifications": {
