@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.model.capture import CaptureSettings, Detach, DiskImage
+from vmsnap.model.capture import CaptureChoice, CaptureSettings, Detach, DiskImage, DiskSnapshot
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.testing.fake_host import DISK_BYTES
 from vmsnap.testing.fake_hypervisor import FakeHypervisor
 from vmsnap.testing.fake_network import FakeFence
-from vmsnap.testing.hypervisor_contract import CopyingContract, HypervisorContract, HypervisorHarness
+from vmsnap.testing.hypervisor_contract import BootingContract, CopyingContract, HypervisorContract, HypervisorHarness
 from vmsnap.testing.world import FakeWorld
 
 
@@ -49,6 +49,24 @@ class TestFakeHypervisorWithReflinks(CopyingContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
         harness = FakeHarness(tmp_path, settings=CaptureSettings(detach=Detach.AUTO))
+        yield harness
+        assert harness.lab.host.harm() == []
+        assert harness.lab.leftovers() == ()
+
+
+class TestFakeHypervisorThatTakesDisksAlone(BootingContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
+        harness = FakeHarness(tmp_path, settings=CaptureSettings(mode=CaptureChoice.BOOT))
+        yield harness
+        assert harness.lab.host.harm() == []
+        assert harness.lab.leftovers() == ()
+
+
+class TestFakeHypervisorWithStorageSnapshots(CopyingContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
+        harness = FakeHarness(tmp_path, settings=CaptureSettings(disk_snapshot=DiskSnapshot.STORAGE))
         yield harness
         assert harness.lab.host.harm() == []
         assert harness.lab.leftovers() == ()

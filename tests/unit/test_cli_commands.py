@@ -265,6 +265,8 @@ def test_list_in_json(program: Program) -> None:
                 "captured": "2026-11-21T02:00:03Z",
                 "logical_bytes": 8 << 30,
                 "new_bytes": 300 << 20,
+                "mode": "live",
+                "memory_captured": True,
                 "pause_ms": 23.4,
                 "engine": "postgresql",
                 "clean": {"proven": True, "methods": ["disk"]},

@@ -42,8 +42,13 @@ def test_a_network_of_the_operators_choice_is_no_breach(tmp_path: Path) -> None:
     attach(tmp_path, definition=domain_xml())
 
 
-def test_a_folder_of_the_host_in_the_stored_definition_is(tmp_path: Path) -> None:
+def test_a_folder_of_the_host_is_left_out(tmp_path: Path) -> None:
     shared = "<filesystem type='mount'><source dir='/srv/production'/><target dir='share'/></filesystem>"
+    attach(tmp_path, definition=domain_xml().replace("</devices>", f"{shared}</devices>"))
+
+
+def test_a_device_that_nobody_knows_is_a_breach(tmp_path: Path) -> None:
+    unknown = "<portal><source path='/srv/production'/></portal>"
     with pytest.raises(SafetyError) as caught:
-        attach(tmp_path, definition=domain_xml().replace("</devices>", f"{shared}</devices>"))
-    assert "filesystem" in str(caught.value.details)
+        attach(tmp_path, definition=domain_xml().replace("</devices>", f"{unknown}</devices>"))
+    assert "portal" in str(caught.value.details)

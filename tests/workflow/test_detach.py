@@ -8,13 +8,14 @@ import pytest
 
 from tests.workflow.invocations import Trial, backup, invoke, order, recovers, succeed
 from vmsnap.errors import PreconditionError
-from vmsnap.model.capture import Detach
+from vmsnap.model.capture import Detach, DiskSnapshot
 from vmsnap.model.policy import CapturePolicy, Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.testing.faults import DEATHS, Fault, Mode
 from vmsnap.testing.world import FakeWorld
 
 AT_ONCE = Policy(guest="db", capture=CapturePolicy(detach=Detach.REFLINK))
+STORAGE = Policy(guest="db", capture=CapturePolicy(disk_snapshot=DiskSnapshot.STORAGE))
 AUTO = Policy(guest="db", capture=CapturePolicy(detach=Detach.AUTO))
 
 
@@ -60,12 +61,23 @@ def test_the_operator_is_told(tmp_path: Path) -> None:
     assert [step.name for step in outcome.result.steps][1:4] == ["capture", "detach", "restore clone"]
 
 
+def test_with_storage_snapshots_production_never_leaves_its_disks(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path, disks=2)
+    calls = names(STORAGE, lab)
+    assert calls.index("hypervisor.capture") < calls.index("hypervisor.release source-overlays")
+    assert calls.index("hypervisor.release clone") < calls.index("hypervisor.release disk-copies")
+    (snapshot,) = lab.store.snapshots("db")
+    assert snapshot.manifest.capture.on_overlay_seconds == 0.0
+    assert order(lab) == []
+
+
+@pytest.mark.parametrize("policy", [AT_ONCE, STORAGE], ids=["reflinks", "storage"])
 @pytest.mark.parametrize("mode", list(Mode))
-def test_any_fault_up_to_the_clone_and_at_the_end(tmp_path: Path, mode: Mode) -> None:
+def test_any_fault_up_to_the_clone_and_at_the_end(tmp_path: Path, mode: Mode, policy: Policy) -> None:
     """In between, the run is as any other."""
     disks = 2 if mode in DEATHS else 1
-    trial = Trial(prepare=lambda folder: FakeWorld(folder, disks=disks), work=backup(AT_ONCE))
-    good = names(AT_ONCE, FakeWorld(tmp_path / "good", disks=disks))
+    trial = Trial(prepare=lambda folder: FakeWorld(folder, disks=disks), work=backup(policy))
+    good = names(policy, FakeWorld(tmp_path / "good", disks=disks))
     first, clone, stored = (good.index(f"hypervisor.{name}") for name in ("settle", "resume_clone", "release clone"))
     problems = []
     for number in (*range(first, clone + 1), *range(stored, len(good))):

@@ -55,7 +55,14 @@ def _print(console: Console, report: BackupReport) -> None:
     methods = ", ".join(sorted({item.method for item in report.clean.instances}))
     clusters = count(len({item.data_directory for item in report.clean.instances}), thing="database instance")
     systems = count(len(report.clean.file_systems), thing="file system")
-    captured = f"{moment(report.capture.captured)}; the guest stood still for {milliseconds(report.capture.pause_ms)}"
+    capture = report.capture
+    pause = milliseconds(capture.pause_ms)
+    if capture.memory_captured:
+        captured = f"the guest stood still for {pause}, {size(capture.ram_bytes)} of memory"
+    else:
+        captured = f"its disks, frozen within {pause}; memory was not captured"
+    if capture.on_overlay_seconds is not None:
+        captured += f"; on its own disks again after {seconds(capture.on_overlay_seconds)}"
     reason = f": {printable(report.capture.reason)}" if report.capture.reason else ""
     proofs = count(len(report.isolation.proof), thing="proof")
     stored = f"{size(report.store.new_bytes)} new of {size(report.store.logical_bytes)}"
@@ -63,7 +70,7 @@ def _print(console: Console, report: BackupReport) -> None:
         console,
         [
             f"Snapshot {report.snapshot} of {printable(report.guest)} is stored and proven clean.",
-            f"  captured  {captured}, {size(report.capture.ram_bytes)} of memory",
+            f"  captured  {moment(capture.captured)}; {captured}",
             f"  mode      {report.capture.mode.value}{reason}",
             *(f"  paused    {parts}" for parts in (_parts(report),) if parts),
             f"  isolated  {proofs}, way to an address: {report.isolation.rung.value}{address}",

@@ -71,6 +71,8 @@ def snapshot_summary(snapshot: Snapshot) -> Document:
         "captured": manifest.model_dump(mode="json")["capture"]["captured"],
         "logical_bytes": manifest.store.logical_bytes,
         "new_bytes": manifest.store.new_bytes,
+        "mode": manifest.capture.mode.value,
+        "memory_captured": manifest.capture.memory_captured,
         "pause_ms": manifest.capture.pause_ms,
         "engine": engine_names(manifest.clean),
         "clean": {"proven": True, "methods": sorted({item.method for item in manifest.clean.instances})},

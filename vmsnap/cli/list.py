@@ -34,7 +34,8 @@ def list_snapshots(
     """List snapshots, oldest first.
 
     WHEN is the instant the disks are of. NEW is what the snapshot added to the store. PAUSE is how long the guest stood
-    still. Every snapshot is proven clean; CLEAN says where that was read: on the disk, or in the clone before it went off.
+    still, or that its disks alone were captured. Every snapshot is proven clean; CLEAN says where that was read: on the
+    disk, or in the clone before it went off.
 
     For example:
 
@@ -64,7 +65,7 @@ def _row(snapshot: Snapshot) -> tuple[str, ...]:
         minute(manifest.captured),
         size(manifest.store.logical_bytes),
         size(manifest.store.new_bytes),
-        milliseconds(manifest.capture.pause_ms),
+        milliseconds(manifest.capture.pause_ms) if manifest.capture.memory_captured else "disks only",
         engine_names(manifest.clean),
         "+".join(sorted({item.method for item in manifest.clean.instances})),
         verified_text(snapshot),

@@ -21,6 +21,11 @@ class CaptureMode(StrEnum):
     INSTANT = "instant"
     BOOT = "boot"
 
+    @property
+    def takes_memory(self) -> bool:
+        """Tell whether RAM and device state are captured; else the clone boots from its disks."""
+        return self is not CaptureMode.BOOT
+
 
 class CaptureChoice(StrEnum):
     """A policy's word on the mode: one of them, or ``auto`` for what suits guest and host at the time."""
@@ -71,6 +76,27 @@ class CloneLimits:
     network_bytes_per_second: int | None = None
 
 
+class DiskSnapshot(StrEnum):
+    """Who freezes the disks: QEMU, by overlays, or their storage, while the guest stands still."""
+
+    OVERLAY = "overlay"
+    STORAGE = "storage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageCommands:
+    """How a storage takes and removes a snapshot of one disk.
+
+    Argument lists, in which ``{source}`` stands for the disk and ``{snapshot}`` for the snapshot. ``path`` is where a
+    snapshot is found, with ``{folder}`` for the disk's folder, ``{disk}`` for its file name and ``{name}``, which has to be
+    in it, for a name that says whose it is. There is something at that path exactly as long as the snapshot exists.
+    """
+
+    snapshot: tuple[str, ...]
+    remove: tuple[str, ...]
+    path: str = "{folder}/{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
     """A policy's wishes for the capture.
@@ -80,6 +106,8 @@ class CaptureSettings:
     measured, room is left for it, and a pause that was longer nevertheless is reported.
     ``throttle_limit`` is how long the guest's vCPUs may be slowed down for a capture (``OnNoConvergence.THROTTLE``).
     ``swap``: what to do where memory images could reach a disk. ``cpu_shares`` and ``limits`` are the clone's.
+    ``boot_memory_bytes`` is the most memory that a clone gets which boots; None: as much as its guest.
+    ``storage`` None: reflinks; all its snapshots together may take ``storage_timeout``, while the guest stands still.
     ``allow_emulation``: take guests without hardware virtualisation even where the copy of their memory may be wrong.
     """
 
@@ -89,12 +117,21 @@ class CaptureSettings:
     throttle_limit: timedelta = timedelta(seconds=30)
     timeout: timedelta = timedelta(minutes=10)
     detach: Detach = Detach.LATE
+    disk_snapshot: DiskSnapshot = DiskSnapshot.OVERLAY
+    storage: StorageCommands | None = None
+    storage_timeout: timedelta = timedelta(seconds=10)
     overlay_dir: str | None = None
     min_overlay_free_bytes: int = 1 << 30
     allow_emulation: bool = False
     swap: SwapRule = SwapRule.REFUSE
     cpu_shares: int = 64
     limits: CloneLimits = CloneLimits()
+    boot_memory_bytes: int | None = None
+
+    @property
+    def on_copies(self) -> bool:
+        """Tell whether the clone reads copies of the disks: reflinks, or snapshots of their storage."""
+        return self.detach is Detach.REFLINK or self.disk_snapshot is DiskSnapshot.STORAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +175,8 @@ class PausePart:
 class Capture:
     """RAM, device state and disk state of a guest at one instant, as measured.
 
-    ``pause_ms`` is the time between QEMU's STOP and RESUME events. ``captured`` is the wall clock of the STOP.
+    ``pause_ms`` is the time between QEMU's STOP and RESUME events. ``captured`` is the wall clock of the STOP. In mode
+    ``boot``, in which vCPUs do not stop, they say when the disks were frozen, and how long that took at most.
     ``reason`` says why it was this mode. ``ram_bytes`` is what was copied of RAM and device state.
     ``parts`` follow one another and add up to the pause, as far as they could be told apart; empty where they could not.
     ``on_overlay_seconds``: how long production was on its overlays, where it is home already.

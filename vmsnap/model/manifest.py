@@ -30,6 +30,7 @@ class CaptureRecord(_Record):
     """How the guest was captured. ``captured`` is the instant the disks are of.
 
     ``reason`` says why it was this mode. The oldest manifests have neither ``reason`` nor ``parts``.
+    ``memory_captured`` false: disks only, and the clone booted.
     ``on_overlay_seconds``: how long production was on its overlays, where it was home before the snapshot was stored.
     """
 
@@ -40,6 +41,7 @@ class CaptureRecord(_Record):
     parts: tuple[PausePartRecord, ...] = ()
     reason: str = ""
     on_overlay_seconds: float | None = None
+    memory_captured: bool = True
 
 
 class ProofRecord(_Record):

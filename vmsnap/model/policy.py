@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from vmsnap.model.capture import Detach, OnNoConvergence, SwapRule
+from vmsnap.model.capture import Detach, DiskSnapshot, OnNoConvergence, SwapRule
 from vmsnap.model.durations import Duration, PositiveDuration, TimeZoneName
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
@@ -39,28 +39,53 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class StoragePolicy(_Section):
+    """The commands of a storage that takes snapshots itself, for ``disk_snapshot = "storage"``. See ``StorageCommands``."""
+
+    snapshot: tuple[str, ...] = Field(min_length=1)
+    remove: tuple[str, ...] = Field(min_length=1)
+    path: str = Field(default="{folder}/{name}", pattern=r"^(/|\{folder\}/)")
+
+    @model_validator(mode="after")
+    def _placeholders_are_there(self) -> StoragePolicy:
+        for key, words, needed in (
+            ("snapshot", " ".join(self.snapshot), ("{source}", "{snapshot}")),
+            ("remove", " ".join(self.remove), ("{snapshot}",)),
+            ("path", self.path, ("{name}",)),
+        ):
+            missing = [word for word in needed if word not in words]
+            if missing:
+                msg = f"{key}: {', '.join(missing)} has to be in it"
+                raise ValueError(msg)
+        return self
+
+
 class CapturePolicy(_Section):
     """How to take the guest. ``max_pause`` bounds how long it may stand still.
 
     ``throttle_limit`` bounds how long its vCPUs may be slowed down, with ``on_no_convergence = "throttle"``.
     """
 
-    mode: Literal["live"] = "live"
+    mode: Literal["live", "boot"] = "live"
     max_pause: PositiveDuration = timedelta(milliseconds=500)
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
     throttle_limit: PositiveDuration = timedelta(seconds=30)
     timeout: PositiveDuration = timedelta(minutes=10)
     detach: Detach = Detach.LATE
+    disk_snapshot: DiskSnapshot = DiskSnapshot.OVERLAY
+    storage_timeout: PositiveDuration = timedelta(seconds=10)
     overlay_dir: str | None = None
     min_overlay_free_mib: int = Field(default=1024, ge=1)
     allow_emulation: bool = False
     swap: SwapRule = SwapRule.REFUSE
+    storage: StoragePolicy | None = None
 
 
 class ClonePolicy(_Section):
     """How the clone runs. ``cpu_shares`` is its weight against other VMs, which have 1024 each by default.
 
     ``cpu_percent`` is the most of one CPU that each of its vCPUs gets; the rates are of each disk, and of each network card.
+    In mode ``boot`` it has at most ``boot_memory_mib``, and its databases have ``recovery_deadline`` to come up.
     """
 
     cpu_shares: int = Field(default=64, ge=2, le=262144)
@@ -69,6 +94,8 @@ class ClonePolicy(_Section):
     disk_iops: int | None = Field(default=None, ge=1)
     network_mib_s: int | None = Field(default=None, ge=1)
     boot_deadline: PositiveDuration = timedelta(minutes=3)
+    recovery_deadline: PositiveDuration = timedelta(minutes=15)
+    boot_memory_mib: int | None = Field(default=None, ge=64)
     shutdown_deadline: PositiveDuration = timedelta(minutes=5)
 
 

@@ -45,8 +45,8 @@ class Hypervisor(Owner, Protocol):
     def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
         """Return the settings with nothing left to choose: what ``auto`` comes to for this guest on this host now."""
 
-    def clone_memory_bytes(self, guest: Guest) -> int:
-        """Return the most memory that a guest's memory image and clone take of the host together."""
+    def clone_memory_bytes(self, guest: Guest, *, settings: CaptureSettings) -> int:
+        """Return the most memory that a guest's memory image, if one is made, and clone take of the host together."""
 
     def host_memory(self) -> HostMemory:
         """Return what memory the host has left, and what each run's image and clone have taken so far."""

@@ -56,6 +56,7 @@ class FakeGuest:
         self.extra = dict(extra or {})
         self.boot_id = boot_id
         self.answers = True
+        self.boots_for = 0
         self.frozen = False
         self.written: dict[str, bytes] = {}
         self.commands: list[Command] = []
@@ -76,6 +77,7 @@ class FakeGuest:
         self.ping(timeout=timeout)
         with self._lock:
             self.commands.append(command)
+            self._boot_on(command)
             result = self._do(command, limit=command.timeout or timeout)
         return CommandResult(
             exit_status=result.exit_status,
@@ -83,6 +85,14 @@ class FakeGuest:
             stderr=result.stderr[:_LIMIT],
             truncated=max(len(result.stdout), len(result.stderr)) > _LIMIT,
         )
+
+    def _boot_on(self, command: Command) -> None:
+        """Come nearer to the end of the boot with each look at the processes."""
+        if self.boots_for and command.argv[0] == "ps":
+            self.boots_for -= 1
+            for cluster in self.clusters:
+                if not self.boots_for and cluster.status == "starting":
+                    cluster.status = "ready"
 
     def close(self) -> None:
         """Do nothing."""
@@ -93,6 +103,18 @@ class FakeGuest:
         twin.answers = self.answers
         twin.frozen = self.frozen
         twin.written = dict(self.written)
+        return twin
+
+    def crashed(self) -> FakeGuest:
+        """Return a guest that boots from this one's disks as they are now. Its servers are up after some commands."""
+        twin = self.clone()
+        twin.boot_id = f"{self.boot_id[:-4]}b007"
+        twin.answers = True
+        twin.written = {}
+        twin.boots_for = 3
+        for cluster in twin.clusters:
+            cluster.will_finish = cluster.will_hang = 0
+            cluster.status = "starting" if cluster.runs else ""
         return twin
 
     def file(self, path: str) -> bytes | None:

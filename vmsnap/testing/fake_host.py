@@ -86,6 +86,8 @@ def _nothing(_: str) -> None:
 class FakeHost:
     """Everything outside vmsnap's process that a hypervisor's driver can touch.
 
+    ``crashed`` are guests as they boot from disks that were taken while they ran, by run.
+
     ``between`` is called inside operations that change several things, with a name of the place: a process may die
     there. ``before_command`` is called with a domain's name before each command in it. A test may set ``findings``,
     ``free_bytes``, ``has_reflinks``, ``shutdown`` (how a clone ends: ``in order``, ``hangs``, or in any other word's way)
@@ -97,6 +99,7 @@ class FakeHost:
         self.files: dict[str, ImageFile] = {}
         self.machines: dict[str, Machine] = {}
         self.memory: dict[RunId, MemoryImage] = {}
+        self.crashed: dict[RunId, FakeGuest] = {}
         self.ended: dict[RunId, Ended] = {}
         self.networks = {"default"}
         self.violations: list[str] = []

@@ -25,11 +25,14 @@ from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
     POLICY_SAYS_LIVE,
     Capture,
+    CaptureChoice,
+    CaptureMode,
     CapturePlan,
     CaptureSettings,
     Clone,
     Detach,
     DiskImage,
+    DiskSnapshot,
     ModeChoice,
 )
 from vmsnap.model.guest import Disk, DiskKind, Finding, Guest, GuestState, Nic, Severity
@@ -115,7 +118,9 @@ class FakeHypervisor(FakeEnvironments):
 
     def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
         """Return the mode to capture this guest in."""
-        del guest, settings
+        del guest
+        if settings.mode is CaptureChoice.BOOT:
+            return ModeChoice(mode=CaptureMode.BOOT, reason="the policy says so")
         return POLICY_SAYS_LIVE
 
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
@@ -137,12 +142,15 @@ class FakeHypervisor(FakeEnvironments):
     def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
         """Choose what ``auto`` comes to."""
         del guest
+        if settings.disk_snapshot is DiskSnapshot.STORAGE:
+            return replace(settings, detach=Detach.LATE)
         if settings.detach is not Detach.AUTO:
             return settings
         return replace(settings, detach=Detach.REFLINK if self._host.has_reflinks else Detach.LATE)
 
-    def clone_memory_bytes(self, guest: Guest) -> int:
+    def clone_memory_bytes(self, guest: Guest, *, settings: CaptureSettings) -> int:
         """Return what image and clone take."""
+        del settings
         return guest.memory_bytes
 
     def host_memory(self) -> HostMemory:
@@ -174,7 +182,8 @@ class FakeHypervisor(FakeEnvironments):
         """Make the source's overlays."""
         if self._host.free_bytes < plan.settings.min_overlay_free_bytes:
             raise NoSpaceError("the file system of the overlays has too little room", remedy="make room")
-        self._make_overlays(plan, role="source")
+        if plan.settings.disk_snapshot is DiskSnapshot.OVERLAY:
+            self._make_overlays(plan, role="source")
 
     def prepare_clone_overlays(self, plan: CapturePlan) -> None:
         """Make the clone's overlays."""
@@ -184,7 +193,7 @@ class FakeHypervisor(FakeEnvironments):
         self._host.live_on()
         for disk in plan.guest.disks:
             path = _overlay(plan.run, target=disk.target, role=role)
-            on_copy = role == "clone" and plan.settings.detach is Detach.REFLINK
+            on_copy = role == "clone" and plan.settings.on_copies
             backing = _copy(plan.run, target=disk.target) if on_copy else disk.source
             self._host.files[path] = ImageFile(path=path, backing=backing)
             self._host.between(f"{role} overlay of {disk.target} made")
@@ -215,8 +224,9 @@ class FakeHypervisor(FakeEnvironments):
             raise DriverError("the clone's fence was not built before the capture")
         host.live_on()
         source = host.machine(plan.guest.name)
-        overlays = {disk.target: _overlay(plan.run, target=disk.target, role="source") for disk in plan.guest.disks}
-        if plan.run not in host.memory or not set(overlays.values()) <= set(host.files):
+        overlays = _source_overlays(plan)
+        takes_memory = plan.choice.mode.takes_memory
+        if (takes_memory and plan.run not in host.memory) or not set(overlays.values()) <= set(host.files):
             raise DriverError("the capture was not prepared")
         cancel.check()
         began = self._clock.monotonic()
@@ -230,8 +240,14 @@ class FakeHypervisor(FakeEnvironments):
             source.live.update(overlays)
             host.between("the source is on its overlays")
             source.persistent.update(overlays)
-            host.memory[plan.run].guest = source.guest.clone()
-            host.between("the memory is taken")
+            if takes_memory:
+                host.memory[plan.run].guest = source.guest.clone()
+                host.between("the memory is taken")
+            else:
+                host.crashed[plan.run] = source.guest.crashed()
+            if plan.settings.disk_snapshot is DiskSnapshot.STORAGE:
+                host.between("the source is left to its storage")
+                self._fill_copies(plan)
         except Exception:
             source.state, source.paused_by_capture = GuestState.RUNNING, False
             raise
@@ -245,7 +261,7 @@ class FakeHypervisor(FakeEnvironments):
             captured=stopped,
             resumed=self._clock.now(),
             pause_ms=host.pause / timedelta(milliseconds=1),
-            ram_bytes=plan.guest.memory_bytes,
+            ram_bytes=plan.guest.memory_bytes if takes_memory else 0,
             seconds=self._clock.monotonic() - began,
         )
 
@@ -264,8 +280,9 @@ class FakeHypervisor(FakeEnvironments):
         host.live_on()
         image = host.memory.get(plan.run)
         overlays = {disk.target: _overlay(plan.run, target=disk.target, role="clone") for disk in plan.guest.disks}
-        if image is None or image.guest is None:
-            raise DriverError("there is no memory image to restore")
+        guest = host.crashed.get(plan.run) if image is None else image.guest
+        if guest is None:
+            raise DriverError("there is nothing to make the clone of")
         if not set(overlays.values()) <= set(host.files):
             raise DriverError("the clone has no overlays to write to")
         if fence.run != plan.run or tuple(port.mac for port in fence.ports) != tuple(n.mac for n in plan.guest.nics):
@@ -281,7 +298,7 @@ class FakeHypervisor(FakeEnvironments):
         machine = Machine(
             name=clone.name,
             uuid=clone.uuid,
-            guest=image.guest,
+            guest=guest,
             live=overlays,
             persistent=dict(overlays),
             macs=tuple(nic.mac for nic in plan.guest.nics),
@@ -490,8 +507,15 @@ def _copies(run: RunId, *, guest: str, targets: tuple[str, ...]) -> Resource:
     )
 
 
+def _source_overlays(plan: CapturePlan) -> dict[str, str]:
+    if plan.settings.disk_snapshot is DiskSnapshot.STORAGE:
+        return {}
+    return {disk.target: _overlay(plan.run, target=disk.target, role="source") for disk in plan.guest.disks}
+
+
 def _overlays(plan: CapturePlan, *, role: str) -> Resource:
     paths = {disk.target: _overlay(plan.run, target=disk.target, role=role) for disk in plan.guest.disks}
+    paths = _source_overlays(plan) if role == "source" else paths
     return _overlays_resource(plan.run, guest=plan.guest.name, role=role, paths=paths)
 
 

@@ -6,6 +6,7 @@ Over a real hypervisor each test that captures costs a minute or so: there are f
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,11 +19,12 @@ from vmsnap.errors import (
     BugError,
     EnvironmentNotFoundError,
     GuestNotFoundError,
+    GuestUnreachableError,
     NotCleanError,
     PreconditionError,
     VmsnapError,
 )
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, Detach, DiskImage
+from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone, DiskImage, DiskSnapshot
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.ids import RunId, new_run_id
@@ -79,7 +81,7 @@ class _Made:
 
     @property
     def on_copies(self) -> bool:
-        return self.settings.detach is Detach.REFLINK
+        return self.settings.on_copies
 
     def prepare(self) -> None:
         hypervisor, plan = self.hypervisor, self.plan
@@ -87,7 +89,11 @@ class _Made:
             (hypervisor.overlays_resource(plan), hypervisor.prepare_overlays),
             *(((hypervisor.copies_resource(plan), hypervisor.prepare_copies),) if self.on_copies else ()),
             (hypervisor.clone_overlays_resource(plan), hypervisor.prepare_clone_overlays),
-            (hypervisor.memory_resource(plan), hypervisor.prepare_memory),
+            *(
+                ((hypervisor.memory_resource(plan), hypervisor.prepare_memory),)
+                if plan.choice.mode.takes_memory
+                else ()
+            ),
         ):
             self.resources.append(resource)
             make(plan)
@@ -318,7 +324,7 @@ class HypervisorContract:
 
 
 class CopyingContract:
-    """The further duties of a driver on whose host disks can be copied by reflink. ``harness.settings`` leaves it the choice."""
+    """The further duties of a driver whose clones are on copies of the disks: reflinks, or snapshots of their storage."""
 
     @pytest.fixture
     def harness(self) -> Iterator[HypervisorHarness]:
@@ -330,7 +336,10 @@ class CopyingContract:
         with _run(harness) as made:
             assert made.on_copies
             made.prepare()
-            assert made.owned() == {*_PREPARED, ResourceKind.DISK_COPIES}
+            by_storage = made.settings.disk_snapshot is DiskSnapshot.STORAGE
+            overlays = set() if by_storage else {ResourceKind.SOURCE_OVERLAYS}
+            others = {ResourceKind.CLONE_OVERLAYS, ResourceKind.MEMORY, ResourceKind.DISK_COPIES}
+            assert made.owned() == overlays | others
             for resource in _tagged(made):
                 made.release(resource)
             assert made.owned() == set()
@@ -352,6 +361,46 @@ class CopyingContract:
             assert made.owned() == {ResourceKind.CLONE_OVERLAYS, ResourceKind.DISK_COPIES, ResourceKind.MEMORY}
             for resource in _tagged(made):
                 made.release(resource)
+
+
+class BootingContract:
+    """The further duties of a driver that can take disks alone. ``harness.settings`` are of mode ``boot``."""
+
+    @pytest.fixture
+    def harness(self) -> Iterator[HypervisorHarness]:
+        """Return the harness of the driver under test."""
+        raise NotImplementedError
+
+    def test_a_clone_boots_from_the_disks_of_the_capture(self, harness: HypervisorHarness) -> None:
+        """No memory is taken or needed; until its fence is proven the clone has executed nothing."""
+        with _run(harness) as made:
+            hypervisor = made.hypervisor
+            assert not made.plan.choice.mode.takes_memory
+            capture = made.capture()
+            assert hypervisor.inspect(harness.guest).state is GuestState.RUNNING
+            assert not hypervisor.source_is_home(made.guest)
+            assert (capture.mode, capture.ram_bytes) == (made.plan.choice.mode, 0)
+            assert capture.captured <= capture.resumed
+            clone = hypervisor.restore_clone(made.plan, fence=made.fence)
+            assert hypervisor.clone_state(clone) is GuestState.PAUSED
+            assert made.owned() == {ResourceKind.SOURCE_OVERLAYS, ResourceKind.CLONE_OVERLAYS, ResourceKind.CLONE}
+            hypervisor.resume_clone(clone, proof=harness.fence.prove(made.fence))
+            _wait_for_agent(made, clone)
+            assert hypervisor.shut_down_clone(clone, agent_answers=True, deadline=DEADLINE, cancel=NeverCancelled())
+            images = hypervisor.clone_images(made.plan)
+            assert [image.target for image in images] == [disk.target for disk in made.guest.disks]
+
+
+def _wait_for_agent(made: _Made, clone: Clone) -> None:
+    until = time.monotonic() + DEADLINE.total_seconds()
+    while True:
+        try:
+            made.hypervisor.agent(clone.name).send('{"execute":"guest-ping"}', timeout=timedelta(seconds=5))
+        except GuestUnreachableError:
+            assert time.monotonic() < until, "the clone does not boot"
+            time.sleep(1)
+        else:
+            return
 
 
 def _environment(made: _Made, *, name: str, network: str | None = None) -> EnvironmentPlan:

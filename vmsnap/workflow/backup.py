@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from vmsnap import __version__
 from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.admission import Place
-from vmsnap.model.capture import Capture, CapturePlan, Clone, ModeChoice
+from vmsnap.model.capture import CapturePlan
 from vmsnap.model.doubt import doubt_before
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.isolation import Addressed, FencePlan, IsolationEvidence, IsolationProof, ProofPoint
+from vmsnap.model.isolation import FencePlan, IsolationEvidence
 from vmsnap.model.journal import RunKind
 from vmsnap.model.lifecycle import Event, State, advance
-from vmsnap.model.manifest import DiskRecord, MachineRecord, Manifest, Snapshot, StoreRecord
+from vmsnap.model.manifest import DiskRecord, Manifest, Snapshot, StoreRecord
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.guest import GuestControl
-from vmsnap.ports.network import FenceWatch
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
 from vmsnap.ports.store import Staging
 from vmsnap.workflow import identity, prune, reach
+from vmsnap.workflow.booting import discover_booted
 from vmsnap.workflow.chronicle import Chronicle
 from vmsnap.workflow.clone_service import clone_served
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
@@ -37,6 +37,7 @@ from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
+from vmsnap.workflow.stages import Facts, Quiesced, Running, Subject
 from vmsnap.workflow.taking import Taking
 from vmsnap.workflow.talk import converse
 from vmsnap.workflow.wishes import settings_of
@@ -57,59 +58,6 @@ def refuse(findings: tuple[Finding, ...], *, what: str) -> tuple[str, ...]:
             remedy=refusals[0].remedy,
         )
     return tuple(f"{finding.check}: {finding.message}" for finding in findings if finding.severity is Severity.WARNING)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """What the preflight found: the guest, the way into its clone, and the mode to capture it in."""
-
-    source: identity.Source
-    login: reach.Login
-    choice: ModeChoice
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Quiesced:
-    """What happened between the clone's resume and its power-off. ``last`` is what the fence's watch saw at its end."""
-
-    addressed: Addressed
-    evidence: IsolationEvidence
-    last: tuple[ProofPoint, ...]
-    drains: tuple[DrainReport, ...]
-    stopped: tuple[StoppedInstance, ...]
-    shut_down_by: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Running:
-    """A clone that may run, and what keeps it in. Commands in the clone by ``world`` end when ``guard`` ends it."""
-
-    world: World
-    clone: Clone
-    fence: FencePlan
-    proof: IsolationProof
-    watch: FenceWatch
-    guard: IsolationGuard
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Facts:
-    """What a run learned, for its manifest."""
-
-    started: datetime
-    capture: Capture
-    proof: IsolationProof
-    quiesced: _Quiesced
-    clean: CleanShutdown
-    machine: MachineRecord
-
-    @property
-    def points(self) -> tuple[ProofPoint, ...]:
-        """Return all points of the proof of isolation; of what the watch saw, the last."""
-        quiesced = self.quiesced
-        seen_last = {point.name for point in quiesced.last}
-        between = tuple(point for point in quiesced.evidence.points if point.name not in seen_last)
-        return (*self.proof.points, *between, *quiesced.last)
 
 
 class Backup:
@@ -144,7 +92,8 @@ class Backup:
         started = world.clock.now()
         subject = self._preflight()
         guest = subject.source.guest
-        place = Place(run=run_id, guest=guest.name, memory_bytes=world.hypervisor.clone_memory_bytes(guest))
+        needed = world.hypervisor.clone_memory_bytes(guest, settings=settings_of(self._policy))
+        place = Place(run=run_id, guest=guest.name, memory_bytes=needed)
         with world.admissions.admitted(place, look=world.hypervisor.host_memory):
             self._journal = world.journals.begin(run_id, kind=RunKind.BACKUP, guest=guest.name, at=started)
             run = Run(world, journal=self._journal, progress=self._progress)
@@ -164,7 +113,7 @@ class Backup:
         for item in report.undone:
             self._progress.note(f"left by dead run {item.run}: {item.kind} {item.name}: {item.failure or 'removed'}")
 
-    def _preflight(self) -> _Subject:
+    def _preflight(self) -> Subject:
         world, policy = self._world, self._policy
         self._progress.step("preflight")
         guest = world.hypervisor.inspect(policy.guest)
@@ -178,14 +127,14 @@ class Backup:
         login = reach.choose(world, policy=policy, guest=guest)
         self._warnings = warnings
         source = identity.know(world, guest=guest, by_agent=login.agent)
-        return _Subject(source=source, login=login, choice=choice)
+        return Subject(source=source, login=login, choice=choice)
 
     def _advance(self, event: Event) -> None:
         self._state = advance(self._state, event)
         if self._journal is not None:
             self._journal.state(self._state)
 
-    def _work(self, run: Run, *, subject: _Subject, started: datetime) -> Snapshot:
+    def _work(self, run: Run, *, subject: Subject, started: datetime) -> Snapshot:
         """Do the run and undo what it made; the first error wins, errors of the clean-up go beside it."""
         guest = subject.source.guest
         with undone_on_failure(lambda: self._give_up(run, guest=guest), doing="the backup"):
@@ -221,7 +170,7 @@ class Backup:
                 f"{guest.name!r} is not on its own disks", remedy=f"'vmsnap doctor {guest.name}' says what it is on"
             )
 
-    def _clone_and_store(self, run: Run, *, subject: _Subject, started: datetime) -> Snapshot:
+    def _clone_and_store(self, run: Run, *, subject: Subject, started: datetime) -> Snapshot:
         world, policy = self._world, self._policy
         hypervisor = world.hypervisor
         source, login = subject.source, subject.login
@@ -264,12 +213,20 @@ class Backup:
                     guard.check()
                     # A command in a clone that a guard has ended would wait for its answer until its deadline.
                     watched = replace(world, access=world.access.cancelled_by(guard))
-                    running = _Running(world=watched, clone=clone, fence=fence, proof=proof, watch=watch, guard=guard)
+                    running = Running(
+                        world=watched,
+                        clone=clone,
+                        fence=fence,
+                        proof=proof,
+                        watch=watch,
+                        guard=guard,
+                        booted=not plan.choice.mode.takes_memory,
+                    )
                     quiesced = self._quiesce(run, running=running, login=login, source=source)
                 guard.check()
                 views = self._open(run, plan=plan)
                 clean = self._prove(run, quiesced=quiesced, views=views)
-                facts = _Facts(
+                facts = Facts(
                     started=started, capture=capture, proof=proof, quiesced=quiesced, clean=clean, machine=machine
                 )
                 return self._store(run, plan=plan, views=views, facts=facts, cancel=guard)
@@ -282,7 +239,7 @@ class Backup:
                     raise reason from error
                 raise
 
-    def _quiesce(self, run: Run, *, running: _Running, login: reach.Login, source: identity.Source) -> _Quiesced:
+    def _quiesce(self, run: Run, *, running: Running, login: reach.Login, source: identity.Source) -> Quiesced:
         """Let the clone run, reach it, drain and stop its database, and let it power off."""
         world, policy = running.world, self._policy
         clone, guard, watch = running.clone, running.guard, running.watch
@@ -301,7 +258,9 @@ class Backup:
             )
         with closing(control):
             with run.step("identify clone"):
-                evidence = identity.identify(world, source=source, clone=clone, control=control, watch=watch)
+                evidence = identity.identify(
+                    world, source=source, clone=clone, control=control, watch=watch, booted=running.booted
+                )
             guard.check()
             with clone_served(
                 world,
@@ -311,7 +270,7 @@ class Backup:
                 ports=policy.isolation.clone_ports,
                 warn=self._warn,
             ):
-                drains, stopped = self._drain_and_stop(run, control=control, guard=guard, isolation=evidence)
+                drains, stopped = self._drain_and_stop(run, running=running, control=control, isolation=evidence)
         with run.step("shut down clone"):
             deadline = policy.clone.shutdown_deadline
             self._progress.waiting("the guest to power off", deadline_seconds=deadline.total_seconds())
@@ -320,7 +279,7 @@ class Backup:
                 clone, agent_answers=by_agent, deadline=deadline, cancel=guard
             )
             self._advance(Event.SHUT_DOWN)
-        return _Quiesced(
+        return Quiesced(
             addressed=addressed,
             evidence=evidence,
             last=watch.observed(),
@@ -334,15 +293,20 @@ class Backup:
         self._warnings += (text,)
 
     def _drain_and_stop(
-        self, run: Run, *, control: GuestControl, guard: Cancel, isolation: IsolationEvidence
+        self, run: Run, *, running: Running, control: GuestControl, isolation: IsolationEvidence
     ) -> tuple[tuple[DrainReport, ...], tuple[StoppedInstance, ...]]:
         if isolation.run != run.id:
             raise BugError(f"the evidence of isolation is of run {isolation.run}, not of {run.id}")
         world, database = self._world, self._policy.database
-        timeout = self._policy.control.command_timeout
+        guard, timeout = running.guard, self._policy.control.command_timeout
         engine = world.engine_for(database)
         with run.step("find databases"):
-            instances = converse(engine.discover(), control=control, timeout=timeout, cancel=guard)
+            if running.booted:
+                instances = discover_booted(
+                    engine, policy=self._policy, control=control, clock=world.clock, cancel=guard
+                )
+            else:
+                instances = converse(engine.discover(), control=control, timeout=timeout, cancel=guard)
             paths = {
                 instance: converse(engine.locate(instance), control=control, timeout=timeout, cancel=guard)
                 for instance in instances
@@ -387,7 +351,7 @@ class Backup:
             resource = world.export.resource(run.id, guest=plan.guest.name)
             return run.acquire(resource, lambda: world.export.open(run.id, images=images))
 
-    def _prove(self, run: Run, *, quiesced: _Quiesced, views: tuple[DiskView, ...]) -> CleanShutdown:
+    def _prove(self, run: Run, *, quiesced: Quiesced, views: tuple[DiskView, ...]) -> CleanShutdown:
         with run.step("prove clean"):
             clean = prove_clean(
                 run.id,
@@ -402,7 +366,7 @@ class Backup:
             return clean
 
     def _store(
-        self, run: Run, *, plan: CapturePlan, views: tuple[DiskView, ...], facts: _Facts, cancel: Cancel
+        self, run: Run, *, plan: CapturePlan, views: tuple[DiskView, ...], facts: Facts, cancel: Cancel
     ) -> Snapshot:
         world = self._world
         guest = plan.guest.name
@@ -426,7 +390,7 @@ class Backup:
         return snapshot
 
     def _manifest(
-        self, run: Run, *, staging: Staging, disks: tuple[DiskRecord, ...], facts: _Facts, store_seconds: float
+        self, run: Run, *, staging: Staging, disks: tuple[DiskRecord, ...], facts: Facts, store_seconds: float
     ) -> Manifest:
         quiesced, captured = facts.quiesced, facts.capture.captured
         nvram = None if facts.machine.nvram is None else _NVRAM_FILE

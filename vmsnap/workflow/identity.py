@@ -11,7 +11,7 @@ answers is told by
   back, and watched). A quarter of a megabyte asked for over the connection must be counted at that tap. The host key,
   pinned, says that it is the guest or its copy; the tap says which.
 
-The boot id says besides that the clone is a copy of the original as it runs.
+The boot id says besides that the clone is a copy of the original as it runs. A clone that booted has one of its own.
 """
 
 from __future__ import annotations
@@ -65,14 +65,17 @@ def know(world: World, *, guest: Guest, by_agent: bool) -> Source:
 
 
 def identify(
-    world: World, *, source: Source, clone: Clone, control: GuestControl, watch: FenceWatch
+    world: World, *, source: Source, clone: Clone, control: GuestControl, watch: FenceWatch, booted: bool
 ) -> IsolationEvidence:
-    """Make sure who is who before any work is drained. Raises IsolationError, GuestUnreachableError, DriverError."""
+    """Make sure who is who before any work is drained. ``booted``: the clone did not inherit the original's memory.
+
+    Raises IsolationError, GuestUnreachableError, DriverError.
+    """
     token = _Token(path=f"/run/vmsnap-{clone.run}", text=secrets.token_hex(16))
     points = (
         *_by_token(world, clone=clone, control=control, token=token),
         *(_by_volume(clone.run, control=control, watch=watch) if control.method != "agent" else ()),
-        _boot_point(source, control=control),
+        _boot_point(source, control=control, booted=booted),
         *_original_points(world, source=source, token=token),
         *watch.original(),
         *watch.observed(),
@@ -147,11 +150,19 @@ def _by_volume(run: RunId, *, control: GuestControl, watch: FenceWatch) -> Itera
     )
 
 
-def _boot_point(source: Source, *, control: GuestControl) -> ProofPoint:
+def _boot_point(source: Source, *, control: GuestControl, booted: bool) -> ProofPoint:
     found = control.run(Command(argv=("cat", _BOOT_ID)), timeout=_COMMAND_TIMEOUT)
     boot_id = found.text.strip()
     if source.boot_id is None:
         return _identity("boot id", observed=f"{boot_id or 'none'} in the clone; the original's could not be read")
+    if booted:
+        if not boot_id or boot_id == source.boot_id:
+            raise IsolationError(
+                f"what answers by {control.method} is not the clone: it booted, and yet its boot id is "
+                f"{boot_id or 'unknown'}, the original's {source.boot_id}",
+                remedy=_REMEDY,
+            )
+        return _identity("boot id", observed=f"{boot_id}, its own; the original's is {source.boot_id}")
     if boot_id != source.boot_id:
         raise IsolationError(
             f"what answers by {control.method} is no copy of the original as it runs: its boot id is "

@@ -24,7 +24,8 @@ def usual_rest_ms(snapshots: Iterable[Snapshot]) -> float | None:
 def tell_pause(capture: Capture, *, promised: timedelta, progress: Progress) -> tuple[str, ...]:
     """Tell the operator how long the guest stood still, and what for; return a warning where it was longer than promised."""
     parts = ", ".join(f"{part.name} {part.ms:.1f}" for part in capture.parts)
-    progress.note(f"the guest stood still for {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
+    what = "the guest stood still for" if capture.mode.takes_memory else "the guest's disks were frozen within"
+    progress.note(f"{what} {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
     promised_ms = promised / timedelta(milliseconds=1)
     if capture.pause_ms <= promised_ms:
         return ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vmsnap.model.capture import Capture, CapturePlan, Detach
+from vmsnap.model.capture import Capture, CapturePlan, DiskSnapshot
 from vmsnap.model.isolation import FencePlan
 from vmsnap.ports.clock import Cancel
 from vmsnap.workflow.guard import alarmed
@@ -22,7 +22,6 @@ class Taking:
         self._fence = fence
         self._overlays = world.hypervisor.overlays_resource(plan)
         self._memory = world.hypervisor.memory_resource(plan)
-        self._at_once = plan.settings.detach is Detach.REFLINK
 
     def prepare(self) -> None:
         """Make overlays, copies, the place of the memory image, and the fence."""
@@ -30,10 +29,11 @@ class Taking:
         hypervisor = self._world.hypervisor
         with run.step("prepare"):
             run.acquire(self._overlays, lambda: hypervisor.prepare_overlays(plan))
-            if self._at_once:
+            if plan.settings.on_copies:
                 run.acquire(hypervisor.copies_resource(plan), lambda: hypervisor.prepare_copies(plan))
             run.acquire(hypervisor.clone_overlays_resource(plan), lambda: hypervisor.prepare_clone_overlays(plan))
-            run.acquire(self._memory, lambda: hypervisor.prepare_memory(plan))
+            if plan.choice.mode.takes_memory:
+                run.acquire(self._memory, lambda: hypervisor.prepare_memory(plan))
             with alarmed():
                 run.acquire(self._world.fence.resource(fence), lambda: self._world.fence.build(fence))
 
@@ -49,14 +49,18 @@ class Taking:
 
     def detach(self, capture: Capture) -> Capture:
         """Put production back on its own disks, where the clone has copies of them; tell how long it was away."""
-        if not self._at_once:
+        settings = self._plan.settings
+        if not settings.on_copies:
             return capture
         with self._run.step("detach"):
             self._run.release(self._overlays)
+            if settings.disk_snapshot is DiskSnapshot.STORAGE:
+                return replace(capture, on_overlay_seconds=0.0)
             seconds = (self._world.clock.now() - capture.resumed).total_seconds()
             self._run.progress.note(f"production was on its overlays for {seconds:.1f} s")
         return replace(capture, on_overlay_seconds=seconds)
 
     def give_back_memory(self) -> None:
         """Give back the place of the memory image, which the clone has read."""
-        self._run.release(self._memory)
+        if self._plan.choice.mode.takes_memory:
+            self._run.release(self._memory)

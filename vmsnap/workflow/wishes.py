@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmsnap.model.capture import CaptureChoice, CaptureSettings, CloneLimits
+from vmsnap.model.capture import CaptureChoice, CaptureSettings, CloneLimits, StorageCommands
 from vmsnap.model.policy import ClonePolicy, Policy
 
 _MIB = 1 << 20
@@ -10,6 +10,7 @@ _MIB = 1 << 20
 
 def settings_of(policy: Policy) -> CaptureSettings:
     """Return what a policy wants of the capture."""
+    storage = policy.capture.storage
     return CaptureSettings(
         mode=CaptureChoice(policy.capture.mode),
         max_pause=policy.capture.max_pause,
@@ -17,12 +18,16 @@ def settings_of(policy: Policy) -> CaptureSettings:
         throttle_limit=policy.capture.throttle_limit,
         timeout=policy.capture.timeout,
         detach=policy.capture.detach,
+        disk_snapshot=policy.capture.disk_snapshot,
+        storage=None if storage is None else StorageCommands(**storage.model_dump()),
+        storage_timeout=policy.capture.storage_timeout,
         overlay_dir=policy.capture.overlay_dir,
         min_overlay_free_bytes=policy.capture.min_overlay_free_mib * _MIB,
         allow_emulation=policy.capture.allow_emulation,
         swap=policy.capture.swap,
         cpu_shares=policy.clone.cpu_shares,
         limits=_limits_of(policy.clone),
+        boot_memory_bytes=None if policy.clone.boot_memory_mib is None else policy.clone.boot_memory_mib * _MIB,
     )
 
 

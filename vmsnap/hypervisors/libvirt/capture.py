@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,8 @@ from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
 from vmsnap.hypervisors.libvirt.filewatch import FileWatch
 from vmsnap.hypervisors.libvirt.flushing import FlushedDisks
-from vmsnap.hypervisors.libvirt.request import snapshot_xml
+from vmsnap.hypervisors.libvirt.request import request_for
 from vmsnap.hypervisors.libvirt.vcpulimits import SlowedVcpus
-from vmsnap.hypervisors.libvirt.xml import parse
 from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, OnNoConvergence
 from vmsnap.ports.clock import Cancel, Clock
 
@@ -56,7 +55,17 @@ _FLAGS = (
 class LiveCapture:
     """One capture in mode ``live``."""
 
-    def __init__(self, connection: Connection, *, plan: CapturePlan, memory_folder: Path, clock: Clock) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        plan: CapturePlan,
+        memory_folder: Path,
+        clock: Clock,
+        at_rest: Callable[[Any, PauseRecorder], None] | None = None,
+    ) -> None:
+        """Make a capture. ``at_rest``: what takes the disks and resumes the guest, where libvirt shall leave both to it."""
+        self._at_rest = at_rest
         self._connection = connection
         self._plan = plan
         self._folder = memory_folder
@@ -68,7 +77,8 @@ class LiveCapture:
         """Capture. The guest runs when this returns or raises; see ports.hypervisor for the errors."""
         name = self._plan.guest.name
         domain = self._connection.domain(name)
-        xml = self._request(domain)
+        image = self._folder / memory.IMAGE_NAME
+        xml = request_for(domain, detail=self._detail, image=image, manual=self._at_rest is not None)
         convergence = Convergence.for_plan(self._plan)
         slowed = self._slowed()
         started = self._clock.monotonic()
@@ -85,6 +95,8 @@ class LiveCapture:
             worker.start()
             try:
                 reason = self._watch(watch, worker=worker, cancel=cancel)
+                if self._at_rest is not None and reason is None and self._failure is None:
+                    self._at_rest(domain, recorder)
             finally:
                 # The watch ends before the worker only by an error of its own; nobody would abort the job then.
                 self._abort_until_over(domain, worker)
@@ -134,26 +146,6 @@ class LiveCapture:
         except DriverError as error:
             # The guard gave back already, or will; the release of the overlays tries as well, and raises.
             _LOG.error("%s", error.brief)
-
-    def _request(self, domain: Any) -> str:
-        """Return the request, after a last look whether the guest still is what the overlays were made for."""
-        name = self._plan.guest.name
-        with translated(f"describe {name!r}"):
-            state, reason = domain.state()
-            xml = snapshot_xml(parse(domain.XMLDesc(0)), detail=self._detail, image=self._folder / memory.IMAGE_NAME)
-            sizes = {disk.target: domain.blockInfo(disk.target)[0] for disk in self._detail.disks}
-        if state != libvirt.VIR_DOMAIN_RUNNING:
-            raise PreconditionError(
-                f"{name!r} is not running any more (state {state}, reason {reason})",
-                remedy="only a running guest can be cloned; see 'virsh domstate --reason'",
-            )
-        for disk in self._detail.disks:
-            if sizes[disk.target] != disk.size_bytes:
-                raise SafetyError(
-                    f"disk {disk.target} was resized from {disk.size_bytes} to {sizes[disk.target]} bytes after the run began",
-                    remedy="start the backup again",
-                )
-        return xml
 
     @contextmanager
     def _short_downtime(self, domain: Any, convergence: Convergence) -> Iterator[None]:

@@ -89,9 +89,23 @@ class Clones:
             feeder.require_fed()
             doomed.require_done()
         memory.discard_image(image.parent)
+        self._require_private(clone, plan=plan, fence=fence, nvram=nvram)
+        return clone
+
+    def create(self, plan: CapturePlan, *, fence: FencePlan, xml: str, nvram: str | None) -> Clone:
+        """Make a clone that boots, before its first instruction, and check what it could touch. See ports.hypervisor."""
+        clone = clone_of(plan.run, guest=plan.guest.name)
+        with FirstToDie(clone.name) as doomed:
+            with translated("create the clone"):
+                self._connection.get().createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+            doomed.require_done()
+        self._require_private(clone, plan=plan, fence=fence, nvram=nvram)
+        return clone
+
+    def _require_private(self, clone: Clone, *, plan: CapturePlan, fence: FencePlan, nvram: str | None) -> None:
         domain = self._connection.domain(clone.name)
         if state_of(domain) is not GuestState.PAUSED:
-            raise BugError("libvirt restored the clone running although it was told not to")
+            raise BugError("libvirt made the clone running although it was told not to")
         with translated("describe the clone"):
             live = parse(domain.XMLDesc(0))
         detail = overlays.describe(plan, role="clone")
@@ -103,7 +117,6 @@ class Clones:
             name="the clone",
         )
         set_limits(domain, cpu_shares=plan.settings.cpu_shares, limits=plan.settings.limits)
-        return clone
 
     def resume(self, clone: Clone, *, proof: IsolationProof) -> None:
         """Let the clone run. Raises BugError for a proof of another run."""

@@ -109,13 +109,11 @@ class SourceReturn:
 
         After a migration the guest may run on another host: resuming it here as well would ruin its disks.
         """
-        self._resume_from(
-            domain,
-            reasons=(
-                libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
-                libvirt.VIR_DOMAIN_PAUSED_SAVE,
-            ),
-        )
+        reasons: tuple[int, ...] = (libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, libvirt.VIR_DOMAIN_PAUSED_SAVE)
+        if self._detail.storage:
+            # So libvirt leaves a guest whose storage is to take the snapshots.
+            reasons += (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN,)
+        self._resume_from(domain, reasons=reasons)
 
     def _resume_from(self, domain: Any, *, reasons: tuple[int, ...]) -> None:
         with translated(f"resume {self._guest!r}"):

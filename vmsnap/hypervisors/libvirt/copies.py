@@ -17,9 +17,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DriverError, NoSpaceError, PreconditionError
-from vmsnap.hypervisors.libvirt.tools import translated_os
+from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.linux import reflink
-from vmsnap.model.capture import CapturePlan, CaptureSettings, Detach
+from vmsnap.model.capture import CapturePlan, CaptureSettings, Detach, DiskSnapshot
 from vmsnap.model.guest import Disk, DiskKind, Finding, Guest, Severity
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind
@@ -33,13 +33,14 @@ _NO_REFLINK = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENO
 
 
 class CopyDetail(BaseModel):
-    """One copy as the journal keeps it."""
+    """One copy as the journal keeps it. ``remove``: the command that removes it, empty for a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: str
     path: str
     disk: str
+    remove: tuple[str, ...] = ()
 
 
 class CopiesDetail(BaseModel):
@@ -56,19 +57,40 @@ def parse_name(path: str) -> tuple[RunId, str] | None:
     return None if match is None else (RunId(match["run"]), match["target"])
 
 
-def path_of(run: RunId, disk: Disk) -> Path:
-    """Return where a disk's copy lies."""
-    return Path(disk.source).parent / f"vmsnap-{run}-{disk.target}.base"
+def path_of(plan: CapturePlan, disk: Disk) -> Path:
+    """Return where a disk's copy lies: beside it, or where the policy says that its storage shows snapshots."""
+    name = f"vmsnap-{plan.run}-{disk.target}.base"
+    folder, own = Path(disk.source).parent, Path(disk.source).name
+    if plan.settings.storage is None:
+        return folder / name
+    path = plan.settings.storage.path
+    return Path(path.replace("{folder}", str(folder)).replace("{disk}", own).replace("{name}", name))
 
 
 def describe(plan: CapturePlan) -> CopiesDetail:
     """Return the copies of a plan."""
     return CopiesDetail(
         copies=tuple(
-            CopyDetail(target=disk.target, path=str(path_of(plan.run, disk)), disk=disk.source)
+            CopyDetail(
+                target=disk.target,
+                path=str(path_of(plan, disk)),
+                disk=disk.source,
+                remove=_filled(plan, disk=disk.source, path=str(path_of(plan, disk))),
+            )
             for disk in plan.guest.disks
         )
     )
+
+
+def _filled(plan: CapturePlan, *, disk: str, path: str) -> tuple[str, ...]:
+    if plan.settings.storage is None:
+        return ()
+    return filled(plan.settings.storage.remove, source=disk, snapshot=path)
+
+
+def filled(template: tuple[str, ...], *, source: str, snapshot: str) -> tuple[str, ...]:
+    """Return a command of the policy with its placeholders replaced."""
+    return tuple(word.replace("{source}", source).replace("{snapshot}", snapshot) for word in template)
 
 
 def resource(run: RunId, *, guest: str, detail: tuple[CopyDetail, ...]) -> Resource:
@@ -103,6 +125,8 @@ def _obstacles(guest: Guest) -> tuple[str, ...]:
 
 def settle(guest: Guest, *, settings: CaptureSettings) -> Detach:
     """Return what the policy's choice comes to: ``auto`` is ``reflink`` where every disk can be copied so."""
+    if settings.disk_snapshot is DiskSnapshot.STORAGE:
+        return Detach.LATE
     if settings.detach is not Detach.AUTO:
         return settings.detach
     return Detach.LATE if _obstacles(guest) else Detach.REFLINK
@@ -209,9 +233,23 @@ def fill(detail: CopiesDetail) -> None:
 def delete(detail: CopiesDetail) -> None:
     """Remove the copies. Content where they are gone. Raises DriverError."""
     for copy in detail.copies:
+        if copy.remove:
+            _remove_by_command(copy)
+            continue
         if parse_name(copy.path) is None:
             raise DriverError(f"{copy.path} does not bear the name of a copy of vmsnap and is left alone")
         try:
             Path(copy.path).unlink(missing_ok=True)
         except OSError as error:
             raise DriverError(f"{copy.path} could not be removed: {error.strerror}") from error
+
+
+def _remove_by_command(copy: CopyDetail) -> None:
+    if not Path(copy.path).exists():
+        return
+    run_tool(copy.remove)
+    if Path(copy.path).exists():
+        raise DriverError(
+            f"{copy.remove[0]} reported success, and {copy.path} is still there",
+            remedy="correct capture.storage.remove, and remove the snapshot by hand",
+        )

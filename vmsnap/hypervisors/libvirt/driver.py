@@ -9,18 +9,18 @@ import shutil
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import libvirt
 
 from vmsnap.errors import BugError, NoSpaceError, PreconditionError, VmsnapError
-from vmsnap.hypervisors.libvirt import addresses, commit, copies, memory, overlays, preflight, vcpulimits
+from vmsnap.hypervisors.libvirt import addresses, boot, commit, copies, memory, overlays, preflight, vcpulimits
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
 from vmsnap.hypervisors.libvirt.capture import LiveCapture
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environments
+from vmsnap.hypervisors.libvirt.findings import findings_of
 from vmsnap.hypervisors.libvirt.inspect import (
     agent_is_connected,
     disk_target,
@@ -32,24 +32,27 @@ from vmsnap.hypervisors.libvirt.inspect import (
 from vmsnap.hypervisors.libvirt.leftovers import image_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
-from vmsnap.hypervisors.libvirt.swap import check_swap
+from vmsnap.hypervisors.libvirt.storage import AtRest, storage_of
 from vmsnap.hypervisors.libvirt.tools import translated_os
+from vmsnap.hypervisors.libvirt.watchdog import Watchdog
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
     POLICY_SAYS_LIVE,
     Capture,
+    CaptureChoice,
     CaptureMode,
     CapturePlan,
     CaptureSettings,
     Clone,
     Detach,
     DiskImage,
+    DiskSnapshot,
     ModeChoice,
     OnNoConvergence,
 )
 from vmsnap.model.environment import EnvironmentPlan
-from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
+from vmsnap.model.guest import Finding, Guest, GuestState, Nic
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource, ResourceKind
@@ -61,6 +64,7 @@ _LOG = logging.getLogger(__name__)
 _LEASES = libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE
 _ARP_TABLE = Path("/proc/net/arp")
 _CLONE_NVRAM = "nvram.clone.fd"
+_WATCHDOG_SLACK_SECONDS = 2
 _AGENT_TIMEOUT = timedelta(seconds=3)
 
 
@@ -158,58 +162,15 @@ class LibvirtHypervisor:
 
     def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
         """Return the mode to capture this guest in."""
-        del guest, settings
+        del guest
+        if settings.mode is CaptureChoice.BOOT:
+            return ModeChoice(mode=CaptureMode.BOOT, reason="the policy says so")
         return POLICY_SAYS_LIVE
 
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
         """Look whether the guest can be captured now."""
-        domain = self._connection.domain(guest.name)
-        with translated(f"describe {guest.name!r}"):
-            root = parse(domain.XMLDesc(0))
-            definition = parse(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
-            qemu_version = self._connection.get().getVersion()
-            busy = domain.isActive() and domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE
-            targets = [disk_target(disk) for disk in writable_disks(root)] if domain.isActive() else []
-            pulled = [target for target in targets if domain.blockJobInfo(target)]
-        found = []
-        if guest.state is not GuestState.RUNNING:
-            found.append(
-                Finding(
-                    check="state",
-                    severity=Severity.REFUSAL,
-                    message=f"the guest is {guest.state}; only a running guest can be cloned",
-                    remedy=_how_to_run(guest),
-                )
-            )
-        if busy:
-            found.append(
-                Finding(
-                    check="jobs",
-                    severity=Severity.REFUSAL,
-                    message="another job (migration, save, backup) runs on the guest",
-                    remedy="wait for it; see 'virsh domjobinfo'",
-                )
-            )
-        found.extend(
-            Finding(
-                check=f"disk {target}",
-                severity=Severity.REFUSAL,
-                message="a block job runs on it",
-                remedy=f"wait for it, or end it; see: virsh blockjob {quote(guest.name)} {target}",
-            )
-            for target in pulled
-        )
-        found.extend(preflight.check_devices(root))
-        found.extend(preflight.check_definition(root, definition=definition))
-        found.extend(preflight.check_emulation(root, qemu_version=qemu_version, settings=settings))
-        found.extend(preflight.check_tpm(root))
-        found.extend(preflight.check_memory_backing(root))
-        found.extend(preflight.check_disks(root, settings=settings))
-        found.append(copies.check(guest, settings=settings))
-        found.extend(preflight.check_agent(root))
-        found.extend(check_swap(settings.swap))
-        found.extend(preflight.check_memory(root, meminfo=Path("/proc/meminfo").read_text(encoding="ascii")))
-        return tuple(found)
+        mode = self.choose_mode(guest, settings=settings).mode
+        return findings_of(self._connection, guest=guest, settings=settings, mode=mode)
 
     # Capturing
 
@@ -220,13 +181,23 @@ class LibvirtHypervisor:
     def _runtime(self, run: RunId) -> Path:
         return self._folders.runtime / run
 
-    def clone_memory_bytes(self, guest: Guest) -> int:
+    def clone_memory_bytes(self, guest: Guest, *, settings: CaptureSettings) -> int:
         """Return the most memory that a guest's image and clone take."""
-        return preflight.peak_bytes(guest.memory_bytes)
+        if self.choose_mode(guest, settings=settings).mode is not CaptureMode.BOOT:
+            return preflight.peak_bytes(guest.memory_bytes)
+        domain = self._connection.domain(guest.name)
+        with translated(f"describe {guest.name!r}"):
+            root = parse(domain.XMLDesc(0))
+        return boot.clone_memory_bytes(root, settings=settings)
 
     def host_memory(self) -> HostMemory:
         """Return what memory the host has left, and what each run has taken."""
         return memory.host_memory(self._folders.runtime)
+
+    def _make_runtime(self, run: RunId) -> None:
+        with translated_os(f"make {self._runtime(run)}"):
+            self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
+            self._runtime(run).mkdir(mode=0o711, exist_ok=True)
 
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the tmpfs of the memory image."""
@@ -238,9 +209,7 @@ class LibvirtHypervisor:
 
     def prepare_memory(self, plan: CapturePlan) -> None:
         """Mount the tmpfs."""
-        with translated_os(f"make {self._runtime(plan.run)}"):
-            self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
-            self._runtime(plan.run).mkdir(mode=0o711, exist_ok=True)
+        self._make_runtime(plan.run)
         folder = self._runtime(plan.run) / "memory"
         memory.create(folder, ram_bytes=plan.guest.memory_bytes, swap=plan.settings.swap)
 
@@ -250,8 +219,12 @@ class LibvirtHypervisor:
         with translated(f"ask for the longest pause of {plan.guest.name!r}"):
             max_downtime_ms = int(domain.migrateGetMaxDowntime()) if domain.isActive() else None
         slowed = plan.settings.on_no_convergence is OnNoConvergence.THROTTLE
-        detail = overlays.describe(plan, role="source").model_copy(
+        by_storage = plan.settings.disk_snapshot is DiskSnapshot.STORAGE
+        detail = overlays.describe(plan, role="source")
+        detail = detail.model_copy(
             update={
+                "disks": () if by_storage else detail.disks,
+                "storage": by_storage,
                 "max_downtime_ms": max_downtime_ms,
                 "vcpu_limits": vcpulimits.find_limits(plan.guest.name) if slowed else (),
             }
@@ -277,7 +250,8 @@ class LibvirtHypervisor:
                 "the file system of the overlays has too little room",
                 remedy="make room, set capture.overlay_dir, or lower capture.min_overlay_free_mib",
             )
-        overlays.create(detail)
+        if plan.settings.disk_snapshot is DiskSnapshot.OVERLAY:
+            overlays.create(detail)
 
     def clone_overlays_resource(self, plan: CapturePlan) -> Resource:
         """Name the overlays the clone will write to."""
@@ -293,26 +267,39 @@ class LibvirtHypervisor:
         return copies.resource(plan.run, guest=plan.guest.name, detail=copies.describe(plan).copies)
 
     def prepare_copies(self, plan: CapturePlan) -> None:
-        """Make the copies, empty."""
-        copies.create(copies.describe(plan), min_free_bytes=plan.settings.min_overlay_free_bytes)
+        """Make the copies, as far as that can be done before."""
+        detail = copies.describe(plan)
+        storage_of(plan.settings).prepare(detail, min_free_bytes=plan.settings.min_overlay_free_bytes)
 
     def overlay_free_bytes(self, plan: CapturePlan) -> int:
         """Return the room left where the overlays grow, and the disks that share their blocks with copies."""
         room = [overlays.free_bytes(overlays.describe(plan, role=role)) for role in ("source", "clone")]
-        if plan.settings.detach is Detach.REFLINK:
+        if plan.settings.on_copies and plan.settings.storage is None:
             room.append(copies.free_bytes(copies.describe(plan)))
         return min(room)
 
     def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Capture in the plan's mode."""
-        if plan.choice.mode is not CaptureMode.LIVE:
-            raise BugError(f"the libvirt driver does not capture in mode {plan.choice.mode}")
         del fence
-        folder = self._runtime(plan.run) / "memory"
-        capture = LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
+        capture = self._capture(plan, cancel=cancel)
         if plan.settings.detach is Detach.REFLINK:
             copies.fill(copies.describe(plan))
         return capture
+
+    def _capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
+        if plan.choice.mode is CaptureMode.BOOT:
+            return boot.BootCapture(self._connection, plan=plan, clock=self._clock).run(cancel=cancel)
+        if plan.choice.mode is not CaptureMode.LIVE:
+            raise BugError(f"the libvirt driver does not capture in mode {plan.choice.mode}")
+        folder = self._runtime(plan.run) / "memory"
+        if plan.settings.disk_snapshot is DiskSnapshot.OVERLAY:
+            return LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
+        capture = LiveCapture(
+            self._connection, plan=plan, memory_folder=folder, clock=self._clock, at_rest=AtRest(plan)
+        )
+        limit_seconds = plan.settings.storage_timeout.total_seconds() + _WATCHDOG_SLACK_SECONDS
+        with Watchdog(self._connection.uri, uuid=plan.guest.uuid, limit_seconds=limit_seconds):
+            return capture.run(cancel=cancel)
 
     # The clone
 
@@ -325,11 +312,19 @@ class LibvirtHypervisor:
         """Make the clone, paused."""
         nvram = self.clone_nvram(plan)
         if nvram is not None and plan.guest.nvram is not None:
+            self._make_runtime(plan.run)
             with translated_os(f"copy the firmware variables {plan.guest.nvram}"):
                 shutil.copyfile(plan.guest.nvram, nvram)
                 owner = Path(plan.guest.nvram).stat()
                 os.chown(nvram, owner.st_uid, owner.st_gid)
                 Path(nvram).chmod(0o600)
+        if plan.choice.mode is CaptureMode.BOOT:
+            self._make_runtime(plan.run)
+            domain = self._connection.domain(plan.guest.name)
+            with translated(f"describe {plan.guest.name!r}"):
+                text = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+            xml = boot.clone_xml(text, plan=plan, fence=fence, nvram=nvram)
+            return self._clones.create(plan, fence=fence, xml=xml, nvram=nvram)
         image = self._runtime(plan.run) / "memory" / memory.IMAGE_NAME
         return self._clones.restore(plan, fence=fence, image=image, nvram=nvram)
 
@@ -486,9 +481,3 @@ class LibvirtHypervisor:
             for run in self._environment_folders.runs()
         )
         return tuple(found)
-
-
-def _how_to_run(guest: Guest) -> str:
-    if guest.state is GuestState.PAUSED:
-        return f"virsh resume {quote(guest.name)}; why it is paused: virsh domstate --reason {quote(guest.name)}"
-    return f"virsh start {quote(guest.name)}; a guest that is off is clean as it is: copy its disks"

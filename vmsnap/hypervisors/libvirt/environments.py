@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import stat
 from pathlib import Path
@@ -14,6 +15,7 @@ from vmsnap.hypervisors.libvirt import audit, overlays, rewrite
 from vmsnap.hypervisors.libvirt.clones import state_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_target, nic_mac, writable_disks
+from vmsnap.hypervisors.libvirt.stripping import set_memory, strip
 from vmsnap.hypervisors.libvirt.xml import Tag, child, devices, drop, parse, unparse
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.environment import EnvironmentPlan
@@ -22,6 +24,7 @@ from vmsnap.model.ids import is_run_id
 from vmsnap.model.isolation import FencePlan, IsolationProof
 from vmsnap.model.manifest import MachineRecord
 
+_LOG = logging.getLogger(__name__)
 _NVRAM = "nvram.fd"
 
 
@@ -103,6 +106,9 @@ class Environments:
     def xml(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> str:
         """Return the environment's XML."""
         domain = parse(machine.definition)
+        left_out = strip(domain)
+        if left_out:
+            _LOG.info("the environment %r goes without: %s", plan.name, ", ".join(left_out))
         folder = self._folders.of(plan)
         rewrite.set_identity(
             domain,
@@ -123,10 +129,7 @@ class Environments:
         rewrite.set_nvram(domain, str(folder / _NVRAM) if machine.nvram is not None else None)
         rewrite.set_life(domain, reboot="restart", crash="destroy")
         if plan.memory_bytes is not None:
-            for tag in ("memory", "currentMemory"):
-                element = child(domain, tag)
-                element.set("unit", "b")
-                element.text = str(plan.memory_bytes)
+            set_memory(domain, plan.memory_bytes)
         if plan.vcpus is not None:
             drop(domain, "vcpus")
             for topology in domain.findall("cpu/topology"):

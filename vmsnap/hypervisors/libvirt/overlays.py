@@ -17,7 +17,7 @@ from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import copies
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.hypervisors.libvirt.vcpulimits import VcpuLimit
-from vmsnap.model.capture import CapturePlan, Detach
+from vmsnap.model.capture import CapturePlan
 from vmsnap.model.guest import Disk, DiskKind
 from vmsnap.model.ids import RunId
 
@@ -41,13 +41,15 @@ class OverlaysDetail(BaseModel):
     """All overlays of one role of one run.
 
     ``max_downtime_ms`` is what libvirt allowed a migration of the source to pause before the capture lowered it; None
-    where it is not known. ``vcpu_limits`` are those of the source's vCPUs, where a capture may lower them.
+    where it is not known. ``storage``: there are no overlays; a capture leaves the source paused for a moment, for its
+    storage. ``vcpu_limits`` are those of the source's vCPUs, where a capture may lower them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uuid: str
     disks: tuple[OverlayDetail, ...]
+    storage: bool = False
     max_downtime_ms: int | None = None
     vcpu_limits: tuple[VcpuLimit, ...] = ()
 
@@ -72,16 +74,16 @@ def parse_name(path: str) -> OverlayName | None:
 def describe(plan: CapturePlan, *, role: str) -> OverlaysDetail:
     """Return the overlays of a plan. ``role``: ``source`` for what the guest writes to, ``clone`` for the clone.
 
-    Where production goes home at once, the clone's are over copies of the disks.
+    Where the clone reads copies of the disks (``CaptureSettings.on_copies``), its overlays are over those.
     """
-    on_copies = role == "clone" and plan.settings.detach is Detach.REFLINK
+    on_copies = role == "clone" and plan.settings.on_copies
     return OverlaysDetail(
         uuid=plan.guest.uuid,
         disks=tuple(
             OverlayDetail(
                 target=disk.target,
                 overlay=str(_folder(disk, plan.settings.overlay_dir) / f"vmsnap-{plan.run}-{disk.target}.{role}.qcow2"),
-                base=str(copies.path_of(plan.run, disk)) if on_copies else disk.source,
+                base=str(copies.path_of(plan, disk)) if on_copies else disk.source,
                 base_format=disk.image_format,
                 base_kind=disk.kind,
                 size_bytes=disk.size_bytes,

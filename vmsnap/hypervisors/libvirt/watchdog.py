@@ -1,0 +1,194 @@
+"""A process of its own that lets a guest go on where nobody else does: its agent died, or hangs, while the guest is paused.
+
+It is started before the capture, and told at its end (a line on its standard input) that it is not needed any more. Where
+that input ends without the line, the agent is dead. It ends by itself in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import libvirt
+
+from vmsnap.errors import DriverError
+
+_DONE = b"done\n"
+_ARMED = "armed\n"
+_START_SECONDS = 20.0
+_POLL_SECONDS = 0.05
+# How long after the agent's death a request that it sent last may still come into effect.
+_LINGER_SECONDS = 15.0
+_ABORT_SECONDS = 1.0
+# Pauses that are a capture's; an operator's has the reason 'user' and is left alone.
+_OURS = (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, libvirt.VIR_DOMAIN_PAUSED_SAVE)
+
+
+class Watchdog:
+    """The agent's end: the process watches over one guest while the block runs."""
+
+    def __init__(self, uri: str, *, uuid: str, limit_seconds: float) -> None:
+        self._argv = [sys.executable, "-m", __name__, uri, uuid, str(limit_seconds)]
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Return its process id, 0 where it was not started."""
+        return 0 if self._process is None else self._process.pid
+
+    def __enter__(self) -> Self:
+        """Start it and wait until it watches. Raises DriverError where it does not come to that."""
+        self._process = subprocess.Popen(
+            self._argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            cwd="/",
+        )
+        said = ""
+        assert self._process.stdout is not None  # noqa: S101 - it is a pipe
+        if select.select([self._process.stdout], [], [], _START_SECONDS)[0]:
+            said = self._process.stdout.readline()
+        if said != _ARMED:
+            self._process.kill()
+            self._close()
+            raise DriverError(
+                "the watchdog that lets the guest go on did not start, so the guest is not stopped",
+                remedy="try 'python3 -m vmsnap.hypervisors.libvirt.watchdog' by hand",
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(_DONE.decode("ascii"))
+            self._process.stdin.flush()
+        try:
+            self._process.wait(timeout=_START_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._close()
+
+    def _close(self) -> None:
+        if self._process is None:
+            return
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self._process.wait()
+
+
+class Finder:
+    """Finds one domain by its UUID, over a connection that is opened again where it broke."""
+
+    def __init__(self, uri: str, *, uuid: str) -> None:
+        self._uri = uri
+        self._uuid = uuid
+        self._connection: Any = None
+
+    def __call__(self) -> Any | None:
+        """Return the domain, None where there is none. Raises libvirtError where that cannot be told now."""
+        try:
+            if self._connection is None:
+                self._connection = libvirt.open(self._uri)
+            return self._connection.lookupByUUIDString(self._uuid)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            self._connection = None
+            raise
+
+
+class Guardian:
+    """The other end. ``look`` is called over and over until it returns False."""
+
+    def __init__(self, find: Callable[[], Any | None], *, limit_seconds: float) -> None:
+        self._find = find
+        self._limit_seconds = limit_seconds
+        self._paused_since: float | None = None
+        self._orphaned_at: float | None = None
+        self._aborted_at: float | None = None
+
+    def orphaned(self, *, now: float) -> None:
+        """Note that the agent is dead."""
+        self._orphaned_at = now
+
+    def look(self, *, now: float) -> bool:
+        """Look at the guest once, and let it go on where it must. Returns whether there is anything left to watch."""
+        try:
+            domain = self._find()
+            if domain is None or not domain.isActive():
+                return False
+            busy = self._end_capture(domain, now=now)
+            if not busy:
+                self._let_go_on(domain, now=now)
+        except libvirt.libvirtError:
+            # libvirtd may just be starting again.
+            busy = True
+        return busy or self._orphaned_at is None or now - self._orphaned_at < _LINGER_SECONDS
+
+    def _end_capture(self, domain: Any, *, now: float) -> bool:
+        """Tell whether a job runs; abort a capture that a dead agent began."""
+        if domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
+            return False
+        again = self._aborted_at is None or now - self._aborted_at > _ABORT_SECONDS
+        if self._orphaned_at is not None and again:
+            self._aborted_at = now
+            if domain.jobStats().get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT:
+                domain.abortJob()
+        return True
+
+    def _let_go_on(self, domain: Any, *, now: float) -> None:
+        state, reason = domain.state()
+        if state != libvirt.VIR_DOMAIN_PAUSED or reason not in _OURS:
+            self._paused_since = None
+            return
+        if self._paused_since is None:
+            self._paused_since = now
+        if self._orphaned_at is not None or now - self._paused_since > self._limit_seconds:
+            domain.resume()
+
+
+def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        # Where memory is short, whoever can let the guest go on is the last to be killed.
+        Path("/proc/self/oom_score_adj").write_text("-1000", encoding="ascii")
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    find = Finder(uri, uuid=uuid)
+    if find() is None:
+        return
+    guardian = Guardian(find, limit_seconds=limit_seconds)
+    sys.stdout.write(_ARMED)
+    sys.stdout.flush()
+    standard_input, listening = sys.stdin.fileno(), True
+    while True:
+        if listening and select.select([standard_input], [], [], _POLL_SECONDS)[0]:
+            if os.read(standard_input, len(_DONE)):
+                return
+            listening = False
+            guardian.orphaned(now=time.monotonic())
+        elif not listening:
+            time.sleep(_POLL_SECONDS)
+        if not guardian.look(now=time.monotonic()):
+            return
+
+
+if __name__ == "__main__":
+    _watch(sys.argv[1], sys.argv[2], float(sys.argv[3]))
