@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+import xml.etree.ElementTree as ET
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from integration.libvirt_runs import (
     run_of,
     write_file,
 )
+from integration.memory_use import MemoryUse
 from vmsnap.errors import (
     BugError,
     CancelledError,
@@ -37,9 +40,11 @@ from vmsnap.errors import (
     NotCleanError,
     NotConvergingError,
 )
+from vmsnap.hypervisors.libvirt import pauses
 from vmsnap.hypervisors.libvirt.capturewatch import CaptureWatch
 from vmsnap.hypervisors.libvirt.convergence import Convergence
-from vmsnap.model.capture import CaptureSettings, OnNoConvergence
+from vmsnap.hypervisors.libvirt.processes import CLONE_OOM_SCORE, pid_of
+from vmsnap.model.capture import CaptureSettings, CloneLimits, OnNoConvergence
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.journal import ResourceKind
 
@@ -59,18 +64,49 @@ def is_in_clone(run: DriverRun, *, domain: str, path: str) -> bool:
     return True
 
 
+def oom_score(domain: str) -> int:
+    pid = pid_of(domain)
+    assert pid is not None
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def check_limits(clone: libvirt.virDomain, limits: CloneLimits) -> None:
+    """The clone's limits are as wished."""
+    scheduler = clone.schedulerParameters()
+    assert scheduler["vcpu_quota"] * 100 == scheduler["vcpu_period"] * (limits.cpu_percent or 0)
+    tune = clone.blockIoTune("vda")
+    assert (tune["total_bytes_sec"], tune["total_iops_sec"]) == (
+        limits.disk_bytes_per_second,
+        limits.disk_operations_per_second,
+    )
+    (mac,) = ET.fromstring(clone.XMLDesc()).findall("devices/interface/mac")  # noqa: S314 - libvirt's own
+    rates = clone.interfaceParameters(mac.get("address", ""))
+    assert rates["inbound.average"] * 1024 == rates["outbound.average"] * 1024 == limits.network_bytes_per_second
+
+
 def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, guest: LabGuest) -> None:
     before = definitions(guest)
     downtime_ms = guest.domain.migrateGetMaxDowntime()
     boot_id = guest.run(["cat", "/proc/sys/kernel/random/boot_id"])
+    source_score = oom_score(guest.name)
     write_file(guest, BEFORE, "written before the capture")
     guest.run(["rm", "-f", MEANWHILE])
-    with run_of(lab, guest) as run:
+    limits = CloneLimits(
+        cpu_percent=90,
+        disk_bytes_per_second=1 << 30,
+        disk_operations_per_second=100_000,
+        network_bytes_per_second=1 << 30,
+    )
+    with run_of(lab, guest, replace(PATIENT, limits=limits)) as run, MemoryUse() as memory_use:
         refused = [f for f in run.driver.findings(run.plan.guest, settings=PATIENT) if f.severity is Severity.REFUSAL]
         assert refused == []
         run.prepare()
+        (mount,) = [line for line in Path("/proc/mounts").read_text().splitlines() if run.plan.run in line]
+        assert "noswap" in mount.split()[3].split(",")
         capture = run.capture()
         assert 0 < capture.pause_ms < PATIENT.max_pause.total_seconds() * 1000
+        assert [part.name for part in capture.parts] == [*pauses.ORDER, pauses.RESUMING]
+        assert sum(part.ms for part in capture.parts) == pytest.approx(capture.pause_ms)
         assert capture.captured < capture.resumed
         assert 0 < capture.ram_bytes <= run.plan.guest.memory_bytes
         assert is_running(guest)
@@ -83,6 +119,12 @@ def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, gue
             guest.connection.lookupByName(name).schedulerParameters()["cpu_shares"] for name in (guest.name, clone.name)
         ]
         assert weights[1] == weights[0] * PATIENT.cpu_shares // 1024
+        memory = guest.connection.lookupByName(clone.name).memoryParameters()
+        assert memory["hard_limit"] * 1024 == run.plan.guest.memory_bytes * 5 // 4 + (1 << 30)
+        check_limits(guest.connection.lookupByName(clone.name), limits)
+        scores = [oom_score(name) for name in (guest.name, clone.name)]
+        assert scores == [source_score, CLONE_OOM_SCORE]
+        assert run.driver.host_memory().taken_bytes[run.plan.run] > capture.ram_bytes // 2
         assert {resource.kind for resource in run.driver.owned()} == {
             ResourceKind.CLONE, ResourceKind.CLONE_OVERLAYS, ResourceKind.SOURCE_OVERLAYS, ResourceKind.MEMORY,
         }  # fmt: skip
@@ -91,6 +133,7 @@ def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, gue
         assert clone.name not in run.driver.guests()
 
         run.resume()
+        assert memory_use.peak.total_bytes < 1.2 * run.plan.guest.memory_bytes
         assert is_in_clone(run, domain=clone.name, path=BEFORE)
         assert not is_in_clone(run, domain=clone.name, path=MEANWHILE)
         assert (

@@ -22,7 +22,7 @@ from integration.libvirt_runs import (
     run_of,
 )
 from vmsnap.errors import NotConvergingError, PreconditionError, VmsnapError
-from vmsnap.hypervisors.libvirt import memory, vcpulimits
+from vmsnap.hypervisors.libvirt import preflight, vcpulimits
 from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.model.capture import CaptureSettings, OnNoConvergence
 
@@ -89,7 +89,7 @@ def test_promises_to_a_guest_that_rewrites_its_memory(
         # A stream that outgrows its place ends the capture, not the host.
         converging(monkeypatch, downtime_ms=1, gives_up=False)
         with monkeypatch.context() as small:
-            small.setattr(memory, "memory_image_bytes", lambda ram_bytes: ram_bytes // 4)
+            small.setattr(preflight, "memory_image_bytes", lambda ram_bytes, **_settings: ram_bytes // 4)
             failure = fails(lab, guest, patient)
         assert isinstance(failure, NotConvergingError)
         assert "outgrew" in failure.brief

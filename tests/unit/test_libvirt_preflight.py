@@ -22,7 +22,7 @@ def findings(xml: str, *, settings: CaptureSettings, meminfo: str = "MemAvailabl
     yield from preflight.check_memory_backing(root)
     yield from preflight.check_disks(root, settings=settings)
     yield from preflight.check_agent(root)
-    yield from preflight.check_memory(root, meminfo=meminfo)
+    yield from preflight.check_memory(root, meminfo=meminfo, settings=CaptureSettings())
 
 
 def refusals(xml: str, *, settings: CaptureSettings) -> list[Finding]:
@@ -223,7 +223,7 @@ def test_without_a_folder_the_overlay_goes_beside_the_disk(tmp_path: Path) -> No
 )
 def test_needs_ram_for_the_image_and_the_clone(available_bytes: int, *, refused: bool) -> None:
     meminfo = f"MemTotal: 99999999 kB\nMemAvailable:    {available_bytes // 1024} kB\n"
-    (found,) = preflight.check_memory(parse(domain_xml()), meminfo=meminfo)
+    (found,) = preflight.check_memory(parse(domain_xml()), meminfo=meminfo, settings=CaptureSettings())
     assert (found.severity is Severity.REFUSAL) is refused
     assert bool(found.remedy) is refused
 

@@ -81,9 +81,9 @@ def test_nothing_is_mounted_that_could_be_swapped(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(memory, "run_tool", mount)
     monkeypatch.setattr(memory, "swap_on_disk", lambda: ("/dev/dm-1",))
     with pytest.raises(PreconditionError, match="/dev/dm-1"):
-        memory.create(tmp_path / "a", ram_bytes=1 << 20, swap=SwapRule.REFUSE)
+        memory.create(tmp_path / "a", image_bytes=1 << 20, swap=SwapRule.REFUSE)
     assert mounted == []
-    memory.create(tmp_path / "b", ram_bytes=1 << 20, swap=SwapRule.WARN)
+    memory.create(tmp_path / "b", image_bytes=1 << 20, swap=SwapRule.WARN)
     monkeypatch.setattr(memory, "swap_on_disk", lambda: ())
-    memory.create(tmp_path / "c", ram_bytes=1 << 20, swap=SwapRule.REFUSE)
+    memory.create(tmp_path / "c", image_bytes=1 << 20, swap=SwapRule.REFUSE)
     assert len(mounted) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import libvirt
@@ -11,11 +12,13 @@ from vmsnap.hypervisors.libvirt.inspect import disk_target, nic_mac, writable_di
 from vmsnap.hypervisors.libvirt.xml import devices, parse
 from vmsnap.model.capture import CloneLimits
 
+_LOG = logging.getLogger(__name__)
 _LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
 _NORMAL_SHARES = 1024
 _WEIGHT_V2 = 100
 _PERIOD_US = 100_000
 _KIB = 1024
+_QEMU_BYTES = 1 << 30
 
 
 def cpu_weight(cpu_shares: int, *, normal: int) -> int:
@@ -26,6 +29,19 @@ def cpu_weight(cpu_shares: int, *, normal: int) -> int:
     """
     largest = 262144 if normal > _WEIGHT_V2 else 10000
     return min(max(2, cpu_shares * normal // _NORMAL_SHARES), largest)
+
+
+def limit_memory(domain: Any, *, ram_bytes: int) -> None:
+    """Let a clone's control group hold its RAM and what QEMU needs beside it, and no more.
+
+    A QEMU that takes more is ended in its group, before anybody else is short of memory. A host whose libvirt does not use
+    the memory controller has ``oom_score_adj`` alone.
+    """
+    most = ram_bytes + ram_bytes // 4 + _QEMU_BYTES
+    try:
+        domain.setMemoryParameters({"hard_limit": most // _KIB}, _LIVE)
+    except libvirt.libvirtError as error:
+        _LOG.info("the clone's memory has no limit: %s", error)
 
 
 def set_limits(domain: Any, *, cpu_shares: int, limits: CloneLimits) -> None:

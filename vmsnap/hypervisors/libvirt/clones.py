@@ -13,7 +13,7 @@ import libvirt
 
 from vmsnap.errors import BugError, DeadlineError, GuestNotFoundError, NotCleanError
 from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_image
-from vmsnap.hypervisors.libvirt.clonelimits import set_limits
+from vmsnap.hypervisors.libvirt.clonelimits import limit_memory, set_limits
 from vmsnap.hypervisors.libvirt.connection import AGENT_COMMAND_TIMEOUT, Connection, gone, translated
 from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
 from vmsnap.hypervisors.libvirt.inspect import nic_mac
@@ -116,6 +116,7 @@ class Clones:
             nvram=nvram,
             name="the clone",
         )
+        limit_memory(domain, ram_bytes=plan.guest.memory_bytes)
         set_limits(domain, cpu_shares=plan.settings.cpu_shares, limits=plan.settings.limits)
 
     def resume(self, clone: Clone, *, proof: IsolationProof) -> None:

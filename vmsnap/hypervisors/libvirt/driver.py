@@ -184,7 +184,7 @@ class LibvirtHypervisor:
     def clone_memory_bytes(self, guest: Guest, *, settings: CaptureSettings) -> int:
         """Return the most memory that a guest's image and clone take."""
         if self.choose_mode(guest, settings=settings).mode is not CaptureMode.BOOT:
-            return preflight.peak_bytes(guest.memory_bytes)
+            return preflight.peak_bytes(guest.memory_bytes, settings=settings)
         domain = self._connection.domain(guest.name)
         with translated(f"describe {guest.name!r}"):
             root = parse(domain.XMLDesc(0))
@@ -211,7 +211,8 @@ class LibvirtHypervisor:
         """Mount the tmpfs."""
         self._make_runtime(plan.run)
         folder = self._runtime(plan.run) / "memory"
-        memory.create(folder, ram_bytes=plan.guest.memory_bytes, swap=plan.settings.swap)
+        image_bytes = preflight.memory_image_bytes(plan.guest.memory_bytes, settings=plan.settings)
+        memory.create(folder, image_bytes=image_bytes, swap=plan.settings.swap)
 
     def overlays_resource(self, plan: CapturePlan) -> Resource:
         """Name the source's overlays, and note what else a capture changes of the source."""

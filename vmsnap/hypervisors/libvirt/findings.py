@@ -56,7 +56,8 @@ def findings_of(
         )
         for target in pulled
     )
-    available = preflight.available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    available = preflight.available_memory_bytes(meminfo)
     if mode is CaptureMode.BOOT:
         found.extend(boot.check_devices(root))
         found.append(boot.check_memory(root, settings=settings, available_bytes=available))
@@ -65,7 +66,7 @@ def findings_of(
         found.extend(preflight.check_emulation(root, qemu_version=qemu_version, settings=settings))
         found.extend(preflight.check_memory_backing(root))
         found.extend(check_swap(settings.swap))
-        found.extend(preflight.check_memory(root, meminfo=Path("/proc/meminfo").read_text(encoding="ascii")))
+        found.extend(preflight.check_memory(root, meminfo=meminfo, settings=settings))
     found.extend(preflight.check_definition(root, definition=definition))
     found.extend(preflight.check_tpm(root))
     found.extend(preflight.check_disks(root, settings=settings))

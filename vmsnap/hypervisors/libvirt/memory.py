@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from vmsnap.errors import DriverError, NoSpaceError, PreconditionError, ToolError
-from vmsnap.hypervisors.libvirt.preflight import KEEP_FREE_BYTES, available_memory_bytes, memory_image_bytes, peak_bytes
+from vmsnap.hypervisors.libvirt.preflight import KEEP_FREE_BYTES, available_memory_bytes
 from vmsnap.hypervisors.libvirt.processes import pid_of, resident_bytes
 from vmsnap.hypervisors.libvirt.swap import REMEDY, swap_on_disk
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
@@ -18,25 +18,25 @@ _MIB = 1 << 20
 IMAGE_NAME = "ram.save"
 
 
-def create(folder: Path, *, ram_bytes: int, swap: SwapRule) -> None:
+def create(folder: Path, *, image_bytes: int, swap: SwapRule) -> None:
     """Mount the tmpfs and make the empty image file that libvirt insists on finding.
 
-    The image may outgrow the guest's RAM, which it holds twice where it changed meanwhile, as far as the host has memory.
+    ``image_bytes`` is the most that the image may hold, and image and clone together.
 
     It is kept out of swap where the kernel can do that. Raises NoSpaceError where the host's memory does not hold image and
     clone, PreconditionError where the image could reach a disk although ``swap`` forbids it, ToolError.
     """
     free = available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
-    if free < peak_bytes(ram_bytes):
+    needed = image_bytes + KEEP_FREE_BYTES
+    if free < needed:
         raise NoSpaceError(
             f"the host has {free // _MIB} MiB of memory available; image and clone of this guest need "
-            f"{peak_bytes(ram_bytes) // _MIB} MiB",
+            f"{needed // _MIB} MiB",
             remedy="run fewer guests or clones at a time, or add memory",
         )
-    size = min(memory_image_bytes(ram_bytes), free - KEEP_FREE_BYTES)
     with translated_os(f"make the memory area {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _mount(folder, options=f"size={size // _MIB}m,mode=0700,nosuid,nodev,noexec", swap=swap)
+    _mount(folder, options=f"size={image_bytes // _MIB}m,mode=0700,nosuid,nodev,noexec", swap=swap)
     with translated_os(f"make the memory image in {folder}"):
         descriptor = os.open(folder / IMAGE_NAME, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         os.close(descriptor)

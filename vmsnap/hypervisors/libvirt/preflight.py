@@ -19,15 +19,17 @@ from vmsnap.hypervisors.libvirt.inspect import (
     writable_disks,
 )
 from vmsnap.hypervisors.libvirt.xml import QEMU_NAMESPACE, devices
-from vmsnap.model.capture import CaptureSettings
+from vmsnap.model.capture import CaptureSettings, OnNoConvergence
 from vmsnap.model.guest import Finding, Severity
 
 _QEMU_9 = 9_000_000
 _MIB = 1 << 20
 _FORMATS = ("raw", "qcow2")
 KEEP_FREE_BYTES = 256 * _MIB
-# What the clone needs beside its RAM: QEMU itself, and what the stream holds twice because it changed meanwhile.
-MEMORY_IMAGE_FACTOR = 1.5
+# How much of a guest's RAM an image may hold: what the guest rewrites meanwhile is in it twice. A guest that is stopped or
+# slowed down where it does not converge is read more often before that.
+_IMAGE_FACTOR = 1.2
+_STUBBORN_IMAGE_FACTOR = 1.5
 _REFUSED_DEVICES = {
     "hostdev": ("a host device is passed through", "take the device away, or back this guest up in another way"),
     "filesystem": ("a folder of the host is shared (virtiofs or 9p)", "take the <filesystem> away"),
@@ -320,19 +322,23 @@ def available_memory_bytes(meminfo: str) -> int:
     return 0
 
 
-def peak_bytes(ram_bytes: int) -> int:
-    """Return what image and clone need together at most: the image is given back as the clone is loaded from it."""
-    return ram_bytes + ram_bytes // 5 + KEEP_FREE_BYTES
+def memory_image_bytes(ram_bytes: int, *, settings: CaptureSettings) -> int:
+    """Return how large a memory image may get: RAM, and what changed while it was read.
+
+    Image and clone together take no more than that at any time: the image is given back as the clone is loaded from it.
+    """
+    stubborn = settings.on_no_convergence in (OnNoConvergence.SUSPEND, OnNoConvergence.THROTTLE)
+    return int(ram_bytes * (_STUBBORN_IMAGE_FACTOR if stubborn else _IMAGE_FACTOR))
 
 
-def memory_image_bytes(ram_bytes: int) -> int:
-    """Return how large a memory image may get: RAM, and what changed while it was read."""
-    return int(ram_bytes * MEMORY_IMAGE_FACTOR) + 64 * _MIB
+def peak_bytes(ram_bytes: int, *, settings: CaptureSettings) -> int:
+    """Return what has to be free for image and clone: what they need together at most, and what the host keeps."""
+    return memory_image_bytes(ram_bytes, settings=settings) + KEEP_FREE_BYTES
 
 
-def check_memory(domain: ET.Element, *, meminfo: str) -> Iterator[Finding]:
+def check_memory(domain: ET.Element, *, meminfo: str, settings: CaptureSettings) -> Iterator[Finding]:
     """Check that the host has RAM for the memory image and the clone."""
-    needed = peak_bytes(memory_bytes(domain))
+    needed = peak_bytes(memory_bytes(domain), settings=settings)
     free = available_memory_bytes(meminfo)
     if free < needed:
         yield _refusal(
