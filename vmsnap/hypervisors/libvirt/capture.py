@@ -71,7 +71,7 @@ class LiveCapture:
         self._folder = memory_folder
         self._clock = clock
         self._detail = overlays.describe(plan, role="source")
-        self._failure: libvirt.libvirtError | None = None
+        self._failure: libvirt.libvirtError | VmsnapError | None = None
 
     def run(self, *, cancel: Cancel) -> Capture:
         """Capture. The guest runs when this returns or raises; see ports.hypervisor for the errors."""
@@ -88,7 +88,7 @@ class LiveCapture:
             PauseRecorder(self._connection.get(), domain) as recorder,
             FlushedDisks(tuple(disk.base for disk in self._detail.disks)) as disks,
         ):
-            worker = threading.Thread(target=self._snapshot, args=(domain, xml, recorder), name="vmsnap-capture")
+            worker = threading.Thread(target=self._snapshot, args=(xml, recorder), name="vmsnap-capture")
             watch = CaptureWatch(
                 domain, plan=self._plan, convergence=convergence, recorder=recorder, slowed=slowed, disks=disks
             )
@@ -164,12 +164,16 @@ class LiveCapture:
                     "the longest pause of %r in a migration could not be set back to %d ms: %s", name, before, error
                 )
 
-    def _snapshot(self, domain: Any, xml: str, recorder: PauseRecorder) -> None:
+    def _snapshot(self, xml: str, recorder: PauseRecorder) -> None:
+        # A connection of its own: on one that waits in a long call, libvirt may answer others, and send events, late.
+        connection = Connection(self._connection.uri)
         try:
-            domain.snapshotCreateXML(xml, _FLAGS)
-        except libvirt.libvirtError as error:
+            connection.domain(self._plan.guest.name).snapshotCreateXML(xml, _FLAGS)
+        except (libvirt.libvirtError, VmsnapError) as error:
             self._failure = error
-        recorder.wake()
+        finally:
+            connection.close()
+            recorder.wake()
 
     def _watch(self, watch: CaptureWatch, *, worker: threading.Thread, cancel: Cancel) -> VmsnapError | None:
         """Watch until the capture ends. Returns why it was aborted, or None."""
@@ -213,6 +217,8 @@ class LiveCapture:
         # The stream may fill the tmpfs between two looks at it.
         if memory.used_share(self._folder) > _STREAM_LIMIT:
             return self._outgrown()
+        if isinstance(self._failure, VmsnapError):
+            return self._failure
         return translate(self._failure, doing=f"capture {self._plan.guest.name!r}")
 
     def _abort_until_over(self, domain: Any, worker: threading.Thread) -> None:
