@@ -62,11 +62,16 @@ class CommandSnapshot:
         """Run the command for each disk. It ends with this process: a snapshot taken later would be found by nobody."""
         until = time.monotonic() + timeout_seconds
         for copy in detail.copies:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise DeadlineError(f"the storage's snapshots took longer than {timeout_seconds:g} s")
             argv = filled(self._commands.snapshot, source=copy.disk, snapshot=copy.path)
-            run_tool(("setpriv", "--pdeathsig", "KILL", *argv), timeout_seconds=left)
+            left = max(0.0, until - time.monotonic())
+            try:
+                run_tool(("setpriv", "--pdeathsig", "KILL", *argv), timeout_seconds=left)
+            except DeadlineError as error:
+                raise DeadlineError(
+                    f"the snapshots by {argv[0]!r} were not taken within {timeout_seconds:g} s, while the guest stood still",
+                    details=error.details,
+                    remedy="raise capture.storage_timeout, or find out why the storage takes so long",
+                ) from error
 
 
 def storage_of(settings: CaptureSettings) -> StorageSnapshot:
