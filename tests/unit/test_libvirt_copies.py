@@ -12,7 +12,7 @@ from tests.unit.libvirt_domains import RUN, domain_xml, plan_of
 from vmsnap.errors import DriverError, NoSpaceError, VmsnapError
 from vmsnap.hypervisors.libvirt import copies, overlays
 from vmsnap.hypervisors.libvirt.copies import CopiesDetail, CopyDetail
-from vmsnap.model.capture import CapturePlan, CaptureSettings, Detach
+from vmsnap.model.capture import CaptureMode, CapturePlan, CaptureSettings, Detach, OnNoConvergence
 from vmsnap.model.guest import Disk, DiskKind, Severity
 
 MIB = 1 << 20
@@ -67,20 +67,33 @@ def test_the_clones_overlays_are_over_the_copies_and_the_sources_over_the_disks(
 def test_auto_is_reflink_only_where_every_disk_can(image: Path, tmp_path: Path) -> None:
     auto = CaptureSettings(detach=Detach.AUTO)
     good = plan_on(disk(image)).guest
-    assert copies.settle(good, settings=auto) is Detach.REFLINK
+    assert copies.settle(good, settings=auto, mode=CaptureMode.LIVE) is Detach.REFLINK
     for other in (
         disk(Path("/dev/sda"), target="vdb", kind=DiskKind.BLOCK),
         disk(tmp_path / "gone.raw", target="vdb"),
     ):
         mixed = plan_on(disk(image), other).guest
-        assert copies.settle(mixed, settings=auto) is Detach.LATE
-        finding = copies.check(mixed, settings=auto)
+        assert copies.settle(mixed, settings=auto, mode=CaptureMode.LIVE) is Detach.LATE
+        finding = copies.check(mixed, settings=auto, mode=CaptureMode.LIVE)
         assert finding.severity is Severity.OK
         assert "vdb" in finding.message
-        refusal = copies.check(mixed, settings=CaptureSettings(detach=Detach.REFLINK))
+        refusal = copies.check(mixed, settings=CaptureSettings(detach=Detach.REFLINK), mode=CaptureMode.LIVE)
         assert (refusal.severity, refusal.check) == (Severity.REFUSAL, "detach")
         assert "vdb" in refusal.message
         assert 'capture.detach = "auto"' in (refusal.remedy or "")
+
+
+@pytest.mark.usefixtures("can")
+def test_a_capture_that_may_be_instant_waits(image: Path) -> None:
+    """Its clone opens its disks before the capture, so that there is nothing in the copies yet."""
+    guest = plan_on(disk(image)).guest
+    falls_back = CaptureSettings(detach=Detach.AUTO, on_no_convergence=OnNoConvergence.INSTANT)
+    auto = CaptureSettings(detach=Detach.AUTO)
+    assert copies.settle(guest, settings=falls_back, mode=CaptureMode.LIVE) is Detach.LATE
+    assert copies.settle(guest, settings=falls_back, mode=CaptureMode.BOOT) is Detach.REFLINK
+    assert copies.settle(guest, settings=auto, mode=CaptureMode.INSTANT) is Detach.LATE
+    refusal = copies.check(guest, settings=CaptureSettings(detach=Detach.REFLINK), mode=CaptureMode.INSTANT)
+    assert refusal.severity is Severity.REFUSAL
 
 
 @pytest.mark.usefixtures("can")
@@ -98,9 +111,9 @@ def test_a_link_to_another_file_system_cannot_be_copied(tmp_path: Path) -> None:
 def test_a_policy_that_waits_asks_no_file_system(image: Path, cannot: None) -> None:
     late = CaptureSettings(detach=Detach.LATE)
     guest = plan_on(disk(image)).guest
-    assert copies.settle(guest, settings=late) is Detach.LATE
-    assert "until the clone's disks are stored" in copies.check(guest, settings=late).message
-    assert copies.settle(guest, settings=CaptureSettings(detach=Detach.AUTO)) is Detach.LATE
+    assert copies.settle(guest, settings=late, mode=CaptureMode.LIVE) is Detach.LATE
+    assert "until the clone's disks are stored" in copies.check(guest, settings=late, mode=CaptureMode.LIVE).message
+    assert copies.settle(guest, settings=CaptureSettings(detach=Detach.AUTO), mode=CaptureMode.LIVE) is Detach.LATE
 
 
 @pytest.mark.usefixtures("can")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from vmsnap.errors import DriverError, NoSpaceError, PreconditionError
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.linux import reflink
-from vmsnap.model.capture import CapturePlan, CaptureSettings, Detach, DiskSnapshot
+from vmsnap.model.capture import CaptureMode, CapturePlan, CaptureSettings, Detach, DiskSnapshot, OnNoConvergence
 from vmsnap.model.guest import Disk, DiskKind, Finding, Guest, Severity
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind
@@ -119,30 +119,37 @@ def obstacle(disk: Disk) -> str | None:
     return None
 
 
-def _obstacles(guest: Guest) -> tuple[str, ...]:
+def _obstacles(guest: Guest, *, settings: CaptureSettings, mode: CaptureMode) -> tuple[str, ...]:
+    if _may_be_instant(settings, mode):
+        return ("in mode instant the clone opens its disks before the capture",)
     return tuple(reason for disk in guest.disks if (reason := obstacle(disk)) is not None)
 
 
-def settle(guest: Guest, *, settings: CaptureSettings) -> Detach:
+def _may_be_instant(settings: CaptureSettings, mode: CaptureMode) -> bool:
+    falls_back = mode is CaptureMode.LIVE and settings.on_no_convergence is OnNoConvergence.INSTANT
+    return mode is CaptureMode.INSTANT or falls_back
+
+
+def settle(guest: Guest, *, settings: CaptureSettings, mode: CaptureMode) -> Detach:
     """Return what the policy's choice comes to: ``auto`` is ``reflink`` where every disk can be copied so."""
     if settings.disk_snapshot is DiskSnapshot.STORAGE:
         return Detach.LATE
     if settings.detach is not Detach.AUTO:
         return settings.detach
-    return Detach.LATE if _obstacles(guest) else Detach.REFLINK
+    return Detach.LATE if _obstacles(guest, settings=settings, mode=mode) else Detach.REFLINK
 
 
-def check(guest: Guest, *, settings: CaptureSettings) -> Finding:
+def check(guest: Guest, *, settings: CaptureSettings, mode: CaptureMode) -> Finding:
     """Say when production leaves its overlays, and refuse what the policy insists on and the host cannot do."""
     at_once = "production is back on its own disks at once, the clone is on copies by reflink"
     late = "production is on overlays until the clone's disks are stored"
-    obstacles = () if settings.detach is Detach.LATE else _obstacles(guest)
+    obstacles = () if settings.detach is Detach.LATE else _obstacles(guest, settings=settings, mode=mode)
     if settings.detach is Detach.REFLINK and obstacles:
         return Finding(
             check="detach",
             severity=Severity.REFUSAL,
-            message=f"the disks cannot be copied by reflink: {'; '.join(obstacles)}",
-            remedy='put them on XFS (reflink=1), btrfs or ZFS 2.2, or set capture.detach = "auto"',
+            message=f"production cannot go home at once: {'; '.join(obstacles)}",
+            remedy='set capture.detach = "auto"; disks have to be on XFS (reflink=1), btrfs or ZFS 2.2, the mode not instant',
         )
     why = f": {'; '.join(obstacles)}" if obstacles else ""
     message = late + why if obstacles or settings.detach is Detach.LATE else at_once

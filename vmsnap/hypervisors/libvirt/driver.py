@@ -176,7 +176,8 @@ class LibvirtHypervisor:
 
     def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
         """Choose what ``auto`` comes to."""
-        return replace(settings, detach=copies.settle(guest, settings=settings))
+        mode = self.choose_mode(guest, settings=settings).mode
+        return replace(settings, detach=copies.settle(guest, settings=settings, mode=mode))
 
     def _runtime(self, run: RunId) -> Path:
         return self._folders.runtime / run

@@ -73,7 +73,7 @@ def findings_of(
     if settings.disk_snapshot is DiskSnapshot.STORAGE:
         found.extend(storage.check(guest, settings=settings, mode=mode))
     else:
-        found.append(copies.check(guest, settings=settings))
+        found.append(copies.check(guest, settings=settings, mode=mode))
     found.extend(preflight.check_agent(root))
     return tuple(found)
 
