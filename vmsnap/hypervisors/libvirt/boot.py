@@ -19,6 +19,7 @@ from vmsnap.hypervisors.libvirt.clones import clone_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
 from vmsnap.hypervisors.libvirt.inspect import memory_bytes
+from vmsnap.hypervisors.libvirt.pauses import DISKS
 from vmsnap.hypervisors.libvirt.request import request_for
 from vmsnap.hypervisors.libvirt.stripping import can_lower_memory, lower_memory, strip
 from vmsnap.hypervisors.libvirt.xml import Tag, drop, parse, unparse
@@ -70,7 +71,7 @@ class BootCapture:
             pause_ms=pause_ms,
             ram_bytes=0,
             seconds=(ended - began).total_seconds(),
-            parts=(PausePart(name="disks", ms=pause_ms),),
+            parts=(PausePart(name=DISKS, ms=pause_ms),),
         )
 
 

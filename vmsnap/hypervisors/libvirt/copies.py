@@ -120,12 +120,13 @@ def obstacle(disk: Disk) -> str | None:
 
 
 def _obstacles(guest: Guest, *, settings: CaptureSettings, mode: CaptureMode) -> tuple[str, ...]:
-    if _may_be_instant(settings, mode):
+    if may_be_instant(settings, mode):
         return ("in mode instant the clone opens its disks before the capture",)
     return tuple(reason for disk in guest.disks if (reason := obstacle(disk)) is not None)
 
 
-def _may_be_instant(settings: CaptureSettings, mode: CaptureMode) -> bool:
+def may_be_instant(settings: CaptureSettings, mode: CaptureMode) -> bool:
+    """Tell whether a capture in this mode may become one in mode ``instant``."""
     falls_back = mode is CaptureMode.LIVE and settings.on_no_convergence is OnNoConvergence.INSTANT
     return mode is CaptureMode.INSTANT or falls_back
 
