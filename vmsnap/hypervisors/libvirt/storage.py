@@ -108,10 +108,10 @@ class AtRest:
 
 def check(guest: Guest, *, settings: CaptureSettings, mode: CaptureMode) -> Iterator[Finding]:
     """Check whether the storage can take the snapshots."""
-    if mode is not CaptureMode.LIVE:
+    if mode is not CaptureMode.LIVE or copies.may_be_instant(settings, mode):
         yield _refusal(
-            f"the storage's snapshots need mode live, not {mode}",
-            'set capture.mode = "live", or disk_snapshot = "overlay"',
+            f"the storage's snapshots need mode live and nothing else; here it is {mode}, or may become instant",
+            'set capture.mode = "live" and on_no_convergence to anything but "instant", or disk_snapshot = "overlay"',
         )
         return
     if settings.storage is None:
