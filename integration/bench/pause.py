@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from integration.libvirt_runs import Cancel, DriverRun, run_of
 from vmsnap.errors import NotConvergingError
 from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.hypervisors.libvirt.events import Pause, PauseRecorder
-from vmsnap.model.capture import CaptureChoice, CaptureMode, CaptureSettings, ModeChoice
+from vmsnap.model.capture import Capture, CaptureChoice, CaptureMode, CaptureSettings, ModeChoice
 
 RAM_MIB = (1024, 4096, 8192)
 MODES = (PLAIN, CaptureMode.LIVE.value)
@@ -150,6 +150,7 @@ class Taken:
 
     pause: Pause | None = None
     stream_bytes: int = 0
+    parts_ms: dict[str, float] = field(default_factory=dict)
     capture_s: float = 0.0
     clone_running_s: float | None = None
 
@@ -178,6 +179,7 @@ def _sample(guest: LabGuest, *, mode: str, load: Load, running: Running, address
         pause_ms=None if pause is None else _ms(pause.resumed - pause.stopped),
         capture_s=round(taken.capture_s, 2),
         stream_bytes=taken.stream_bytes,
+        parts_ms=taken.parts_ms,
         clone_running_s=taken.clone_running_s,
         tps_before=before,
         tps_after=after,
@@ -212,18 +214,20 @@ def _vmsnap(guest: LabGuest, mode: str) -> Iterator[Taken]:
         taken = Taken()
         began = time.monotonic()
         try:
-            taken.pause, taken.stream_bytes = _captured(guest, run)
+            taken.pause, capture = _captured(guest, run)
         except NotConvergingError:
             taken.capture_s = time.monotonic() - began
         else:
             taken.capture_s = time.monotonic() - began
+            taken.stream_bytes = capture.ram_bytes
+            taken.parts_ms = {part.name: round(part.ms, 2) for part in capture.parts}
             clone = run.restore()
             run.driver.resume_clone(clone, proof=run.network.prove(run.fence))
             taken.clone_running_s = round(time.time() - taken.pause.resumed.timestamp(), 2)
         yield taken
 
 
-def _captured(guest: LabGuest, run: DriverRun) -> tuple[Pause, int]:
+def _captured(guest: LabGuest, run: DriverRun) -> tuple[Pause, Capture]:
     """Capture; returns the pause as the bench itself saw it in QEMU's events, not as the driver tells it."""
     connection = Connection("qemu:///system")
     try:
@@ -233,7 +237,7 @@ def _captured(guest: LabGuest, run: DriverRun) -> tuple[Pause, int]:
     finally:
         connection.close()
     assert pause is not None
-    return pause, capture.ram_bytes
+    return pause, capture
 
 
 def _reading(guest: LabGuest, load: Load) -> Sample:

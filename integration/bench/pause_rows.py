@@ -16,6 +16,7 @@ READING = "reading"  # not a way to capture: how long it takes to read a stream 
 NOT_CONVERGING = "does not converge"
 HOW = (
     "pause: from the first STOP to the last RESUME event, by QEMU's clock, in every mode. "
+    "pause_parts_ms: medians of what vmsnap says its pause was made of. "
     "clone_running_s: from the source's RESUME until the clone was resumed in its proven fence. "
     "stream_read_s: reading one live stream under pgbench once from its tmpfs, thrown away; "
     "stream_read_into_memory_s: the same into fresh memory. "
@@ -40,6 +41,7 @@ class Sample:
     capture_s: float
     stream_bytes: int
     host_load: float
+    parts_ms: dict[str, float] = field(default_factory=dict)  # what the driver says the pause was made of
     clone_running_s: float | None = None
     tps_before: float | None = None
     tps_after: float | None = None
@@ -118,6 +120,7 @@ def _row(run: Run, *, ram_mib: int, load: str, mode: str) -> dict[str, object]:
         "pause_p90_ms": _rank(pauses, 0.9),
         "pause_max_ms": max(pauses, default=None),
         "pauses_ms": pauses,
+        "pause_parts_ms": _parts(samples),
         "capture_s": _middle(samples, "capture_s"),
         "stream_bytes": _middle(samples, "stream_bytes"),
         "clone_running_s": _middle(samples, "clone_running_s"),
@@ -140,6 +143,15 @@ def _values(samples: Iterable[Sample], name: str) -> list[float]:
 def _middle(samples: Iterable[Sample], name: str) -> float | None:
     values = _values(samples, name)
     return round(median(values), 2) if values else None
+
+
+def _parts(samples: Iterable[Sample]) -> dict[str, float]:
+    """The median of each part of the pause."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, ms in sample.parts_ms.items():
+            found.setdefault(name, []).append(ms)
+    return {name: round(median(values), 2) for name, values in found.items()}
 
 
 def _rank(values: list[float], share: float) -> float | None:
