@@ -13,7 +13,7 @@ from rich.table import Table
 
 from integration.lab.lab import Lab
 
-NAMES = ("backup", "pause")
+NAMES = ("backup", "pause", "scale")
 FOLDER = Path("build/bench")
 
 

@@ -10,16 +10,29 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from vmsnap.errors import BugError, ConfigError, DriverError, NoSpaceError, PreconditionError, SnapshotNotFoundError
+from vmsnap.errors import (
+    BugError,
+    BusyError,
+    ConfigError,
+    DriverError,
+    NoSpaceError,
+    PreconditionError,
+    SnapshotNotFoundError,
+)
 from vmsnap.model.guest import Severity
+from vmsnap.model.history import Action
 from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import Marks, Snapshot
+from vmsnap.model.policy import Policy
+from vmsnap.stores import catalogue
 from vmsnap.stores.images import ImagesStore
 from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
@@ -31,8 +44,12 @@ from vmsnap.testing.store_contract import (
     sample_clean,
     sample_manifest,
 )
+from vmsnap.testing.world import FakeWorld
+from vmsnap.workflow.prune import prune
+from vmsnap.workflow.reconcile import reconcile
 
 SECOND = timedelta(seconds=1)
+OTHER_RUN = RunId("00000000ff")
 
 
 @pytest.fixture
@@ -198,6 +215,67 @@ def test_half_removed_snapshots_are_owned_and_released(store: ImagesStore, snaps
     store.release(resource, deadline=SECOND)
     assert not folder.exists()
     assert store.owned() == ()
+
+
+def test_a_removal_that_was_cut_long_ago_is_shown_and_finished_by_prune(
+    store: ImagesStore, snapshot: Snapshot, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "manifest.json").rename(folder / "manifest.removed")
+    (shown,) = [item for item in store.findings(needed_bytes=0) if item.check == "store contents"]
+    assert "was cut" in shown.message
+    lab = FakeWorld(tmp_path / "lab")
+    world = replace(lab.process(), store=store)  # whose journals know nothing of that run
+    assert reconcile(world).undone == ()
+    assert prune(world, policy=Policy(guest=GUEST), dry_run=True) == ()
+    assert folder.exists()
+    prune(world, policy=Policy(guest=GUEST), dry_run=False)
+    assert not folder.exists()
+    (entry,) = lab.state.history.trail()
+    assert (entry.action, entry.subject, entry.detail) == (
+        Action.PRUNE,
+        snapshot.id,
+        "a removal that was cut is finished",
+    )
+    assert [item for item in store.findings(needed_bytes=0) if item.check == "store contents"] == []
+
+
+def test_a_held_snapshot_whose_removal_was_cut_is_a_snapshot_again(
+    store: ImagesStore, snapshot: Snapshot, folder: Path
+) -> None:
+    store.hold(store.hold_resource(OTHER_RUN, snapshot=snapshot))
+    (folder / "manifest.json").rename(folder / "manifest.removed")
+    (resource,) = [item for item in store.owned() if item.kind is ResourceKind.STAGING]
+    store.release(resource, deadline=SECOND)
+    assert store.snapshots() == (snapshot,)
+    (folder / "manifest.json").rename(folder / "manifest.removed")
+    (folder / snapshot.manifest.disks[0].image).unlink()
+    assert store.finish_removals(GUEST) == ()
+    assert folder.exists(), "somebody holds what is left of it"
+
+
+def test_a_removal_that_goes_on_is_not_finished_by_another(
+    store: ImagesStore, snapshot: Snapshot, folder: Path
+) -> None:
+    (folder / "manifest.json").rename(folder / "manifest.removed")
+    (resource,) = store.owned()
+    with store.lock(GUEST, timeout=SECOND), pytest.raises(BusyError):
+        store.release(resource, deadline=timedelta(milliseconds=100))
+    assert (folder / "manifest.removed").exists()
+
+
+def test_when_snapshots_were_captured_is_read_once(
+    store: ImagesStore, snapshot: Snapshot, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_ago = time.time() - 60
+    os.utime(folder, (long_ago, long_ago))
+    assert store.captured(GUEST) == (snapshot.manifest.captured,)
+    with monkeypatch.context() as patched:
+        patched.setattr(catalogue, "read_snapshot", None)
+        assert store.captured(GUEST) == (snapshot.manifest.captured,)
+    (folder / "manifest.json").rename(folder / "manifest.removed")
+    assert store.captured(GUEST) == ()
+    (folder / "manifest.removed").rename(folder / "manifest.json")
+    assert store.captured(GUEST) == (snapshot.manifest.captured,), "what has just changed may change again at once"
 
 
 def test_a_full_disk_is_told_with_numbers(store: ImagesStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,11 +64,11 @@ def provision_document(report: ProvisionReport) -> Document:
 def snapshot_summary(snapshot: Snapshot) -> Document:
     """Return a snapshot as an entry of a list."""
     manifest = snapshot.manifest
-    marks = snapshot.marks.model_dump(mode="json")
+    verification, pin = snapshot.marks.verification, snapshot.marks.pin
     return {
         "snapshot": snapshot.id,
         "guest": manifest.guest,
-        "captured": manifest.model_dump(mode="json")["capture"]["captured"],
+        "captured": _iso(manifest.captured),
         "logical_bytes": manifest.store.logical_bytes,
         "new_bytes": manifest.store.new_bytes,
         "mode": manifest.capture.mode.value,
@@ -76,8 +76,8 @@ def snapshot_summary(snapshot: Snapshot) -> Document:
         "pause_ms": manifest.capture.pause_ms,
         "engine": engine_names(manifest.clean),
         "clean": {"proven": True, "methods": sorted({item.method for item in manifest.clean.instances})},
-        "verified": marks["verification"],
-        "pin": marks["pin"],
+        "verified": None if verification is None else verification.model_dump(mode="json"),
+        "pin": None if pin is None else pin.model_dump(mode="json"),
         "parent": manifest.parent,
     }
 

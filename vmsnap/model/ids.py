@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from functools import lru_cache
 from typing import NewType
 
 RunId = NewType("RunId", str)
@@ -29,6 +30,7 @@ def is_run_id(text: str) -> bool:
     return ID_PATTERN.match(text) is not None
 
 
+@lru_cache(maxsize=4096)
 def folder_name(guest: str) -> str:
     """Return a file name for a guest's name, the same every time and different for different guests.
 

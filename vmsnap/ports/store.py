@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +66,9 @@ class SnapshotStore(Owner, Protocol):
     def snapshots(self, guest: str | None = None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest."""
 
+    def captured(self, guest: str) -> tuple[datetime, ...]:
+        """Return when a guest's snapshots were captured, oldest first. Quicker than reading them: it may be asked often."""
+
     def find(self, reference: str) -> Snapshot:
         """Return the snapshot an id, an unambiguous prefix, ``GUEST@latest`` or ``GUEST@TIME`` names.
 
@@ -92,6 +95,12 @@ class SnapshotStore(Owner, Protocol):
 
     def remove(self, snapshot: Snapshot) -> int:
         """Remove a snapshot: manifest first. Returns bytes that were its own. Raises HeldError."""
+
+    def finish_removals(self, guest: str) -> tuple[SnapshotId, ...]:
+        """Finish removals of a guest's snapshots that were cut, however long ago. Returns which they were.
+
+        Call it under the guest's lock. One that is held meanwhile is a snapshot again.
+        """
 
     def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
         """Read every block and compare it. Returns the count of blocks read and a line a defect."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from vmsnap.errors import BugError, DriverError, PreconditionError, SnapshotNotFoundError
@@ -24,7 +24,7 @@ from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import ByteProgress, Staging
 from vmsnap.stores import removal
 from vmsnap.stores.blocks import Scope
-from vmsnap.stores.catalogue import is_half_removed, read_snapshot, take_inventory
+from vmsnap.stores.catalogue import Captures, is_half_removed, read_snapshot, take_inventory
 from vmsnap.stores.layout import (
     HOLDS,
     LOCK,
@@ -57,6 +57,7 @@ class ImagesStore:
         self._layout = Layout(root=root)
         self._allow_copies = allow_copies
         self._publisher = Publisher(layout=self._layout)
+        self._captures = Captures(self._layout)
         self._reflinks: bool | None = None
 
     @property
@@ -91,6 +92,16 @@ class ImagesStore:
                 remedy="look at the folder; its images may still be of use. Remove it by hand when they are not",
             )
             for damage in take_inventory(self._layout).damaged
+        ]
+        cut = [folder for folder in self._layout.snapshot_folders() if is_half_removed(folder)]
+        findings += [
+            Finding(
+                check="store contents",
+                severity=Severity.WARNING,
+                message=f"{folder}: the removal of this snapshot was cut, and its room is not free",
+                remedy=f"run 'vmsnap prune {guest_of(folder.parent)}' (or, without a policy for it, remove the folder)",
+            )
+            for folder in cut
         ]
         return tuple(findings)
 
@@ -139,6 +150,10 @@ class ImagesStore:
     def snapshots(self, guest: str | None = None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest. Damaged ones are logged and left out."""
         return take_inventory(self._layout, guest=guest).snapshots
+
+    def captured(self, guest: str) -> tuple[datetime, ...]:
+        """Return when a guest's snapshots were captured, oldest first. What did not change is not read again."""
+        return self._captures.of(guest)
 
     def find(self, reference: str) -> Snapshot:
         """Return the snapshot an id, an unambiguous prefix, ``GUEST@latest`` or ``GUEST@TIME`` names.
@@ -199,6 +214,12 @@ class ImagesStore:
         """
         return removal.remove_snapshot(snapshot, folder=self._existing(snapshot))
 
+    def finish_removals(self, guest: str) -> tuple[SnapshotId, ...]:
+        """Finish removals of a guest's snapshots that were cut. Call it under the guest's lock. Returns which they were."""
+        with self._translated(f"finish removing snapshots of {guest!r}"):
+            folders = [folder for folder in self._layout.snapshot_folders(guest) if is_half_removed(folder)]
+            return tuple(SnapshotId(folder.name) for folder in folders if removal.finish_removal(folder))
+
     def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
         """Read every block and compare it. Returns the count of blocks compared and a line a defect.
 
@@ -231,14 +252,17 @@ class ImagesStore:
 
     def release(self, resource: Resource, *, deadline: timedelta) -> None:
         """Remove a staging folder and what a half-done removal left, or let a snapshot go. A snapshot itself stays."""
-        del deadline  # Removing files takes milliseconds, whatever their size; nothing here waits.
         path = self._path(resource)
         with self._translated(f"remove {path}"):
             if resource.kind is ResourceKind.HOLD:
                 removal.let_go(path.parent.parent, run=resource.run)
                 return
             removal.remove_staging(path.parent / f"{STAGING_PREFIX}{resource.run}")
-            removal.finish_removal(path.parent / resource.run)
+            folder = path.parent / resource.run
+            if is_half_removed(folder) and folder.exists():
+                # Or somebody is removing it just now.
+                with locked(folder.parent / LOCK, guest=resource.guest, timeout=deadline):
+                    removal.finish_removal(folder)
 
     def owned(self) -> tuple[Resource, ...]:
         """Return staging folders, snapshots whose removal did not end, and holds."""

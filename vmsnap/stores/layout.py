@@ -8,8 +8,10 @@ STORE/GUEST/.lock
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -54,23 +56,54 @@ class Layout:
         except OSError as error:
             raise disk_failure(error, doing=f"read the store {self.root}") from error
 
-    def snapshot_folders(self) -> list[Path]:
-        """Return all folders that are named as snapshots are, with a manifest or without. Raises DriverError."""
-        return [entry for entry in self._below_guests() if is_run_id(entry.name)]
+    def snapshot_folders(self, guest: str | None = None) -> list[Path]:
+        """Return the folders that are named as snapshots are, of one guest or of all, with a manifest or without.
+
+        Raises DriverError.
+        """
+        folders = self.guest_folders() if guest is None else [self.guest(guest)]
+        return [entry for entry in self._below(folders) if is_run_id(entry.name)]
+
+    def snapshot_states(self, guest: str, *, known: Container[str] = ()) -> list[tuple[str, os.stat_result]]:
+        """Return a guest's folders that are named as snapshots are, and what the file system says of them.
+
+        ``known``: names of which that need not be looked at. Raises DriverError.
+        """
+        found = []
+        try:
+            with os.scandir(self.guest(guest)) as entries:
+                for entry in entries:
+                    if entry.name in known or (is_run_id(entry.name) and entry.is_dir()):
+                        with contextlib.suppress(FileNotFoundError):  # removed just now
+                            found.append((entry.name, entry.stat()))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise disk_failure(error, doing=f"read the store {self.root}") from error
+        return found
 
     def staging_folders(self) -> list[Path]:
         """Return all folders of snapshots in the making. Raises DriverError."""
         return [
             entry
-            for entry in self._below_guests()
+            for entry in self._below(self.guest_folders())
             if entry.name.startswith(STAGING_PREFIX) and is_run_id(entry.name.removeprefix(STAGING_PREFIX))
         ]
 
-    def _below_guests(self) -> list[Path]:
+    def _below(self, folders: Sequence[Path]) -> list[Path]:
         try:
-            return [entry for guest in self.guest_folders() for entry in sorted(guest.iterdir()) if entry.is_dir()]
+            return [entry for folder in folders for entry in _folders_in(folder)]
         except OSError as error:
             raise disk_failure(error, doing=f"read the store {self.root}") from error
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, by name; none where it is not there. Raises OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 def guest_of(folder: Path) -> str:

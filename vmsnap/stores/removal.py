@@ -6,10 +6,12 @@ import logging
 import shutil
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from vmsnap.errors import HeldError, SnapshotNotFoundError
 from vmsnap.linux.reflink import exclusive_bytes
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
-from vmsnap.model.manifest import Snapshot
+from vmsnap.model.manifest import Manifest, Snapshot
 from vmsnap.stores.catalogue import is_half_removed
 from vmsnap.stores.layout import HOLDS, MANIFEST, REMOVED, disk_failure, sync_folder, write_new_file
 
@@ -71,10 +73,17 @@ def remove_snapshot(snapshot: Snapshot, *, folder: Path) -> int:
     return own_bytes
 
 
-def finish_removal(folder: Path) -> None:
-    """Remove a folder whose removal began. Content where it is gone. Leaves one that is not. Raises OSError."""
+def finish_removal(folder: Path) -> bool:
+    """Remove a folder whose removal began; tell whether it did. Content where it is gone. Leaves one that is not.
+
+    One that is held comes back: its removal had looked for holds once, and died before it looked again. Call it where nobody
+    else removes: under the guest's lock. Raises OSError.
+    """
     if not is_half_removed(folder):
-        return
+        return False
+    if holders(folder):
+        _take_back(folder)
+        return False
     for entry in folder.iterdir() if folder.exists() else ():
         if entry.name == REMOVED:
             continue
@@ -85,6 +94,19 @@ def finish_removal(folder: Path) -> None:
     # Last: without it the folder could not be told from a damaged snapshot.
     (folder / REMOVED).unlink(missing_ok=True)
     _remove_empty(folder)
+    return True
+
+
+def _take_back(folder: Path) -> None:
+    """Make a snapshot of a folder again whose removal has not taken anything away yet. Others wait for their holds to end."""
+    try:
+        manifest = Manifest.model_validate_json((folder / REMOVED).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return
+    if all((folder / name).exists() for disk in manifest.disks for name in (disk.image, disk.digests)):
+        (folder / REMOVED).rename(folder / MANIFEST)
+        sync_folder(folder)
+        _log.warning("%s: its removal was cut while an environment took it into use: it is a snapshot again", folder)
 
 
 def remove_staging(folder: Path) -> None:

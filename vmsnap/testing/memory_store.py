@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from vmsnap.errors import BugError, BusyError, HeldError, NoSpaceError, SafetyError, SnapshotNotFoundError
@@ -59,6 +59,7 @@ class MemoryStore:
         self.capacity_bytes = capacity_bytes
         self._staged: dict[RunId, _Kept] = {}
         self._published: dict[SnapshotId, _Kept] = {}
+        self._of: dict[str, dict[SnapshotId, _Kept]] = {}
         self._locked: set[str] = set()
 
     @property
@@ -131,8 +132,17 @@ class MemoryStore:
                 f"the manifest of run {staging.run} lists other disks than were stored", remedy="report it"
             )
         kept.manifest = manifest
-        self._published[manifest.id] = self._staged.pop(staging.run)
+        self._keep(manifest.id, self._staged.pop(staging.run))
         return Snapshot(manifest=manifest)
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Have a snapshot without disks, for tests that need many."""
+        kept = _Kept(guest=snapshot.manifest.guest, manifest=snapshot.manifest, marks=snapshot.marks)
+        self._keep(snapshot.id, kept)
+
+    def _keep(self, identity: SnapshotId, kept: _Kept) -> None:
+        self._published[identity] = kept
+        self._of.setdefault(kept.guest, {})[identity] = kept
 
     def guests(self) -> tuple[str, ...]:
         """Return the guests that have snapshots."""
@@ -143,10 +153,15 @@ class MemoryStore:
         return by_age(
             [
                 Snapshot(manifest=kept.manifest, marks=kept.marks)
-                for kept in self._published.values()
-                if kept.manifest is not None and guest in {None, kept.guest}
+                for kept in (self._published if guest is None else self._of.get(guest, {})).values()
+                if kept.manifest is not None
             ]
         )
+
+    def captured(self, guest: str) -> tuple[datetime, ...]:
+        """Return when a guest's snapshots were captured, oldest first."""
+        every = self._of.get(guest, {}).values()
+        return tuple(sorted(kept.manifest.captured for kept in every if kept.manifest is not None))
 
     def find(self, reference: str) -> Snapshot:
         """Return the snapshot that the reference names."""
@@ -210,6 +225,7 @@ class MemoryStore:
         if kept.holders:
             raise HeldError(f"snapshot {snapshot.id} is used by {', '.join(sorted(kept.holders))}")
         del self._published[snapshot.id]
+        del self._of[kept.guest][snapshot.id]
         others = {
             (one.guest, target, index, digest)
             for one in self._published.values()
@@ -222,6 +238,11 @@ class MemoryStore:
             for index, digest in disk.digests().items()
             if (kept.guest, target, index, digest) not in others
         )
+
+    def finish_removals(self, guest: str) -> tuple[SnapshotId, ...]:
+        """Return nothing: here a removal cannot be cut."""
+        del guest
+        return ()
 
     def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
         """Compare every disk with its digest."""

@@ -468,6 +468,12 @@ class StoreContract:
         assert [one.id for one in store.snapshots()] == [other.id, early.id, late.id]
         assert [one.id for one in store.snapshots(GUEST)] == [early.id, late.id]
         assert store.snapshots("nobody") == ()
+        assert store.captured(GUEST) == (early.manifest.captured, late.manifest.captured)
+        assert store.captured("nobody") == ()
+        store.remove(early)
+        assert store.captured(GUEST) == (late.manifest.captured,)
+        store.mark(late, marks=Marks(pin=None))
+        assert store.captured(GUEST) == (late.manifest.captured,)
 
     def test_references(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
         early = self.save(store, make_view(blocks(1)), captured=NOON)

@@ -248,8 +248,7 @@ def upcoming_of(world: World, policy: Policy, *, count: int) -> tuple[Due, ...]:
 
 
 def _newest(world: World, policy: Policy, *, now: datetime) -> datetime | None:
-    captured = (snapshot.manifest.capture.captured for snapshot in world.store.snapshots(policy.guest))
-    return newest_before(captured, now=now)
+    return newest_before(world.store.captured(policy.guest), now=now)
 
 
 def load_of(policy: Policy) -> Load:

@@ -12,7 +12,7 @@ from vmsnap.model.history import Action
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
-from vmsnap.workflow.chronicle import audited
+from vmsnap.workflow.chronicle import audit, audited
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=1)
@@ -26,6 +26,8 @@ def prune(world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = Fa
     Raises BusyError, DriverError; what was removed before stays removed.
     """
     with world.store.lock(policy.guest, timeout=_LOCK_TIMEOUT):
+        if not dry_run:
+            _finish_removals(world, policy.guest)
         snapshots = world.store.snapshots(policy.guest)
         held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
         decisions = decide(
@@ -46,6 +48,12 @@ def prune(world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = Fa
         if dry_run:
             return decisions
         return tuple(_carry_out(world, decision) for decision in decisions)
+
+
+def _finish_removals(world: World, guest: str) -> None:
+    for snapshot in world.store.finish_removals(guest):
+        _LOG.warning("the removal of snapshot %s of %s had been cut, and is finished now", snapshot, guest)
+        audit(world, Action.PRUNE, guest=guest, subject=snapshot, detail="a removal that was cut is finished")
 
 
 def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta | None) -> Forecast:
