@@ -2,6 +2,7 @@
 # make test    everything that can be tested, from nothing
 # make check   lint, types, layers, unit, contract and workflow tests: no root, no network
 # make fuzz FUZZ_SECONDS=600   atheris on what a hostile clone can send; its own environment, its corpus in build/fuzz
+# make package   a Debian package in build/package; make install DESTDIR=/x puts the same files there
 # make bench NAME=backup   measurements, printed and written to build/bench/NAME.json
 # make bench NAME=pause    how long guests stand still, and a picture of it; RAM=1024 RUNS=2 and more in integration/bench/pause.py
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ NAME ?= backup
 FUZZ_SECONDS ?= 600
 FUZZ := build/fuzz
 
-.PHONY: demo test check lint unit integration fuzz bench setup venv clean
+.PHONY: demo test check lint unit integration fuzz bench package install setup venv clean
 
 demo: setup
 	$(LAB) $(PYTHON) -m integration.demo
@@ -51,6 +52,12 @@ $(FUZZ)/venv/installed: integration/fuzz/requirements.txt
 	/usr/bin/python3 -m venv $(FUZZ)/venv
 	$(FUZZ)/venv/bin/python -m pip install -q --disable-pip-version-check -r $<
 	touch $@
+
+package:
+	packaging/package.sh
+
+install:
+	packaging/install.sh "$(DESTDIR)"
 
 setup:
 	bash integration/setup.sh system
