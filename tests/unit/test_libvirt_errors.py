@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -20,7 +21,7 @@ from vmsnap.errors import (
     ToolError,
     VmsnapError,
 )
-from vmsnap.hypervisors.libvirt.connection import translate
+from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 
 
@@ -101,3 +102,11 @@ def test_a_missing_program_is_named() -> None:
 def test_programs_speak_english_and_their_output_need_not_be_text() -> None:
     script = "import os, sys; sys.stdout.buffer.write(os.environb[b'LC_ALL'] + b'\\xff')"
     assert run_tool((sys.executable, "-c", script)) == "C\ufffd"
+
+
+def test_where_no_libvirt_listens_something_is_missing_and_nothing_has_failed(tmp_path: Path) -> None:
+    connection = Connection(f"qemu+unix:///system?socket={tmp_path}/gone")
+    with pytest.raises(PreconditionError, match="no libvirt answers at") as caught:
+        connection.get()
+    assert caught.value.exit_code == 3
+    assert "libvirt-daemon-system" in (caught.value.remedy or "")

@@ -1,9 +1,11 @@
-"""The units that are shipped start commands that exist."""
+"""The units that are shipped: systemd takes them, they start commands that exist, and they are held as tightly as they say."""
 
 from __future__ import annotations
 
+import re
 import shlex
-from configparser import ConfigParser
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,31 +13,145 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from vmsnap.cli.main import app
+from vmsnap.config.settings import DaemonSettings
+from vmsnap.model.durations import parse_duration
 
-UNITS = sorted((Path(__file__).parents[2] / "systemd").glob("*.service"))
+ROOT = Path(__file__).parents[2]
+SERVICES = sorted((ROOT / "systemd").glob("*.service"))
+TIMERS = sorted((ROOT / "systemd").glob("*.timer"))
+# What mounts, or makes clones, must share the host's mounts: none of these, which give a service its own.
+SANDBOX = {
+    "ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "ProtectKernelTunables",
+    "ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "ProtectProc", "ProcSubset", "ReadWritePaths",
+    "ReadOnlyPaths", "InaccessiblePaths", "BindPaths", "TemporaryFileSystem", "MountFlags", "RootDirectory",
+}  # fmt: skip
+MOUNTING = {"vmsnap", "vmsnap-run", "vmsnap-backup@", "vmsnap-reconcile", "vmsnap-env@"}
 
 
 def section_of(unit: Path, name: str) -> dict[str, str]:
-    parser = ConfigParser(interpolation=None, strict=True, delimiters=("=",))
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
-    parser.read_string(unit.read_text(encoding="utf-8"))
-    return dict(parser[name])
+    """Return a section. Of a key that stands several times, all values, as in After."""
+    found: dict[str, str] = {}
+    section = ""
+    for line in unit.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif section == name and line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            found[key] = f"{found[key]} {value}" if key in found else value
+    return found
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def seconds_of(text: str) -> float:
+    return parse_duration(re.sub("min", "m", text)).total_seconds()
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.fail(f"{name} is not installed; Debian's package systemd has it", pytrace=False)
+    return path
+
+
+def test_systemd_takes_every_unit(tmp_path: Path) -> None:
+    for unit in (*SERVICES, *TIMERS):
+        # The program itself need not be installed where this is tested.
+        (tmp_path / unit.name).write_text(unit.read_text().replace("/usr/bin/vmsnap ", "/bin/true "))
+    said = subprocess.run(
+        [tool("systemd-analyze"), "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
 def test_a_unit_starts_a_command_that_exists(unit: Path) -> None:
     program, *arguments = shlex.split(section_of(unit, "Service")["ExecStart"])
-    assert program == "/usr/local/bin/vmsnap"
-    shown = CliRunner().invoke(app, [*arguments, "--help"])
+    assert program == "/usr/bin/vmsnap"
+    plain = [argument for argument in arguments if argument not in {"--", "%I"}]
+    shown = CliRunner().invoke(app, [*plain, "--help"])
     assert shown.exit_code == 0, shown.output
     assert get_command(app).name is not None
     assert section_of(unit, "Unit")["ConditionPathExists"] == "/etc/vmsnap/vmsnap.toml"
+    if "%I" in arguments:
+        assert arguments[-2:] == ["--", "%I"]  # a name that begins with a hyphen is a name
+
+
+@pytest.mark.parametrize("timer", TIMERS, ids=lambda unit: unit.stem)
+def test_a_timer_has_its_service(timer: Path) -> None:
+    assert timer.with_suffix(".service") in SERVICES
+    assert section_of(timer, "Install") == {"WantedBy": "timers.target"}
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
+def test_services_that_mount_see_the_hosts_mounts_and_all_are_held_tightly(unit: Path) -> None:
+    service = section_of(unit, "Service")
+    assert bool(SANDBOX & set(service)) != (unit.stem in MOUNTING)
+    assert service["NoNewPrivileges"] == "yes"
+    assert service["SystemCallArchitectures"] == "native"
+    assert set(service["SystemCallFilter"].split()) <= {"@system-service", "@mount"}
+    capabilities = set(service["CapabilityBoundingSet"].split())
+    assert not capabilities & {
+        "CAP_SYS_MODULE",
+        "CAP_SYS_RAWIO",
+        "CAP_SYS_BOOT",
+        "CAP_SYS_TIME",
+        "CAP_MKNOD",
+        "CAP_BPF",
+    }
+    assert ("CAP_SYS_ADMIN" in capabilities) == (unit.stem in MOUNTING)
+    if unit.stem in MOUNTING - {"vmsnap-env@"}:
+        assert service["KillMode"] == "mixed"  # tools are not killed over the head of the run that needs them
+
+
+def test_all_that_make_clones_are_held_alike() -> None:
+    keys = (
+        "CapabilityBoundingSet", "SystemCallFilter", "RestrictAddressFamilies", "RestrictNamespaces", "LockPersonality",
+    )  # fmt: skip
+    held = {tuple(section_of(unit, "Service")[key] for key in keys) for unit in SERVICES if unit.stem in MOUNTING}
+    assert len(held) == 1
+
+
+def test_systemd_waits_longer_than_the_daemon_does() -> None:
+    service = section_of(ROOT / "systemd" / "vmsnap.service", "Service")
+    assert service["Type"] == "notify"
+    assert seconds_of(service["TimeoutStopSec"]) > DaemonSettings().stop_deadline.total_seconds()
+    assert seconds_of(service["WatchdogSec"]) > 3 * DaemonSettings().tick.total_seconds()
+    assert set(service["RestartPreventExitStatus"].split()) == {"2", "4"}
+    assert service["ExecReload"] == "/bin/kill -HUP $MAINPID"
+
+
+def test_the_guide_gives_the_exposure_that_systemd_reckons() -> None:
+    guide = (ROOT / "docs" / "operators-guide.md").read_text()
+    shown = dict(re.findall(r"^\| `(vmsnap\S*)\.service` \| (\d+\.\d) \|", guide, re.MULTILINE))
+    assert set(shown) == {unit.stem for unit in SERVICES}
+    for unit in SERVICES:
+        said = subprocess.run(
+            [tool("systemd-analyze"), "security", "--offline=yes", "--no-pager", "--json=off", str(unit)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        ).stdout
+        (score,) = re.findall(r"Overall exposure level for \S+: (\d+\.\d)", said)
+        assert shown[unit.stem] == score, unit.stem
 
 
 def test_the_watcher_may_listen_and_little_else() -> None:
-    (unit,) = (unit for unit in UNITS if unit.stem == "vmsnap-dhcp-watch")
+    (unit,) = (unit for unit in SERVICES if unit.stem == "vmsnap-dhcp-watch")
     service = section_of(unit, "Service")
     assert {"CAP_NET_RAW", "CAP_NET_ADMIN"} <= set(service["CapabilityBoundingSet"].split())
     assert "AF_PACKET" in service["RestrictAddressFamilies"].split()
     assert service["StateDirectoryMode"] == "0700"
-    assert "CAP_SYS_ADMIN" not in service["CapabilityBoundingSet"]
+
+
+def test_the_package_puts_every_unit_in_place_and_enables_none() -> None:
+    script = (ROOT / "packaging" / "install.sh").read_text()
+    assert "systemd/*.service systemd/*.timer" in script
+    rules = (ROOT / "debian" / "rules").read_text()
+    assert "--no-enable" in rules
+    for unit in (*SERVICES, *TIMERS):
+        if section_of(unit, "Install") and "@" not in unit.stem:
+            assert unit.name in rules, f"{unit.name} can be enabled, and debian/rules does not know it"

@@ -5,6 +5,7 @@ libvirt delivers events only where a thread runs its event loop; one daemon thre
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -21,12 +22,15 @@ from vmsnap.errors import (
     GuestNotFoundError,
     GuestUnreachableError,
     NoSpaceError,
+    PreconditionError,
     VmsnapError,
 )
 
 _LOG = logging.getLogger(__name__)
 _KEEPALIVE_SECONDS = 5
 _KEEPALIVE_MISSES = 6
+_OPEN_REMEDY = "is libvirtd running, and may this user use it? try 'virsh -c URI list' with the same URI"
+_NOBODY_LISTENS = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 _loop_lock = threading.Lock()
 _loop_running = threading.Event()
 
@@ -98,16 +102,28 @@ class Connection:
         self._connection: Any = None
 
     def get(self) -> Any:
-        """Return a live virConnect. Raises DriverError where libvirtd cannot be reached."""
+        """Return a live virConnect. Raises PreconditionError where no libvirtd listens, DriverError where it fails."""
         with self._lock:
             if self._connection is not None and self._is_alive():
                 return self._connection
             _start_event_loop()
-            remedy = "is libvirtd running, and may this user use it? try 'virsh -c URI list' with the same URI"
-            with translated(f"open {self.uri}", remedy=remedy):
-                self._connection = libvirt.open(self.uri)
+            with translated(f"open {self.uri}", remedy=_OPEN_REMEDY):
+                self._connection = self._open()
                 self._connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_MISSES)
             return self._connection
+
+    def _open(self) -> Any:
+        try:
+            return libvirt.open(self.uri)
+        except libvirt.libvirtError as error:
+            # The first integer is errno, of the socket in this case.
+            if error.get_error_code() == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() in _NOBODY_LISTENS:
+                raise PreconditionError(
+                    f"no libvirt answers at {self.uri}: {error.get_error_message()}",
+                    remedy="install and start it (apt install libvirt-daemon-system qemu-system-x86), "
+                    "or name another [libvirt] uri",
+                ) from error
+            raise
 
     def _is_alive(self) -> bool:
         try:
