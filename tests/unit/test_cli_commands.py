@@ -76,6 +76,7 @@ def test_backup_prints_what_happened(program: Program) -> None:
         "Snapshot 3fa9b0c1d2 of db1 is stored and proven clean.\n"
         "  captured  2026-11-21 02:00:03Z; the guest stood still for 23 ms, 1.0 GiB of memory\n"
         "  mode      live: the policy says so\n"
+        "  paused    last pass and devices 11.2 ms, resume 12.2 ms\n"
         "  isolated  2 proofs, way to an address: none\n"
         "  drained   9 in flight: 8 finished, 1 rolled back\n"
         "  clean     postgresql: 2 database instances, 1 file system (read: disk)\n"

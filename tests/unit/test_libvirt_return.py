@@ -18,6 +18,7 @@ from vmsnap.errors import BusyError, DeadlineError, DriverError, SafetyError, Vm
 from vmsnap.hypervisors.libvirt import overlays
 from vmsnap.hypervisors.libvirt.commit import SourceReturn, is_home
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail
+from vmsnap.hypervisors.libvirt.vcpulimits import VcpuLimit, read_limit
 from vmsnap.hypervisors.libvirt.xml import parse
 from vmsnap.model.guest import DiskKind
 
@@ -95,6 +96,20 @@ def test_overlays_never_used_are_simply_deleted(disks: Disks) -> None:
     give_back(disks, domain)
     assert disks.deleted
     assert domain.calls == []
+
+
+def test_vcpus_that_a_dead_capture_left_slow_are_given_back(disks: Disks, tmp_path: Path) -> None:
+    group = tmp_path / "vcpu0"
+    group.mkdir()
+    (group / "cpu.max").write_text("2500 10000\n")
+    before = VcpuLimit(group=str(group), quota_us=None, period_us=100_000)
+    domain = FakeDomain(live=disks.on_bases(), definition=disks.on_bases())
+    detail = disks.detail.model_copy(update={"vcpu_limits": (before,)})
+    # What the journal keeps is text.
+    detail = OverlaysDetail.model_validate_json(detail.model_dump_json())
+    SourceReturn(FakeConnection(domain), guest="db1", detail=detail).run(deadline=MINUTE)
+    assert read_limit(str(group)) == before
+    assert disks.deleted
 
 
 def test_the_longest_pause_that_a_dead_capture_left_is_given_back(disks: Disks) -> None:
