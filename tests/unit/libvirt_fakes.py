@@ -30,6 +30,8 @@ def domain_of(*disks: str, name: str = "db1") -> str:
 class FakeDomain:
     """``live`` None: the guest is off. ``definition`` None: it is transient. ``calls`` lists what was changed."""
 
+    monitor_used = False
+
     def __init__(self, *, live: str | None, definition: str | None) -> None:
         self.live = live
         self.definition = definition
@@ -46,6 +48,10 @@ class FakeDomain:
 
     def isPersistent(self) -> int:  # noqa: N802
         return int(self.definition is not None)
+
+    def messages(self, flags: int) -> list[str]:
+        assert flags == 0
+        return ["tainted: custom monitor control commands issued"] if self.monitor_used else []
 
     def UUIDString(self) -> str:  # noqa: N802
         return UUID

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmsnap.errors import DriverError
-from vmsnap.hypervisors.libvirt.save_image import read_header, replace_xml
+from vmsnap.hypervisors.libvirt.save_image import make_header, read_header, replace_xml
 
 HEADER_BYTES = 92
 FINISHED = b"LibvirtQemudSave"
@@ -135,3 +135,10 @@ def test_xml_that_is_no_text_is_refused() -> None:
     numbers = struct.pack("=5I", 2, 4, 0, 0, 0)
     with pytest.raises(DriverError, match="UTF-8"):
         read_header(io.BytesIO(FINISHED + numbers + bytes(56) + b"<\xff>\0"))
+
+
+def test_a_header_made_here_is_read_as_libvirts_own() -> None:
+    made = make_header(xml="<domain>ä</domain>", cookie="<cookie><cpu/></cookie>")
+    header = read_header(io.BytesIO(made))
+    assert (header.xml, header.cookie, header.was_running) == ("<domain>ä</domain>", b"<cookie><cpu/></cookie>", True)
+    assert len(made) == 92 + header.data_len

@@ -79,18 +79,17 @@ class Clones:
 
     def restore(self, plan: CapturePlan, *, fence: FencePlan, image: Path, nvram: str | None) -> Clone:
         """Make the clone from the memory image, paused, and check what it could touch. See ports.hypervisor."""
-        clone = clone_of(plan.run, guest=plan.guest.name)
+        name = clone_of(plan.run, guest=plan.guest.name).name
         with image.open("r+b") as file:
             text = save_image.read_header(file).xml
             save_image.replace_xml(file, xml=clone_xml(text, plan=plan, fence=fence, nvram=nvram))
-        with StreamFeeder(image) as feeder, FirstToDie(clone.name) as doomed:
+        with StreamFeeder(image) as feeder, FirstToDie(name) as doomed:
             with translated("restore the clone"):
                 self._connection.get().restoreFlags(str(feeder.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
             feeder.require_fed()
             doomed.require_done()
         memory.discard_image(image.parent)
-        self._require_private(clone, plan=plan, fence=fence, nvram=nvram)
-        return clone
+        return self.accept(plan, fence=fence, nvram=nvram)
 
     def create(self, plan: CapturePlan, *, fence: FencePlan, xml: str, nvram: str | None) -> Clone:
         """Make a clone that boots, before its first instruction, and check what it could touch. See ports.hypervisor."""
@@ -99,10 +98,11 @@ class Clones:
             with translated("create the clone"):
                 self._connection.get().createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED)
             doomed.require_done()
-        self._require_private(clone, plan=plan, fence=fence, nvram=nvram)
-        return clone
+        return self.accept(plan, fence=fence, nvram=nvram)
 
-    def _require_private(self, clone: Clone, *, plan: CapturePlan, fence: FencePlan, nvram: str | None) -> None:
+    def accept(self, plan: CapturePlan, *, fence: FencePlan, nvram: str | None) -> Clone:
+        """Check what the clone that libvirt has made, paused, could touch, and return it. See ports.hypervisor."""
+        clone = clone_of(plan.run, guest=plan.guest.name)
         domain = self._connection.domain(clone.name)
         if state_of(domain) is not GuestState.PAUSED:
             raise BugError("libvirt made the clone running although it was told not to")
@@ -118,6 +118,7 @@ class Clones:
         )
         limit_memory(domain, ram_bytes=plan.guest.memory_bytes)
         set_limits(domain, cpu_shares=plan.settings.cpu_shares, limits=plan.settings.limits)
+        return clone
 
     def resume(self, clone: Clone, *, proof: IsolationProof) -> None:
         """Let the clone run. Raises BugError for a proof of another run."""

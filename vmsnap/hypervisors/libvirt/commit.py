@@ -17,7 +17,7 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BusyError, DeadlineError, DriverError, SafetyError
-from vmsnap.hypervisors.libvirt import offline, overlays, vcpulimits
+from vmsnap.hypervisors.libvirt import background, offline, overlays, vcpulimits
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_source, find_disk
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail
@@ -53,6 +53,7 @@ class SourceReturn:
             self._end_capture(domain, until)
         # Asked again: the job that was waited for may have been a save or a migration, which ends the guest here.
         if self._is_active(domain):
+            background.give_back(domain, detail=self._detail.background, until=until)
             self._resume_if_left_paused(domain)
             self._give_back_downtime(domain)
             self._commit_live(domain, until)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,9 +12,19 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BugError, NoSpaceError, PreconditionError, VmsnapError
-from vmsnap.hypervisors.libvirt import addresses, boot, commit, copies, memory, overlays, preflight, vcpulimits
+from vmsnap.hypervisors.libvirt import (
+    addresses,
+    background,
+    boot,
+    commit,
+    copies,
+    memory,
+    overlays,
+    preflight,
+    vcpulimits,
+)
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
-from vmsnap.hypervisors.libvirt.capture import LiveCapture
+from vmsnap.hypervisors.libvirt.capturing import CLONE_NVRAM, MEMORY_FOLDER, Captures, make_runtime
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of, state_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environments
@@ -32,9 +40,7 @@ from vmsnap.hypervisors.libvirt.inspect import (
 from vmsnap.hypervisors.libvirt.leftovers import image_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
-from vmsnap.hypervisors.libvirt.storage import AtRest, storage_of
-from vmsnap.hypervisors.libvirt.tools import translated_os
-from vmsnap.hypervisors.libvirt.watchdog import Watchdog
+from vmsnap.hypervisors.libvirt.storage import storage_of
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
@@ -45,7 +51,6 @@ from vmsnap.model.capture import (
     CapturePlan,
     CaptureSettings,
     Clone,
-    Detach,
     DiskImage,
     DiskSnapshot,
     ModeChoice,
@@ -63,8 +68,6 @@ from vmsnap.ports.guest import AgentChannel
 _LOG = logging.getLogger(__name__)
 _LEASES = libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE
 _ARP_TABLE = Path("/proc/net/arp")
-_CLONE_NVRAM = "nvram.clone.fd"
-_WATCHDOG_SLACK_SECONDS = 2
 _AGENT_TIMEOUT = timedelta(seconds=3)
 
 
@@ -96,6 +99,7 @@ class LibvirtHypervisor:
         self._folders = folders
         self._clock = clock
         self._clones = Clones(self._connection)
+        self._captures = Captures(self._connection, clones=self._clones, runtime=folders.runtime, clock=clock)
         self._environment_folders = EnvironmentFolders(folders.environments)
         self._environments = Environments(self._connection, folders=self._environment_folders)
 
@@ -195,23 +199,20 @@ class LibvirtHypervisor:
         """Return what memory the host has left, and what each run has taken."""
         return memory.host_memory(self._folders.runtime)
 
-    def _make_runtime(self, run: RunId) -> None:
-        with translated_os(f"make {self._runtime(run)}"):
-            self._folders.runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
-            self._runtime(run).mkdir(mode=0o711, exist_ok=True)
-
     def memory_resource(self, plan: CapturePlan) -> Resource:
         """Name the tmpfs of the memory image."""
         return self._memory_resource(plan.run, guest=plan.guest.name)
 
     def _memory_resource(self, run: RunId, *, guest: str) -> Resource:
-        folder = self._runtime(run) / "memory"
+        folder = self._runtime(run) / MEMORY_FOLDER
         return Resource(kind=ResourceKind.MEMORY, run=run, guest=guest, name=str(folder))
 
     def prepare_memory(self, plan: CapturePlan) -> None:
         """Mount the tmpfs."""
-        self._make_runtime(plan.run)
-        folder = self._runtime(plan.run) / "memory"
+        folder = make_runtime(self._folders.runtime, plan.run) / MEMORY_FOLDER
+        if plan.choice.mode is CaptureMode.INSTANT:
+            memory.create_passage(folder)
+            return
         image_bytes = preflight.memory_image_bytes(plan.guest.memory_bytes, settings=plan.settings)
         memory.create(folder, image_bytes=image_bytes, swap=plan.settings.swap)
 
@@ -219,7 +220,9 @@ class LibvirtHypervisor:
         """Name the source's overlays, and note what else a capture changes of the source."""
         domain = self._connection.domain(plan.guest.name)
         with translated(f"ask for the longest pause of {plan.guest.name!r}"):
-            max_downtime_ms = int(domain.migrateGetMaxDowntime()) if domain.isActive() else None
+            active = bool(domain.isActive())
+            max_downtime_ms = int(domain.migrateGetMaxDowntime()) if active else None
+        instantly = copies.may_be_instant(plan.settings, plan.choice.mode)
         slowed = plan.settings.on_no_convergence is OnNoConvergence.THROTTLE
         by_storage = plan.settings.disk_snapshot is DiskSnapshot.STORAGE
         detail = overlays.describe(plan, role="source")
@@ -228,6 +231,7 @@ class LibvirtHypervisor:
                 "disks": () if by_storage else detail.disks,
                 "storage": by_storage,
                 "max_downtime_ms": max_downtime_ms,
+                "background": background.describe(domain) if active and instantly else None,
                 "vcpu_limits": vcpulimits.find_limits(plan.guest.name) if slowed else (),
             }
         )
@@ -282,26 +286,7 @@ class LibvirtHypervisor:
 
     def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Capture in the plan's mode."""
-        del fence
-        capture = self._capture(plan, cancel=cancel)
-        if plan.settings.detach is Detach.REFLINK:
-            copies.fill(copies.describe(plan))
-        return capture
-
-    def _capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
-        if plan.choice.mode is CaptureMode.BOOT:
-            return boot.BootCapture(self._connection, plan=plan, clock=self._clock).run(cancel=cancel)
-        if plan.choice.mode is not CaptureMode.LIVE:
-            raise BugError(f"the libvirt driver does not capture in mode {plan.choice.mode}")
-        folder = self._runtime(plan.run) / "memory"
-        if plan.settings.disk_snapshot is DiskSnapshot.OVERLAY:
-            return LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
-        capture = LiveCapture(
-            self._connection, plan=plan, memory_folder=folder, clock=self._clock, at_rest=AtRest(plan)
-        )
-        limit_seconds = plan.settings.storage_timeout.total_seconds() + _WATCHDOG_SLACK_SECONDS
-        with Watchdog(self._connection.uri, uuid=plan.guest.uuid, limit_seconds=limit_seconds):
-            return capture.run(cancel=cancel)
+        return self._captures.capture(plan, fence=fence, cancel=cancel)
 
     # The clone
 
@@ -312,27 +297,11 @@ class LibvirtHypervisor:
 
     def restore_clone(self, plan: CapturePlan, *, fence: FencePlan) -> Clone:
         """Make the clone, paused."""
-        nvram = self.clone_nvram(plan)
-        if nvram is not None and plan.guest.nvram is not None:
-            self._make_runtime(plan.run)
-            with translated_os(f"copy the firmware variables {plan.guest.nvram}"):
-                shutil.copyfile(plan.guest.nvram, nvram)
-                owner = Path(plan.guest.nvram).stat()
-                os.chown(nvram, owner.st_uid, owner.st_gid)
-                Path(nvram).chmod(0o600)
-        if plan.choice.mode is CaptureMode.BOOT:
-            self._make_runtime(plan.run)
-            domain = self._connection.domain(plan.guest.name)
-            with translated(f"describe {plan.guest.name!r}"):
-                text = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
-            xml = boot.clone_xml(text, plan=plan, fence=fence, nvram=nvram)
-            return self._clones.create(plan, fence=fence, xml=xml, nvram=nvram)
-        image = self._runtime(plan.run) / "memory" / memory.IMAGE_NAME
-        return self._clones.restore(plan, fence=fence, image=image, nvram=nvram)
+        return self._captures.restore(plan, fence=fence)
 
     def clone_nvram(self, plan: CapturePlan) -> str | None:
         """Return the path of the clone's firmware variables, or None where the guest has none."""
-        return None if plan.guest.nvram is None else str(self._runtime(plan.run) / _CLONE_NVRAM)
+        return self._captures.nvram(plan)
 
     def resume_clone(self, clone: Clone, *, proof: IsolationProof) -> None:
         """Let the clone run."""
@@ -432,14 +401,14 @@ class LibvirtHypervisor:
     def release(self, resource: Resource, *, deadline: timedelta) -> None:
         """Remove a resource of one of this driver's kinds."""
         if resource.kind is ResourceKind.MEMORY:
-            memory.remove(self._runtime(resource.run) / "memory")
+            memory.remove(self._runtime(resource.run) / MEMORY_FOLDER)
             self._remove_runtime_if_empty(resource.run)
         elif resource.kind is ResourceKind.SOURCE_OVERLAYS:
             detail = OverlaysDetail.model_validate_json(resource.detail)
             commit.SourceReturn(self._connection, guest=resource.guest, detail=detail).run(deadline=deadline)
         elif resource.kind is ResourceKind.CLONE_OVERLAYS:
             overlays.delete(OverlaysDetail.model_validate_json(resource.detail))
-            (self._runtime(resource.run) / _CLONE_NVRAM).unlink(missing_ok=True)
+            (self._runtime(resource.run) / CLONE_NVRAM).unlink(missing_ok=True)
             self._remove_runtime_if_empty(resource.run)
         elif resource.kind is ResourceKind.DISK_COPIES:
             copies.delete(copies.CopiesDetail.model_validate_json(resource.detail))
@@ -471,7 +440,7 @@ class LibvirtHypervisor:
             found.extend(
                 self._memory_resource(RunId(entry.name), guest="")
                 for entry in sorted(self._folders.runtime.iterdir())
-                if is_run_id(entry.name) and (entry / "memory").exists()
+                if is_run_id(entry.name) and (entry / MEMORY_FOLDER).exists()
             )
         found.extend(
             Resource(

@@ -16,6 +16,7 @@ from vmsnap.model.ids import RunId, is_run_id
 
 _MIB = 1 << 20
 IMAGE_NAME = "ram.save"
+FIFO_NAME = "ram.fifo"
 
 
 def create(folder: Path, *, image_bytes: int, swap: SwapRule) -> None:
@@ -83,16 +84,32 @@ def _used_bytes(folder: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
+def create_passage(folder: Path) -> None:
+    """Make a folder for a FIFO alone: what goes through it is nowhere else."""
+    with translated_os(f"make the folder {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def remove(folder: Path) -> None:
     """Unmount and remove. Content with any half-made state. Raises DriverError."""
     try:
         (folder / IMAGE_NAME).unlink(missing_ok=True)
+        let_go(folder / FIFO_NAME)
         while os.path.ismount(folder):
             _unmount(folder)
         if folder.exists():
             folder.rmdir()
     except OSError as error:
         raise DriverError(f"the memory area {folder} could not be removed: {error.strerror}") from error
+
+
+def let_go(fifo: Path) -> None:
+    """Remove a FIFO. libvirtd may wait in it, for a writer that died: it would do so for ever."""
+    try:
+        os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+        fifo.unlink()
+    except FileNotFoundError:
+        return
 
 
 def _unmount(folder: Path) -> None:

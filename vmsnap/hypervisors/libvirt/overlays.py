@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import copies
+from vmsnap.hypervisors.libvirt.background import BackgroundDetail
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.hypervisors.libvirt.vcpulimits import VcpuLimit
 from vmsnap.model.capture import CapturePlan
@@ -41,8 +42,9 @@ class OverlaysDetail(BaseModel):
     """All overlays of one role of one run.
 
     ``max_downtime_ms`` is what libvirt allowed a migration of the source to pause before the capture lowered it; None
-    where it is not known. ``storage``: there are no overlays; a capture leaves the source paused for a moment, for its
-    storage. ``vcpu_limits`` are those of the source's vCPUs, where a capture may lower them.
+    where it is not known. ``background`` is the same of a capture in mode ``instant``. ``storage``: there are no overlays; a
+    capture leaves the source paused for a moment, for its storage. ``vcpu_limits`` are those of the source's vCPUs, where a
+    capture may lower them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,7 @@ class OverlaysDetail(BaseModel):
     disks: tuple[OverlayDetail, ...]
     storage: bool = False
     max_downtime_ms: int | None = None
+    background: BackgroundDetail | None = None
     vcpu_limits: tuple[VcpuLimit, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""libvirt's save image: reading and replacing the domain XML in its header.
+"""libvirt's save image: writing its header, and reading and replacing the domain XML in it.
 
 Layout (libvirt, src/qemu/qemu_saveimage.h): a header of 92 bytes in native byte order, then ``data_len`` bytes that hold
 the XML, NUL, an optional cookie XML, NUL and padding; then the migration stream. The XML may be replaced as long as
@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from vmsnap.errors import DriverError
 
-_HEADER = struct.Struct("=16s19I")
+_FIELDS = 19
+_HEADER = struct.Struct(f"=16s{_FIELDS}I")
 _MAGIC = b"LibvirtQemudSave"
 _MAGIC_UNFINISHED = b"LibvirtQemudPart"
 _VERSION = 2
@@ -31,6 +32,16 @@ class SaveImageHeader:
     was_running: bool
     xml: str
     cookie: bytes | None
+
+
+def make_header(*, xml: str, cookie: str) -> bytes:
+    """Return what comes before the migration stream, for a guest that was running. ``cookie`` is libvirt's own XML."""
+    data = xml.encode("utf-8") + b"\0"
+    cookie_offset = len(data)
+    data += cookie.encode("utf-8") + b"\0"
+    was_running = 1
+    fields = (_VERSION, len(data), was_running, _FORMAT_RAW, cookie_offset)
+    return _HEADER.pack(_MAGIC, *fields, *(0,) * (_FIELDS - len(fields))) + data
 
 
 def read_header(file: BinaryIO) -> SaveImageHeader:

@@ -25,10 +25,10 @@ from types import TracebackType
 from typing import Self
 
 from vmsnap.errors import DriverError
+from vmsnap.hypervisors.libvirt.memory import FIFO_NAME
 from vmsnap.hypervisors.libvirt.tools import translated_os
 
 _LOG = logging.getLogger(__name__)
-FIFO_NAME = "ram.fifo"
 # What the pipe is to hold: root may have more than /proc/sys/fs/pipe-max-size, which is a megabyte.
 _PIPES_BYTES = (8 << 20, 1 << 20)
 _EMPTY_AT_ONCE_BYTES = 4 << 20  # seldom enough to cost no time, soon enough to matter
