@@ -17,11 +17,13 @@ from vmsnap.hypervisors.libvirt.vcpulimits import (
     LEVELS,
     SlowedVcpus,
     VcpuLimit,
+    check_limits,
     find_limits,
     give_back,
     read_limit,
     write_limit,
 )
+from vmsnap.model.guest import Severity
 
 _CHILD = """
 import sys, time
@@ -140,6 +142,9 @@ def test_finds_the_groups_of_vcpus_alone(tmp_path: Path, line: str, mount: str, 
         (proc / "42" / "task" / task).mkdir(parents=True)
         (proc / "42" / "task" / task / "comm").write_text(f"{name}\n")
         (proc / "42" / "task" / task / "cgroup").write_text(f"{line}\n")
+    finding = check_limits("db1", pid_files=pid_files, proc=proc)
+    assert (finding.severity is Severity.OK) is found
+    assert bool(finding.remedy) is not found
     if found:
         (limit,) = find_limits("db1", pid_files=pid_files, proc=proc)
         assert limit == VcpuLimit(group=str(folder), quota_us=None, period_us=100000)

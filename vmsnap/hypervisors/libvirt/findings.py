@@ -11,8 +11,9 @@ from vmsnap.hypervisors.libvirt import boot, copies, preflight, storage
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_target, writable_disks
 from vmsnap.hypervisors.libvirt.swap import check_swap
+from vmsnap.hypervisors.libvirt.vcpulimits import check_limits
 from vmsnap.hypervisors.libvirt.xml import parse
-from vmsnap.model.capture import CaptureMode, CaptureSettings, DiskSnapshot
+from vmsnap.model.capture import CaptureMode, CaptureSettings, DiskSnapshot, OnNoConvergence
 from vmsnap.model.guest import Finding, Guest, GuestState, Severity
 
 
@@ -66,6 +67,8 @@ def findings_of(
         found.extend(preflight.check_emulation(root, qemu_version=qemu_version, settings=settings))
         found.extend(preflight.check_memory_backing(root))
         found.extend(check_swap(settings.swap))
+        if settings.on_no_convergence is OnNoConvergence.THROTTLE and guest.state is GuestState.RUNNING:
+            found.append(check_limits(guest.name))
         found.extend(preflight.check_memory(root, meminfo=meminfo, settings=settings))
     found.extend(preflight.check_definition(root, definition=definition))
     found.extend(preflight.check_tpm(root))

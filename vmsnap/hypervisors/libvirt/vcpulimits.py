@@ -19,9 +19,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DriverError, PreconditionError
+from vmsnap.hypervisors.libvirt.processes import PID_FILES, pid_of
 from vmsnap.hypervisors.libvirt.tools import translated_os
+from vmsnap.model.guest import Finding, Severity
 
-PID_FILES = Path("/run/libvirt/qemu")
 _VCPU_THREAD = re.compile(r"CPU \d+/")
 _VCPU_GROUP = re.compile(r"vcpu\d+\Z")
 # Short, so that a slowed vCPU never stands still for long: with 90 % taken, 9 ms at a time. The kernel gives 1 ms at least.
@@ -66,10 +67,25 @@ def find_limits(guest: str, *, pid_files: Path = PID_FILES, proc: Path = Path("/
         return tuple(read_limit(group) for group in groups)
 
 
+def check_limits(guest: str, *, pid_files: Path = PID_FILES, proc: Path = Path("/proc")) -> Finding:
+    """Say whether a running guest's vCPUs can be slowed down."""
+    try:
+        limits = find_limits(guest, pid_files=pid_files, proc=proc)
+    except PreconditionError as error:
+        return Finding(check="throttle", severity=Severity.REFUSAL, message=error.brief, remedy=error.remedy)
+    return Finding(
+        check="throttle",
+        severity=Severity.OK,
+        message=f"{len(limits)} vCPUs can be slowed down if its memory does not converge",
+    )
+
+
 def _groups(guest: str, *, pid_files: Path, proc: Path) -> Iterator[str]:
     """Return the folders of the vCPU threads' groups. QEMU names the threads, because libvirt asks it to."""
+    pid = pid_of(guest, pid_files=pid_files)
+    if pid is None:
+        return
     try:
-        pid = int((pid_files / f"{guest}.pid").read_text())
         mounts = _mounts(proc)
         for task in (proc / str(pid) / "task").iterdir():
             if not _VCPU_THREAD.match((task / "comm").read_text()):
