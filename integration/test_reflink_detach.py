@@ -22,7 +22,7 @@ from integration.libvirt_runs import PATIENT
 from integration.markers import require_instant
 from integration.test_kill import _kill_at, _reconcile, _require_home, _write
 from integration.test_libvirt_contract import LibvirtHarness
-from vmsnap.hypervisors.libvirt import copies
+from vmsnap.hypervisors.libvirt import copies, overlays
 from vmsnap.hypervisors.libvirt.copies import CopiesDetail, CopyDetail
 from vmsnap.linux.reflink import exclusive_bytes
 from vmsnap.model.capture import Detach
@@ -127,3 +127,19 @@ def test_a_copy_keeps_what_its_disk_held(file_system: Path, request: pytest.Fixt
     assert (exclusive_bytes(copy) or 0) <= 5 * MIB
     copies.delete(detail)
     assert not copy.exists()
+
+
+def test_a_copy_of_a_chain_stands_on_the_same_base(file_system: Path) -> None:
+    """A qcow2 disk names its own base by a path relative to itself; the clone's overlay is over the copy."""
+    base, disk = file_system / "base.raw", file_system / "db1.qcow2"
+    base.write_bytes(b"a" * MIB)
+    host_run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", disk])
+    host_run(["qemu-io", "-c", "write -P 0x62 0 64k", disk])
+    copy, overlay = file_system / "vmsnap-0123456789-vda.base", file_system / "vmsnap-0123456789-vda.clone.qcow2"
+    detail = CopiesDetail(copies=(CopyDetail(target="vda", path=str(copy), disk=str(disk)),))
+    copies.create(detail, min_free_bytes=1)
+    overlays.create_overlay(overlay, base=str(copy), base_format="qcow2", size_bytes=MIB)
+    copies.fill(detail)
+    host_run(["qemu-io", "-c", "write -P 0x63 0 1M", disk])
+    host_run(["qemu-img", "convert", "-O", "raw", overlay, file_system / "seen.raw"])
+    assert (file_system / "seen.raw").read_bytes() == b"b" * 65536 + b"a" * (MIB - 65536)
