@@ -11,7 +11,7 @@ import pytest
 from integration.demo.__main__ import RECOVERY_SIGNS, _last_start
 from integration.installation import Installation, RunningVm, default_policy
 from integration.lab.client import LabClient
-from integration.lab.domain import GuestSpec
+from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.libvirt_runs import PATIENT
@@ -30,7 +30,8 @@ PASSED_THROUGH = (
 @pytest.fixture(scope="module")
 def tied(lab: Lab) -> Iterator[LabGuest]:
     """A guest with shared memory and a shared folder of the host."""
-    spec = GuestSpec(name=f"tied-{secrets.token_hex(3)}", memory_mib=512, extra_devices=PASSED_THROUGH)
+    disks = (DiskSpec(folder=lab.reflink),)
+    spec = GuestSpec(name=f"tied-{secrets.token_hex(3)}", memory_mib=512, disks=disks, extra_devices=PASSED_THROUGH)
     with LabGuest(lab, spec) as guest:
         yield guest
 
@@ -46,7 +47,7 @@ class TestLibvirtTakesDisksAlone(BootingContract):
 
 
 def policy_boot(lab: Lab) -> str:
-    lines = default_policy(lab).replace("allow_emulation = true\n", 'mode = "boot"\n')
+    lines = default_policy(lab).replace("allow_emulation = true\n", 'mode = "boot"\ndetach = "reflink"\n')
     return lines.replace("[clone]\n", "[clone]\ncpu_shares = 1024\nboot_memory_mib = 384\n").replace(
         'boot_deadline = "', 'recovery_deadline = "5m"\nboot_deadline = "9'
     )
@@ -71,6 +72,7 @@ def test_a_guest_that_cannot_be_cloned_is_backed_up_under_load(tied: LabGuest, v
     capture = report["capture"]
     print({step["name"]: step["seconds"] for step in report["steps"]}, capture)
     assert (capture["mode"], capture["memory_captured"], capture["ram_bytes"]) == ("boot", False, 0)
+    assert capture["on_overlay_seconds"] < 2
     proof = {point["name"]: point["observed"] for point in report["isolation"]["proof"]}
     assert "its own; the original's is" in proof["boot id"]
     assert {item["method"] for item in report["clean"]["evidence"]["instances"]} == {"in-guest", "disk"}
