@@ -95,6 +95,33 @@ def test_an_operators_pause_is_left_alone(domain: FakeDomain) -> None:
     assert domain.calls == []
 
 
+def test_a_claimed_pause_is_the_agents_and_the_next_one_is_not(domain: FakeDomain) -> None:
+    watching = guardian(domain)
+    watching.claimed()
+    domain.states = BY_USER
+    watching.look(now=0.0)
+    assert domain.calls == []
+    watching.orphaned(now=0.1)
+    watching.look(now=0.1)
+    assert domain.calls == ["resume"]
+    domain.states = RUNNING
+    watching.look(now=0.2)
+    domain.states = BY_USER
+    watching.look(now=0.3)
+    assert domain.calls == ["resume"]
+
+
+def test_a_claimed_pause_has_the_limit_too(domain: FakeDomain) -> None:
+    watching = guardian(domain, limit_seconds=1)
+    watching.claimed()
+    domain.states = BY_USER
+    for now in (0.0, 1.0):
+        watching.look(now=now)
+    assert domain.calls == []
+    watching.look(now=1.1)
+    assert domain.calls == ["resume"]
+
+
 def test_it_ends_with_the_guest(domain: FakeDomain) -> None:
     domain.live = None
     assert not guardian(domain).look(now=0.0)

@@ -21,10 +21,14 @@ from vmsnap.model.capture import MEMORY_PART
 
 @dataclass(frozen=True, kw_only=True)
 class Pause:
-    """When the guest's vCPUs stopped and when they went on, by QEMU's clock; ``marks`` are moments in between."""
+    """When the guest's vCPUs stopped and when they went on, by QEMU's clock; ``marks`` are moments in between.
+
+    ``times``: how often they stopped from the first to the last of these moments.
+    """
 
     stopped: datetime
     resumed: datetime
+    times: int = 1
     marks: tuple[Mark, ...] = ()
 
 
@@ -115,7 +119,7 @@ class PauseRecorder:
         resumes = [event.at for event in self._events if event.name == "RESUME"]
         if not stops or not resumes or resumes[-1] < stops[-1]:
             return None
-        return Pause(stopped=stops[0], resumed=resumes[-1], marks=tuple(self._marks()))
+        return Pause(stopped=stops[0], resumed=resumes[-1], times=len(stops), marks=tuple(self._marks()))
 
     def _marks(self) -> Iterator[Mark]:
         for event in self._events:

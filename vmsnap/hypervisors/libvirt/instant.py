@@ -32,6 +32,7 @@ from vmsnap.hypervisors.libvirt.monitor import Monitor
 from vmsnap.hypervisors.libvirt.receiver import CloneReceiver
 from vmsnap.hypervisors.libvirt.relayed import RelayedStream
 from vmsnap.hypervisors.libvirt.request import request_for
+from vmsnap.hypervisors.libvirt.watchdog import Watchdog
 from vmsnap.hypervisors.libvirt.xml import parse, unparse
 from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, PausePart
 from vmsnap.model.isolation import FencePlan
@@ -53,6 +54,8 @@ _THREAD_SECONDS = 2
 _RESUME_SECONDS = 30
 _GIVE_BACK_SECONDS = 60
 _SHORTEST_STALL = timedelta(seconds=2)
+# Where this process hangs: how long the guest may stand still beyond the promised pause before the watchdog lets it go on.
+_WATCHDOG_SLACK_SECONDS = 10
 DISKS_PART = "stop and disks"
 MEMORY_PART = "devices and memory protection"
 
@@ -98,6 +101,7 @@ class InstantCapture:
         stall = max(_SHORTEST_STALL, self._plan.settings.max_pause)
         with (
             self._given_back(domain),
+            self._watchdog() as watchdog,
             receiver,
             self._going_on(),
             RelayedStream(sink=receiver.sink, held=held, stall=stall) as stream,
@@ -111,9 +115,9 @@ class InstantCapture:
             stream.close_writer()
             disks.flush()
             if held:
-                switched = self._stop_while_it_waits(domain, stream=stream, cancel=cancel)
+                switched = self._stop_while_it_waits(domain, stream=stream, watchdog=watchdog, cancel=cancel)
             else:
-                switched = self._stop_before_it_begins(domain, stream=stream)
+                switched = self._stop_before_it_begins(domain, stream=stream, watchdog=watchdog)
             pause = self._pause(recorder, switched=switched)
             self._stopped_here = False
             info = self._watch(monitor, stream=stream, receiver=receiver, until=until, cancel=cancel)
@@ -194,12 +198,18 @@ class InstantCapture:
     def _disks_request(self, domain: Any) -> str:
         return request_for(domain, detail=self._detail, image=None)
 
-    def _stop_while_it_waits(self, domain: Any, *, stream: RelayedStream, cancel: Cancel) -> datetime:
+    def _watchdog(self) -> Watchdog:
+        limit_seconds = self._plan.settings.max_pause.total_seconds() + _WATCHDOG_SLACK_SECONDS
+        return Watchdog(self._connection.uri, uuid=self._plan.guest.uuid, limit_seconds=limit_seconds)
+
+    def _stop_while_it_waits(
+        self, domain: Any, *, stream: RelayedStream, watchdog: Watchdog, cancel: Cancel
+    ) -> datetime:
         """Let QEMU prepare, stop the guest, switch its disks, and let QEMU take it. Returns when the disks were switched."""
         monitor = Monitor(domain)
         monitor.ask("migrate", uri=f"fd:{background.STREAM}")
         self._wait_prepared(monitor, cancel=cancel)
-        switched = self._stop_and_switch(domain)
+        switched = self._stop_and_switch(domain, watchdog=watchdog)
         if monitor.migration().get("status") != "setup":
             raise DriverError("QEMU took the guest's memory before its disks were switched; nothing of it is used")
         stream.let_flow()
@@ -222,11 +232,11 @@ class InstantCapture:
                 return
             time.sleep(_PAUSE_POLL_SECONDS)
 
-    def _stop_before_it_begins(self, domain: Any, *, stream: RelayedStream) -> datetime:
+    def _stop_before_it_begins(self, domain: Any, *, stream: RelayedStream, watchdog: Watchdog) -> datetime:
         """Stop the guest, switch its disks, let QEMU prepare and take it, and let it go on where QEMU does not."""
         monitor = Monitor(domain)
         stream.let_flow()
-        switched = self._stop_and_switch(domain)
+        switched = self._stop_and_switch(domain, watchdog=watchdog)
         monitor.ask("migrate", uri=f"fd:{background.STREAM}")
         until = time.monotonic() + _RESUME_SECONDS
         while not background.has_begun(info := monitor.migration()):
@@ -238,7 +248,7 @@ class InstantCapture:
                 domain.resume()
         return switched
 
-    def _stop_and_switch(self, domain: Any) -> datetime:
+    def _stop_and_switch(self, domain: Any, *, watchdog: Watchdog) -> datetime:
         xml = self._disks_request(domain)
         with translated(f"stop {self._guest!r}"):
             if domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
@@ -246,6 +256,7 @@ class InstantCapture:
                     f"{self._guest!r} was stopped by somebody else",
                     remedy=f"start the backup again when it runs: virsh resume {self._guest}",
                 )
+            watchdog.claim_next_pause()
             self._stopped_here = True
             domain.suspend()
         with translated(f"switch the disks of {self._guest!r} to their overlays"):
@@ -256,10 +267,11 @@ class InstantCapture:
         pause = recorder.pause(timeout_seconds=_RESUME_SECONDS)
         if pause is None:
             raise DriverError("QEMU did not say that the guest goes on")
-        if not pause.stopped < switched < pause.resumed:
+        # Stopped twice: somebody let it go on in between, and QEMU stopped it again for its memory.
+        if pause.times != 1 or not pause.stopped < switched < pause.resumed:
             raise SafetyError(
-                "the guest went on before its disks were switched: memory and disks are not of one instant",
-                details=f"stopped {pause.stopped}, switched {switched}, went on {pause.resumed}",
+                "the guest went on before it was taken: its memory and its disks are not of one instant",
+                details=f"stopped {pause.stopped}, switched {switched}, went on {pause.resumed}, stopped {pause.times} times",
                 remedy='start the backup again, or set capture.mode = "live"',
             )
         return pause

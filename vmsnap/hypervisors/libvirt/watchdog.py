@@ -1,7 +1,8 @@
 """A process of its own that lets a guest go on where nobody else does: its agent died, or hangs, while the guest is paused.
 
 It is started before the capture, and told at its end (a line on its standard input) that it is not needed any more. Where
-that input ends without the line, the agent is dead. It ends by itself in any case.
+that input ends without the line, the agent is dead. It ends by itself in any case. A pause that libvirt puts down to its
+operator is none of its business, unless the agent said beforehand (another line) that it will be the agent's own.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import libvirt
 from vmsnap.errors import DriverError
 
 _DONE = b"done\n"
+_CLAIM = b"claim\n"
 _ARMED = "armed\n"
 _START_SECONDS = 20.0
 _POLL_SECONDS = 0.05
 # How long after the agent's death a request that it sent last may still come into effect.
 _LINGER_SECONDS = 15.0
 _ABORT_SECONDS = 1.0
-# Pauses that are a capture's; an operator's has the reason 'user' and is left alone.
+# Pauses that are a capture's; an operator's has the reason 'user' and is left alone unless it is claimed.
 _OURS = (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, libvirt.VIR_DOMAIN_PAUSED_SAVE)
 
 
@@ -69,14 +71,28 @@ class Watchdog:
             )
         return self
 
+    def claim_next_pause(self) -> None:
+        """Say that the next pause with the reason 'user' is this process's. Raises DriverError where nobody watches."""
+        try:
+            self._say(_CLAIM)
+        except OSError as error:
+            raise DriverError(
+                "the watchdog that lets the guest go on is gone, so the guest is not stopped", remedy="start a new run"
+            ) from error
+
+    def _say(self, word: bytes) -> None:
+        assert self._process is not None  # noqa: S101 - only in the block
+        assert self._process.stdin is not None  # noqa: S101 - it is a pipe
+        self._process.stdin.write(word.decode("ascii"))
+        self._process.stdin.flush()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is None or self._process.stdin is None:
             return
         with contextlib.suppress(OSError):
-            self._process.stdin.write(_DONE.decode("ascii"))
-            self._process.stdin.flush()
+            self._say(_DONE)
         try:
             self._process.wait(timeout=_START_SECONDS)
         except subprocess.TimeoutExpired:
@@ -123,6 +139,11 @@ class Guardian:
         self._paused_since: float | None = None
         self._orphaned_at: float | None = None
         self._aborted_at: float | None = None
+        self._claimed = False
+
+    def claimed(self) -> None:
+        """Note that the next pause with the reason 'user' is the agent's."""
+        self._claimed = True
 
     def orphaned(self, *, now: float) -> None:
         """Note that the agent is dead."""
@@ -155,13 +176,16 @@ class Guardian:
 
     def _let_go_on(self, domain: Any, *, now: float) -> None:
         state, reason = domain.state()
-        if state != libvirt.VIR_DOMAIN_PAUSED or reason not in _OURS:
+        is_claimed = self._claimed and reason == libvirt.VIR_DOMAIN_PAUSED_USER
+        if state != libvirt.VIR_DOMAIN_PAUSED or not (reason in _OURS or is_claimed):
             self._paused_since = None
             return
         if self._paused_since is None:
             self._paused_since = now
         if self._orphaned_at is not None or now - self._paused_since > self._limit_seconds:
             domain.resume()
+            # The next one is somebody else's.
+            self._claimed = False
 
 
 def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
@@ -180,10 +204,14 @@ def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
     standard_input, listening = sys.stdin.fileno(), True
     while True:
         if listening and select.select([standard_input], [], [], _POLL_SECONDS)[0]:
-            if os.read(standard_input, len(_DONE)):
+            said = os.read(standard_input, 64)
+            if _DONE in said:
                 return
-            listening = False
-            guardian.orphaned(now=time.monotonic())
+            if _CLAIM in said:
+                guardian.claimed()
+            else:
+                listening = False
+                guardian.orphaned(now=time.monotonic())
         elif not listening:
             time.sleep(_POLL_SECONDS)
         if not guardian.look(now=time.monotonic()):
