@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from vmsnap.errors import DriverError
+from vmsnap.hypervisors.libvirt.memory import host_memory
 from vmsnap.hypervisors.libvirt.processes import CLONE_OOM_SCORE, FirstToDie, pid_of, resident_bytes
+from vmsnap.model.ids import RunId
 
 CLONE = "vmsnap-clone-0123456789"
 
@@ -56,3 +59,21 @@ def test_a_process_of_another_name_is_left_alone(tmp_path: Path) -> None:
 def test_without_a_process_it_fails(tmp_path: Path) -> None:
     with FirstToDie(CLONE, pid_files=tmp_path) as doomed, pytest.raises(DriverError):
         doomed.require_done()
+
+
+def test_what_a_run_has_taken_is_its_image_and_its_clone(tmp_path: Path) -> None:
+    runtime, pid_files = tmp_path / "runtime", tmp_path / "pids"
+    assert host_memory(runtime, pid_files=pid_files).taken_bytes == {}
+    (runtime / "0123456789" / "memory").mkdir(parents=True)  # not mounted yet
+    (runtime / "lost+found").mkdir()
+    pid_files.mkdir()
+    (pid_files / "db1.pid").write_text("1")
+    assert host_memory(runtime, pid_files=pid_files).taken_bytes == {RunId("0123456789"): 0}
+    # This one's image was given back, and its folder with it.
+    pid_file = pid_files / "vmsnap-clone-00000000aa.pid"
+    pid_file.write_text(str(os.getpid()))
+    memory = host_memory(runtime, pid_files=pid_files)
+    assert memory.taken_bytes[RunId("00000000aa")] > 1 << 20
+    assert memory.available_bytes > 0
+    pid_file.write_text("not yet written")
+    assert RunId("00000000aa") not in host_memory(runtime, pid_files=pid_files).taken_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmsnap.errors import DriverError, NoSpaceError, PreconditionError, ToolError
 from vmsnap.hypervisors.libvirt.preflight import KEEP_FREE_BYTES, available_memory_bytes
-from vmsnap.hypervisors.libvirt.processes import pid_of, resident_bytes
+from vmsnap.hypervisors.libvirt.processes import PID_FILES, pid_of, resident_bytes
 from vmsnap.hypervisors.libvirt.swap import REMEDY, swap_on_disk
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.model.admission import HostMemory
@@ -16,6 +16,7 @@ from vmsnap.model.ids import RunId, is_run_id
 
 _MIB = 1 << 20
 IMAGE_NAME = "ram.save"
+_CLONE = "vmsnap-clone-"
 FIFO_NAME = "ram.fifo"
 
 
@@ -57,20 +58,20 @@ def _mount(folder: Path, *, options: str, swap: SwapRule) -> None:
         run_tool(("mount", "-t", "tmpfs", "-o", options, "vmsnap-memory", str(folder)))
 
 
-def host_memory(runtime: Path) -> HostMemory:
+def host_memory(runtime: Path, *, pid_files: Path = PID_FILES) -> HostMemory:
     """Return what memory the host has left, and what each run's image and clone hold of it."""
     taken: dict[RunId, int] = {}
     for folder in sorted(runtime.iterdir()) if runtime.is_dir() else ():
         if is_run_id(folder.name):
-            run = RunId(folder.name)
-            taken[run] = _used_bytes(folder / "memory") + _clone_bytes(run)
+            taken[RunId(folder.name)] = _used_bytes(folder / "memory")
+    # A clone lives on when its image is gone, and the run's folder with it.
+    for path in sorted(pid_files.glob(f"{_CLONE}*.pid")):
+        name = path.stem.removeprefix(_CLONE)
+        pid = pid_of(path.stem, pid_files=pid_files)
+        if is_run_id(name) and pid is not None:
+            taken[RunId(name)] = taken.get(RunId(name), 0) + resident_bytes(pid)
     available = available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
     return HostMemory(available_bytes=available, taken_bytes=taken)
-
-
-def _clone_bytes(run: RunId) -> int:
-    pid = pid_of(f"vmsnap-clone-{run}")
-    return 0 if pid is None else resident_bytes(pid)
 
 
 def _used_bytes(folder: Path) -> int:
