@@ -261,6 +261,15 @@ def test_what_could_not_be_told_is_told_when_it_can_and_nothing_is_pinged_meanwh
     assert len(mine.somebody.pings) > 50
 
 
+def test_what_waits_for_its_turn_does_not_stop_the_pings(tmp_path: Path) -> None:
+    mine = host(tmp_path, policy(overdue_after=9 * DAY))
+    mine.run_due(failing_with(NoSpaceError("full")))
+    mine.look()
+    problem = Problem(about="chore: reconcile", error=DriverError("libvirt is gone"))
+    mine.look(problem)
+    assert (len(mine.somebody.told), len(mine.somebody.pings)) == (1, 2)
+
+
 def test_only_a_round_pings(tmp_path: Path) -> None:
     mine = host(tmp_path)
     mine.look(ping=False)

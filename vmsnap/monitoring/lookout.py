@@ -113,9 +113,13 @@ class Lookout:
         except BusyError as error:
             _LOG.info("alarms are not looked at: %s", error.brief)
             return False
-        known = all(item.told is not None or item.over is not None for item in ledger.raised)
+        # What waits for its turn will be told; what was tried in vain, or has nobody to hear it, is not.
+        waits = not self._outlets.channels.is_empty
+        known = all(
+            item.told is not None or item.over is not None or (waits and item.tried is None) for item in ledger.raised
+        )
         if ping and self._outlets.ping is not None and self._unwritten is None and known and facts.unseen is not None:
-            # The ping says: nothing is wrong that nobody has been told of.
+            # The ping says: nothing is wrong that nobody hears of.
             self._outlets.ping.send()
         return True
 
