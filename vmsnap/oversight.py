@@ -25,7 +25,7 @@ from vmsnap.monitoring.monitor import Monitor
 from vmsnap.monitoring.ping import DeadManPing, ping_findings
 from vmsnap.monitoring.probe import Probe
 from vmsnap.state.alarms import FileAlarmBook
-from vmsnap.workflow.facts import gather, overlay_room
+from vmsnap.workflow.facts import Stock, gather, overlay_room
 from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.world import World
 
@@ -46,6 +46,7 @@ class Oversight:
         self._settings = settings
         self._policies = policies
         self._world = world
+        self._stock = Stock(world)
 
     def observers(self) -> tuple[Monitor, ...]:
         """Return the daemon's observer, not started; none where nobody wants to know anything."""
@@ -118,7 +119,7 @@ class Oversight:
         return overlay_room(self._world, policies=self._subject().policies)
 
     def _gather(self, subject: Subject, ledger: Ledger, *, probe: Probe | None, patience: timedelta) -> Facts:
-        facts = gather(self._world, policies=subject.policies, ledger=ledger, room=self._room)
+        facts = gather(self._world, policies=subject.policies, ledger=ledger, stock=self._stock, room=self._room)
         return facts if probe is None else replace(facts, overlay_free_bytes=probe.seen(patience=patience))
 
     def _subject(self) -> Subject:

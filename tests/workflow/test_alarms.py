@@ -27,7 +27,7 @@ from vmsnap.ports.alarms import AlarmBook
 from vmsnap.testing.faults import DEATHS, Fault, Faults, Mode
 from vmsnap.testing.memory_state import ProcessDied
 from vmsnap.testing.world import FakeWorld
-from vmsnap.workflow.facts import gather, overlay_room
+from vmsnap.workflow.facts import Stock, gather, overlay_room
 from vmsnap.workflow.world import World
 
 SECOND, MINUTE, HOUR, DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -80,7 +80,7 @@ class Host:
     def lookout(self, world: World, *, book: AlarmBook | None = None, channels: Any = None) -> Lookout:
         def look(subject: Subject, ledger: Ledger) -> Facts:
             room = Room(free_bytes=1, size_bytes=2)
-            return gather(world, policies=subject.policies, ledger=ledger, room=lambda: room)
+            return gather(world, policies=subject.policies, ledger=ledger, stock=Stock(world), room=lambda: room)
 
         outlets = Outlets(
             host="host",
@@ -285,14 +285,14 @@ def test_a_store_that_is_gone_is_a_problem_and_no_recovery(tmp_path: Path) -> No
     def blind(_subject: Subject, _ledger: Ledger) -> Facts:
         world = mine.lab.process()
 
-        def gone(guest: str | None = None) -> tuple[Any, ...]:
+        def gone() -> tuple[str, ...]:
             raise DriverError("the store is gone", remedy="mount it")
 
-        world.store.snapshots = gone  # type: ignore[method-assign]
+        world.store.guests = gone  # type: ignore[method-assign]
         try:
-            return gather(world, policies=mine.policies, ledger=Ledger(), room=lambda: None)
+            return gather(world, policies=mine.policies, ledger=Ledger(), stock=Stock(world), room=lambda: None)
         finally:
-            del world.store.snapshots
+            del world.store.guests
 
     mine.lab.clock.sleep(HOUR)
     world = mine.lab.process()
@@ -412,7 +412,7 @@ def test_whatever_happens_at_any_call_it_is_told_and_not_twice_at_once(tmp_path:
 def gathered(mine: Host, ledger: Ledger | None = None) -> Facts:
     world = mine.lab.process()
     try:
-        return gather(world, policies=mine.policies, ledger=ledger or Ledger(), room=lambda: None)
+        return gather(world, policies=mine.policies, ledger=ledger or Ledger(), stock=Stock(world), room=lambda: None)
     finally:
         mine.lab.end()
 
@@ -473,9 +473,36 @@ def test_a_backup_that_goes_on_is_seen(tmp_path: Path) -> None:
     mine = host(tmp_path)
     world = mine.lab.process()
     world.journals.begin(RunId("00000000aa"), kind=RunKind.BACKUP, guest="db", at=world.clock.now())
-    assert gather(world, policies=mine.policies, ledger=Ledger(), room=lambda: None).guests[0].running
+    assert (
+        gather(world, policies=mine.policies, ledger=Ledger(), stock=Stock(world), room=lambda: None).guests[0].running
+    )
     mine.lab.end()
     assert not gathered(mine).guests[0].running
+
+
+def test_manifests_are_read_again_only_where_something_changed(tmp_path: Path) -> None:
+    mine = host(tmp_path, policy(every=MINUTE))
+    mine.run_due()
+    faults = Faults()
+    world = mine.lab.process(faults)
+    stock = Stock(world, every=5 * MINUTE)
+
+    def reads() -> int:
+        before = sum(call.name == "store.snapshots" for call in faults.calls)
+        facts = gather(world, policies=mine.policies, ledger=Ledger(), stock=stock, room=lambda: None)
+        assert facts.guests[0].newest == mine.lab.store.snapshots("db")[-1]
+        assert facts.guests[0].snapshots == len(mine.lab.store.snapshots("db"))
+        return sum(call.name == "store.snapshots" for call in faults.calls) - before
+
+    assert [reads(), reads()] == [1, 0]
+    mine.lab.end()
+    mine.lab.clock.sleep(2 * MINUTE)
+    mine.run_due()
+    world = mine.lab.process(faults)
+    assert [reads(), reads()] == [1, 0]
+    mine.lab.clock.sleep(5 * MINUTE)
+    assert [reads(), reads()] == [1, 0]
+    mine.lab.end()
 
 
 def test_a_guest_without_a_policy_that_has_snapshots_is_shown(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from vmsnap.errors import VmsnapError
 from vmsnap.model.alarms import Ledger
@@ -26,7 +26,65 @@ _NO_RUN = RunId("0" * 10)
 _PRUNE_STEP = "prune"
 
 
-def gather(world: World, *, policies: Sequence[Policy], ledger: Ledger, room: Callable[[], Room | None]) -> Facts:
+@dataclass(frozen=True, kw_only=True)
+class _Shelf:
+    """What the store has of one guest. ``read``: when it was read, by the monotonic clock."""
+
+    captured: tuple[datetime, ...]
+    read: float
+    newest: Snapshot | None
+    verified: datetime | None
+    damaged: int
+
+
+class Stock:
+    """What the store has, for who asks often: a guest's manifests are read again only where snapshots came or went.
+
+    Marks change without that, so they are read again after ``every`` too. For one thread.
+    """
+
+    def __init__(self, world: World, *, every: timedelta = timedelta(minutes=5)) -> None:
+        self._world = world
+        self._every = every.total_seconds()
+        self._shelves: dict[str, _Shelf] = {}
+        self._guests: frozenset[str] = frozenset()
+        self._guests_read: float | None = None
+
+    def guests(self) -> frozenset[str]:
+        """Return the guests that have snapshots, as of lately. Raises DriverError."""
+        now = self._world.clock.monotonic()
+        if self._guests_read is None or now - self._guests_read >= self._every:
+            self._guests = frozenset(self._world.store.guests())
+            self._guests_read = now
+            self._shelves = {guest: shelf for guest, shelf in self._shelves.items() if guest in self._guests}
+        return self._guests
+
+    def of(self, guest: str) -> _Shelf:
+        """Return what there is of a guest. Raises DriverError."""
+        now = self._world.clock.monotonic()
+        captured = self._world.store.captured(guest)
+        shelf = self._shelves.get(guest)
+        if shelf is None or shelf.captured != captured or now - shelf.read >= self._every:
+            shelf = self._shelves[guest] = self._read(guest, captured=captured, read=now)
+        return shelf
+
+    def _read(self, guest: str, *, captured: tuple[datetime, ...], read: float) -> _Shelf:
+        snapshots = self._world.store.snapshots(guest) if captured else ()
+        # One dated far ahead was made by a clock that was wrong.
+        believed = newest_before(captured, now=self._world.clock.now())
+        checks = [mark for snapshot in snapshots if (mark := snapshot.marks.verification) is not None]
+        return _Shelf(
+            captured=captured,
+            read=read,
+            newest=next((item for item in reversed(snapshots) if item.manifest.captured == believed), None),
+            verified=max((check.at for check in checks if not check.bad_blocks), default=None),
+            damaged=sum(bool(check.bad_blocks) for check in checks),
+        )
+
+
+def gather(
+    world: World, *, policies: Sequence[Policy], ledger: Ledger, stock: Stock, room: Callable[[], Room | None]
+) -> Facts:
     """Return what is known of the guests that have a policy or a snapshot.
 
     ``ledger`` says since when guests are known, and when they were pruned. ``room``: that of the store; None where it
@@ -34,7 +92,7 @@ def gather(world: World, *, policies: Sequence[Policy], ledger: Ledger, room: Ca
     """
     now = world.clock.now()
     try:
-        gathering = _Gathering(world, ledger=ledger, now=now)
+        gathering = _Gathering(world, ledger=ledger, stock=stock, now=now)
     except Exception as error:  # noqa: BLE001 - what keeps us from looking is what somebody has to be told
         problem = Problem(about="store", error=as_vmsnap_error(error, doing="looking at all guests"))
         return Facts(at=now, guests=(), unseen=None, problems=(problem,), store=room())
@@ -70,13 +128,12 @@ def overlay_room(world: World, *, policies: Sequence[Policy]) -> Mapping[str, in
 class _Gathering:
     """What is read once for all guests."""
 
-    def __init__(self, world: World, *, ledger: Ledger, now: datetime) -> None:
+    def __init__(self, world: World, *, ledger: Ledger, stock: Stock, now: datetime) -> None:
         self._world = world
         self._ledger = ledger
+        self._stock = stock
         self._now = now
-        self._snapshots: defaultdict[str, list[Snapshot]] = defaultdict(list)
-        for snapshot in world.store.snapshots():
-            self._snapshots[snapshot.manifest.guest].append(snapshot)
+        self.guests = stock.guests()
         self.problems: tuple[Problem, ...] = ()
         self._last: Mapping[str, RunEntry] = {}
         self._done: Mapping[str, RunEntry] = {}
@@ -96,24 +153,18 @@ class _Gathering:
             if environment.expires is not None and environment.expires <= now
         )
 
-    @property
-    def guests(self) -> frozenset[str]:
-        """Return the guests that have snapshots."""
-        return frozenset(self._snapshots)
-
     def facts_of(self, guest: str, *, policy: Policy | None) -> GuestFacts:
         """Return what is known of one guest. Raises DriverError."""
         now = self._now
-        snapshots = self._snapshots.get(guest, [])
-        captured = newest_before((snapshot.manifest.captured for snapshot in snapshots), now=now)
-        checks = [mark for snapshot in snapshots if (mark := snapshot.marks.verification) is not None]
+        shelf = self._stock.of(guest)
+        captured = newest_before(shelf.captured, now=now)
         facts = GuestFacts(
             guest=guest,
             policy=policy,
-            snapshots=len(snapshots),
-            newest=next((item for item in reversed(snapshots) if item.manifest.captured == captured), None),
-            verified=max((check.at for check in checks if not check.bad_blocks), default=None),
-            damaged=sum(bool(check.bad_blocks) for check in checks),
+            snapshots=len(shelf.captured),
+            newest=shelf.newest,
+            verified=shelf.verified,
+            damaged=shelf.damaged,
             running=guest in self._running,
             last=self._last.get(guest),
             pruned=self._pruned(guest),
