@@ -26,6 +26,7 @@ from rich.console import Console
 from integration.lab.lab import Lab
 from vmsnap.cli.documents import list_document, prune_document
 from vmsnap.cli.failures import print_json
+from vmsnap.model.alarms import Ledger, Rules, settle
 from vmsnap.model.due import Limits
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.manifest import Manifest, Snapshot
@@ -33,6 +34,8 @@ from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport, PruneDecision
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule_policy import SchedulePolicy
+from vmsnap.monitoring.exposition import text_of
+from vmsnap.monitoring.metrics import metrics_of
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.stores.images import ImagesStore
 from vmsnap.stores.layout import MANIFEST, Layout
@@ -40,6 +43,7 @@ from vmsnap.testing.faults import FaultCancel
 from vmsnap.testing.world import FakeWorld, QuietProgress
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.due import DueRuns
+from vmsnap.workflow.facts import Stock, gather
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.world import World
 
@@ -85,12 +89,26 @@ def measure(lab: Lab | None, console: Console) -> dict[str, object]:
         figures |= {
             "files_first_tick_ms": _timed(lambda: _tick(files, policies)) * 1000,
             "files_tick_ms": _tick_ms(files, policies),
+            **_look_ms(files, policies),
             "files_prune_s": _timed(lambda: _prune(files, policies)),
             "files_list_s": _timed(lambda: _list(files)),
             "files_rss_growth_bytes": _growth(files, policies),
             "files_first_list_s": _first_list_s(root),
         }
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def _look_ms(world: World, policies: Sequence[Policy]) -> dict[str, object]:
+    """Return how long a look for alarms and metrics takes: the first, and one of those after it."""
+    stock = Stock(world)
+
+    def look() -> None:
+        facts = gather(world, policies=policies, ledger=Ledger(), stock=stock, room=lambda: None)
+        ledger, _ = settle(Ledger(), facts=facts, rules=Rules())
+        text_of(metrics_of(facts, ledger=ledger))
+
+    first = _timed(look) * 1000
+    return {"files_first_look_ms": first, "files_look_ms": median(_timed(look) for _ in range(TICKS)) * 1000}
 
 
 def _policy(number: int) -> Policy:
