@@ -112,7 +112,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         direct=connect_directly,
         export=QemuExport(runtime_dir=settings.runtime.path),
         inspector=OfflineInspector(),
-        store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies),
+        store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies, now=clock.now),
         journals=FileJournals(state),
         locks=FileLocks(state, clock=clock),
         admissions=FileAdmissions(state, most=settings.limits.clones_per_host),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vmsnap.errors import SnapshotNotFoundError
 from vmsnap.model.ids import RunId
 from vmsnap.model.manifest import DiskRecord, Snapshot
+from vmsnap.stores.publishing import usable_base
 from vmsnap.stores.references import by_age, resolve
 from vmsnap.testing.store_contract import NOON, sample_manifest
 
@@ -25,6 +26,7 @@ def snapshot(identity: str, *, guest: str = "db1", captured: datetime = NOON) ->
 
 FIRST = snapshot("aaaa000001", captured=NOON)
 SECOND = snapshot("aaaa000002", captured=NOON + timedelta(hours=1))
+NOW = NOON + timedelta(days=9)
 AT_SIGN = snapshot("bbbb000003", guest="me@home", captured=NOON)
 ALL = (SECOND, AT_SIGN, FIRST)
 
@@ -46,7 +48,7 @@ ALL = (SECOND, AT_SIGN, FIRST)
     ],
 )
 def test_what_a_reference_names(reference: str, expected: Snapshot) -> None:
-    assert resolve(reference, snapshots=ALL) is expected
+    assert resolve(reference, snapshots=ALL, now=NOW) is expected
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_what_a_reference_names(reference: str, expected: Snapshot) -> None:
 )
 def test_what_is_said_where_nothing_matches(reference: str, brief: str, details: str, remedy: str) -> None:
     with pytest.raises(SnapshotNotFoundError) as caught:
-        resolve(reference, snapshots=ALL)
+        resolve(reference, snapshots=ALL, now=NOW)
     assert brief in caught.value.brief
     assert caught.value.details is not None
     assert details in caught.value.details
@@ -76,14 +78,14 @@ def test_what_is_said_where_nothing_matches(reference: str, brief: str, details:
 
 def test_an_empty_store_says_so() -> None:
     with pytest.raises(SnapshotNotFoundError) as caught:
-        resolve("db1@latest", snapshots=())
+        resolve("db1@latest", snapshots=(), now=NOW)
     assert caught.value.details == "the store is empty"
 
 
 def test_a_long_listing_is_cut() -> None:
     many = [snapshot(f"{number:010x}", captured=NOON + timedelta(days=number)) for number in range(15)]
     with pytest.raises(SnapshotNotFoundError) as caught:
-        resolve("0000", snapshots=many)
+        resolve("0000", snapshots=many, now=NOW)
     assert caught.value.details is not None
     assert caught.value.details.splitlines()[0].startswith("000000000e")
     assert caught.value.details.splitlines()[-1] == "and 5 older"
@@ -99,7 +101,16 @@ def test_a_time_names_the_newest_snapshot_not_after_it(hours: list[int], asked: 
     reference = f"db1@{moment.astimezone(UTC).isoformat()}"
     fitting = [one for one in by_age(there) if one.manifest.captured <= moment]
     if fitting:
-        assert resolve(reference, snapshots=there) is fitting[-1]
+        assert resolve(reference, snapshots=there, now=NOW) is fitting[-1]
     else:
         with pytest.raises(SnapshotNotFoundError):
-            resolve(reference, snapshots=there)
+            resolve(reference, snapshots=there, now=NOW)
+
+
+def test_the_latest_is_none_that_a_wrong_clock_dated_ahead() -> None:
+    ahead = snapshot("cccc000004", captured=NOW + timedelta(days=2))
+    assert resolve("db1@latest", snapshots=(FIRST, SECOND, ahead), now=NOW) is SECOND
+    assert resolve("db1@latest", snapshots=(FIRST, SECOND, ahead), now=NOW + timedelta(days=1)) is ahead
+    assert resolve("db1@latest", snapshots=(ahead,), now=NOW) is ahead, "there is no other"
+    assert resolve("cccc", snapshots=(FIRST, SECOND, ahead), now=NOW) is ahead
+    assert usable_base((FIRST, SECOND, ahead), now=NOW) == SECOND.id

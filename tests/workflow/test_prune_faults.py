@@ -153,6 +153,25 @@ def test_backups_made_by_a_clock_far_ahead_remove_nothing_by_age(tmp_path: Path,
     assert good <= {snapshot.id for snapshot in lab.store.snapshots("db")}
 
 
+@pytest.mark.parametrize("wrong", [1, 3])
+def test_a_snapshot_made_while_the_clock_was_back_is_not_the_first_to_go(tmp_path: Path, wrong: int) -> None:
+    lab = FakeWorld(tmp_path)
+    policy = Policy(guest="db", retention=RetentionPolicy(keep_last=4, max_age=timedelta(days=30)))
+    for _ in range(4):
+        succeed(lab, backup(policy))
+        lab.clock.sleep(timedelta(hours=6))
+    lab.clock.sleep(timedelta(days=-400))
+    for _ in range(wrong):
+        succeed(lab, backup(policy))
+        lab.clock.sleep(timedelta(hours=6))
+    made_then = {one.id for one in lab.store.snapshots("db") if one.manifest.captured < START}
+    lab.clock.sleep(timedelta(days=400))
+    succeed(lab, pruning(policy))
+    left = {one.id for one in lab.store.snapshots("db")}
+    assert len(left) == 4
+    assert made_then <= left, "they are the newest"
+
+
 def test_a_forecast_changes_nothing_and_knows_what_is_in_use(tmp_path: Path) -> None:
     lab = _with_four_snapshots(tmp_path)
     ids = [snapshot.id for snapshot in lab.store.snapshots("db")]

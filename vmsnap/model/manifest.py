@@ -5,7 +5,7 @@ Pins and verification results change; they live beside it as ``Marks``.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -13,6 +13,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import ProofKind, Rung
+
+_NEXT = timedelta(microseconds=1)
 
 
 class _Record(BaseModel):
@@ -160,6 +162,7 @@ class Manifest(_Record):
     """Everything known about one snapshot.
 
     ``clock_doubt_seconds``: how much of the time before it is in doubt, by the clock of its host (``model.doubt``).
+    ``made_after``: when its parent was captured, where the clock had gone back since and said less.
     """
 
     format_version: Literal[1] = 1
@@ -178,11 +181,17 @@ class Manifest(_Record):
     steps: tuple[StepRecord, ...]
     vmsnap_version: str
     clock_doubt_seconds: float = Field(default=0.0, ge=0.0)
+    made_after: AwareDatetime | None = None
 
     @property
     def captured(self) -> datetime:
         """Return the instant the snapshot is of: the moment the guest stood still."""
         return self.capture.captured
+
+    @property
+    def ranked(self) -> datetime:
+        """Return the time by which it is older or younger than others: a clock that went back makes nothing old."""
+        return self.captured if self.made_after is None else max(self.captured, self.made_after + _NEXT)
 
 
 class Pin(_Record):

@@ -132,7 +132,7 @@ def candidate_of(snapshot: Snapshot, *, held: frozenset[SnapshotId]) -> Candidat
     verification = snapshot.marks.verification
     return Candidate(
         id=snapshot.id,
-        captured=snapshot.manifest.captured,
+        captured=snapshot.manifest.ranked,
         pin=snapshot.marks.pin,
         verified=verification is not None and verification.bad_blocks == 0,
         damaged=verification is not None and verification.bad_blocks > 0,

@@ -6,9 +6,9 @@ removed on its own. ``docs/formats.md`` describes the layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vmsnap.errors import BugError, DriverError, PreconditionError, SnapshotNotFoundError
@@ -50,11 +50,16 @@ _COPIES_REMEDY = (
 )
 
 
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
 class ImagesStore:
     """Keeps snapshots in ``root``. ``allow_copies``: without reflinks, store whole sparse copies instead of refusing."""
 
-    def __init__(self, root: Path, *, allow_copies: bool = False) -> None:
+    def __init__(self, root: Path, *, allow_copies: bool = False, now: Callable[[], datetime] = _utc_now) -> None:
         self._layout = Layout(root=root)
+        self._now = now
         self._allow_copies = allow_copies
         self._publisher = Publisher(layout=self._layout)
         self._captures = Captures(self._layout)
@@ -121,7 +126,7 @@ class ImagesStore:
                     f"the file system of the store {self._layout.root} has no reflinks", remedy=_COPIES_REMEDY
                 )
             self._publisher.stage(run, guest=guest)
-            return Staging(run=run, guest=guest, previous=usable_base(self.snapshots(guest)))
+            return Staging(run=run, guest=guest, previous=usable_base(self.snapshots(guest), now=self._now()))
 
     def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
         """Store one disk: blocks that differ from the previous snapshot's are written, zeroes become holes."""
@@ -160,7 +165,7 @@ class ImagesStore:
 
         Raises SnapshotNotFoundError, which lists what would match.
         """
-        return resolve(reference, snapshots=self.snapshots())
+        return resolve(reference, snapshots=self.snapshots(), now=self._now())
 
     def images(self, snapshot: Snapshot) -> tuple[DiskImage, ...]:
         """Return the stored disks as read-only raw images. Raises SnapshotNotFoundError, DriverError."""

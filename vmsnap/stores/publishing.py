@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from vmsnap.errors import BugError, ConfigError, SafetyError
@@ -28,6 +29,7 @@ from vmsnap.stores.layout import (
     sync_folder,
     write_new_file,
 )
+from vmsnap.stores.references import not_ahead
 from vmsnap.stores.writer import DiskFiles, write_disk
 
 _log = logging.getLogger(__name__)
@@ -151,9 +153,9 @@ def _check_disks(folder: Path, *, manifest: Manifest) -> None:
         raise SafetyError(f"snapshot {manifest.id} lacks the file {manifest.machine.nvram}", remedy="report it")
 
 
-def usable_base(snapshots: tuple[Snapshot, ...]) -> SnapshotId | None:
-    """Return the newest snapshot to build upon: one that is known to have bad blocks is passed over."""
-    for snapshot in reversed(snapshots):
+def usable_base(snapshots: tuple[Snapshot, ...], *, now: datetime) -> SnapshotId | None:
+    """Return the newest snapshot to build upon: one with bad blocks, or dated ahead of the clock, is passed over."""
+    for snapshot in reversed(not_ahead(snapshots, now=now)):
         verification = snapshot.marks.verification
         if verification is None or verification.bad_blocks == 0:
             return snapshot.id

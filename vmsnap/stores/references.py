@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from vmsnap.errors import SnapshotNotFoundError
 from vmsnap.model.ids import ID_LENGTH
 from vmsnap.model.manifest import Snapshot
+from vmsnap.model.schedule import FUTURE_SLACK
 
 SHORTEST_PREFIX = 4
 
@@ -25,8 +26,13 @@ def by_age(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
     return tuple(sorted(snapshots, key=lambda one: (one.manifest.guest, one.manifest.captured, one.id)))
 
 
-def resolve(reference: str, *, snapshots: Sequence[Snapshot]) -> Snapshot:
-    """Return the one snapshot that ``reference`` names.
+def not_ahead(snapshots: Sequence[Snapshot], *, now: datetime) -> Sequence[Snapshot]:
+    """Return the snapshots without those that a wrong clock dated more than a day ahead; all where every one is."""
+    return [one for one in snapshots if one.manifest.captured <= now + FUTURE_SLACK] or snapshots
+
+
+def resolve(reference: str, *, snapshots: Sequence[Snapshot], now: datetime) -> Snapshot:
+    """Return the one snapshot that ``reference`` names. ``GUEST@latest`` is one that is not dated ahead of ``now``.
 
     ``GUEST@TIME`` is the newest snapshot captured not after TIME (ISO 8601; without a zone it is UTC; a date alone is
     its first instant). Everything up to the last ``@`` is the guest's name, so names may contain one.
@@ -43,7 +49,7 @@ def resolve(reference: str, *, snapshots: Sequence[Snapshot]) -> Snapshot:
             remedy=_advice(reference, snapshots=snapshots),
         )
     if moment == "latest":
-        return mine[-1]
+        return not_ahead(mine, now=now)[-1]
     before = [one for one in mine if one.manifest.captured <= _moment(moment, reference=reference, snapshots=snapshots)]
     if not before:
         raise SnapshotNotFoundError(

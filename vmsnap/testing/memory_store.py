@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vmsnap.errors import BugError, BusyError, HeldError, NoSpaceError, SafetyError, SnapshotNotFoundError
@@ -19,7 +19,7 @@ from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import ByteProgress, Staging
-from vmsnap.stores.references import by_age, resolve
+from vmsnap.stores.references import by_age, not_ahead, resolve
 
 _BLOCK = 64 * 1024
 
@@ -48,14 +48,21 @@ class _Kept:
     holders: set[RunId] = field(default_factory=set)
 
 
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
 class MemoryStore:
     """Keeps snapshots in memory; ``folder`` is where it shows a disk or a file when somebody asks for a path.
 
     ``capacity_bytes`` bounds what all disks together may hold; beyond it there is no space.
     """
 
-    def __init__(self, folder: Path, *, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, capacity_bytes: int | None = None, now: Callable[[], datetime] = _utc_now
+    ) -> None:
         self._folder = folder
+        self._now = now
         self.capacity_bytes = capacity_bytes
         self._staged: dict[RunId, _Kept] = {}
         self._published: dict[SnapshotId, _Kept] = {}
@@ -83,7 +90,7 @@ class MemoryStore:
             raise BugError(f"run {run} has a staging folder already")
         self._staged[run] = _Kept(guest=guest)
         mine = self.snapshots(guest)
-        return Staging(run=run, guest=guest, previous=mine[-1].id if mine else None)
+        return Staging(run=run, guest=guest, previous=not_ahead(mine, now=self._now())[-1].id if mine else None)
 
     def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
         """Keep the blocks that are not zero."""
@@ -165,7 +172,7 @@ class MemoryStore:
 
     def find(self, reference: str) -> Snapshot:
         """Return the snapshot that the reference names."""
-        return resolve(reference, snapshots=self.snapshots())
+        return resolve(reference, snapshots=self.snapshots(), now=self._now())
 
     def images(self, snapshot: Snapshot) -> tuple[DiskImage, ...]:
         """Write the disks out as sparse files, and return them."""

@@ -94,7 +94,7 @@ class FakeWorld:
         self.host.offline = self._show_disks
         self.clock = FakeClock()
         self.state = MemoryState()
-        self.store = MemoryStore(folder / "store")
+        self.store = MemoryStore(folder / "store", now=self.clock.now)
         self.export = FakeDiskExport(folder / "export")
         self.inspector = FakeDiskInspector()
         self.addressing = FakeAddressing()

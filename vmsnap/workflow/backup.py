@@ -421,6 +421,14 @@ class Backup:
             steps=run.steps,
             vmsnap_version=__version__,
             clock_doubt_seconds=round(doubt.total_seconds(), 3),
+            made_after=next(
+                (
+                    one.manifest.ranked
+                    for one in snapshots
+                    if one.id == staging.previous and one.manifest.ranked > captured
+                ),
+                None,
+            ),
         )
 
     def _prune(self) -> tuple[SnapshotId, ...]:
