@@ -17,7 +17,7 @@ from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
-from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome
+from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome, PruneFailure, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.history import Action, AuditEntry, RunEntry, Trigger
@@ -71,6 +71,7 @@ from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.serve import forward, serve
 from vmsnap.workflow.verify import verify, verify_due
 from vmsnap.workflow.wishes import settings_of
@@ -177,6 +178,7 @@ class Application:
                 back_up=back_up,
                 progress=progress,
                 cancel=cancel,
+                reread=self._policies.find,
             )
             report = runs.run(dry_run=dry_run)
         wrong = tuple(
@@ -206,12 +208,26 @@ class Application:
         except PreconditionError:
             return EnvironmentPolicy()
 
-    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
-        """Apply retention to one guest or to all that have a policy."""
+    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False, many: bool = False) -> PruneReport:
+        """Apply retention to one guest or to all that have a policy; one that fails stops no other."""
+        if guest is not None:
+            policy = self._policies.get(guest)
+            found = prune(self._world, policy=policy, dry_run=dry_run, trust_clock=trust_clock, many=many)
+            return PruneReport(decisions=found)
         decisions: list[PruneDecision] = []
-        for policy in self._policies_of(guest):
-            decisions.extend(prune(self._world, policy=policy, dry_run=dry_run, trust_clock=trust_clock))
-        return tuple(decisions)
+        failures: list[PruneFailure] = []
+        for check in self._policies.check():
+            error: VmsnapError | None = check.error
+            try:
+                if check.policy is not None:
+                    decisions.extend(
+                        prune(self._world, policy=check.policy, dry_run=dry_run, trust_clock=trust_clock, many=many)
+                    )
+            except Exception as caught:  # noqa: BLE001 - one guest's failure stops no other
+                error = as_vmsnap_error(caught, doing="pruning")
+            if error is not None:
+                failures.append(PruneFailure(guest=check.guest or check.path.name, error=error))
+        return PruneReport(decisions=tuple(decisions), failures=tuple(failures))
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         """Return what retention will have kept, of one guest or of all that have a policy."""

@@ -27,7 +27,7 @@ from integration.lab.lab import Lab
 from vmsnap.cli.documents import list_document, prune_document
 from vmsnap.cli.failures import print_json
 from vmsnap.model.alarms import Ledger, Rules, settle
-from vmsnap.model.due import Limits
+from vmsnap.model.due import Limits, PruneReport
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.manifest import Manifest, Snapshot
 from vmsnap.model.policy import Policy
@@ -162,7 +162,7 @@ def _prune(world: World, policies: Sequence[Policy]) -> None:
     decisions: list[PruneDecision] = []
     for policy in policies:
         decisions += prune(world, policy=policy, dry_run=True)
-    print_json(prune_document(decisions, dry_run=True), stream=io.StringIO())
+    print_json(prune_document(PruneReport(decisions=tuple(decisions)), dry_run=True), stream=io.StringIO())
 
 
 def _tick(world: World, policies: Sequence[Policy]) -> None:

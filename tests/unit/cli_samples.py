@@ -33,7 +33,7 @@ from vmsnap.errors import (
     VmsnapError,
 )
 from vmsnap.model.capture import CaptureMode
-from vmsnap.model.due import DueEntry, DueReport, Outcome
+from vmsnap.model.due import DueEntry, DueReport, Outcome, PruneFailure, PruneReport
 from vmsnap.model.environment import Environment
 from vmsnap.model.forecast import Forecast, every_so_often, forecast
 from vmsnap.model.guest import Finding, GuestState, Severity
@@ -211,6 +211,7 @@ class FakeApplication:
     existing: tuple[Candidate, ...] = ()
     forecasts: tuple[Forecast, ...] | None = None
     doubtful: bool = False
+    prune_failures: tuple[PruneFailure, ...] = ()
     history: tuple[RunEntry, ...] = ()
     trail: tuple[AuditEntry, ...] = ()
     calls: list[tuple[object, ...]] = field(default_factory=list)
@@ -298,9 +299,9 @@ class FakeApplication:
             reach=f"vmsnap env forward {options.name or 'db1-3fa9'} PORT",
         )
 
-    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
-        self._called("prune", guest, dry_run, trust_clock)
-        return (
+    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False, many: bool = False) -> PruneReport:
+        self._called("prune", guest, dry_run, trust_clock, many)
+        decisions = (
             PruneDecision(
                 snapshot=sample("00000000a1", captured=AT - timedelta(days=9)),
                 keep=False,
@@ -314,6 +315,7 @@ class FakeApplication:
                 rules=("newest", "in-use", *(["clock-in-doubt"] if self.doubtful else [])),
             ),
         )
+        return PruneReport(decisions=decisions, failures=self.prune_failures)
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         self._called("forecast", guest, span, every)

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
-from vmsnap.errors import ConfigError, NotCleanError, ToolError
-from vmsnap.model.due import DueEntry
+from vmsnap.errors import BusyError, ConfigError, NotCleanError, ToolError
+from vmsnap.model.due import DueEntry, PruneFailure
 from vmsnap.model.due import Outcome as Result
 from vmsnap.model.forecast import every_so_often, forecast
 from vmsnap.model.guest import Finding, Severity
@@ -315,7 +315,7 @@ def test_show_prints_everything_in_the_manifest(program: Program) -> None:
 
 def test_prune_says_why(program: Program) -> None:
     outcome = program("prune", "db1", "--dry-run")
-    assert program.application.calls == [("prune", "db1", True, False)]
+    assert program.application.calls == [("prune", "db1", True, False, False)]
     assert outcome.stdout == (
         "        GUEST  SNAPSHOT    WHEN               WHY\n"
         "remove  db1    00000000a1  2026-11-12 02:00Z  beyond keep_last 7\n"
@@ -323,9 +323,22 @@ def test_prune_says_why(program: Program) -> None:
         "1 kept, 1 would be removed; nothing was removed: dry run.\n"
     )
     outcome = program("prune")
-    assert program.application.calls[-1] == ("prune", None, False, False)
+    assert program.application.calls[-1] == ("prune", None, False, False, False)
     assert "removed  db1    00000000a1" in outcome.stdout
     assert "3.0 MiB freed" in outcome.stdout
+
+
+def test_prune_tells_of_guests_that_failed_and_of_all_others(program: Program) -> None:
+    busy = BusyError("process 7 publishes snapshots of 'db2' now", remedy="try again")
+    program.application.prune_failures = (PruneFailure(guest="db2", error=busy),)
+    outcome = program("prune", "--many")
+    assert outcome.code == 4
+    assert "1 kept, 1 removed" in outcome.stdout
+    assert "db2: error: process 7 publishes snapshots of 'db2' now" in outcome.stdout
+    assert program.application.calls[-1] == ("prune", None, False, False, True)
+    document = program("prune", "--json").json
+    assert len(document["decisions"]) == 2
+    assert document["failures"][0]["guest"] == "db2"
 
 
 def test_prune_in_json(program: Program) -> None:
@@ -344,7 +357,7 @@ def test_prune_says_where_the_clock_is_in_doubt(program: Program) -> None:
     outcome = program("prune", "--dry-run")
     assert "This host's clock is far ahead of the newest snapshots" in outcome.stdout
     program("prune", "--trust-clock")
-    assert program.application.calls[-1] == ("prune", None, False, True)
+    assert program.application.calls[-1] == ("prune", None, False, True, False)
 
 
 def test_prune_simulates_without_removing(program: Program) -> None:

@@ -189,6 +189,17 @@ def test_what_was_not_safe_is_not_retried_before_the_next_regular_time(schedule:
     assert due(schedule, newest=None, now=utc("2026-11-21 12:00"), failures=(refused,)).at == utc(at)
 
 
+def test_what_was_not_safe_is_not_tried_again_at_once_where_the_period_is_short() -> None:
+    schedule = plan(every=5 * MINUTE)
+    attempts = [failure(NEWEST + number * HOUR, exit_code=int(ExitCode.SAFETY)) for number in range(1, 4)]
+    for number, wait in enumerate((15, 30, 60), start=1):
+        last = attempts[number - 1]
+        assert last.ended is not None
+        found = due(schedule, now=last.ended + MINUTE, failures=tuple(attempts[:number]))
+        assert found.at == last.ended + wait * MINUTE
+        assert "so it waits" in found.reason
+
+
 def test_a_retry_stays_in_the_windows() -> None:
     schedule = plan(at=("02:00",), windows=("02:00-04:00",))
     late = failure(utc("2026-11-21 03:55"))
@@ -349,7 +360,9 @@ def test_a_newer_snapshot_never_makes_it_earlier(
     schedule: Policy, now: datetime, age: timedelta, more: timedelta
 ) -> None:
     older, newer = due(schedule, newest=now - age - more, now=now), due(schedule, newest=now - age, now=now)
-    assert newer.at is None or (older.at is not None and max(older.at, now) <= max(newer.at, now))
+    # But for jitter: what waits for an opening is spread over it, what is wanted at its first instant is not.
+    jitter = schedule.schedule.jitter
+    assert newer.at is None or (older.at is not None and max(older.at, now) <= max(newer.at, now) + jitter)
 
 
 @given(schedules, moments, st.none() | ages, st.lists(ages, max_size=3), ages)

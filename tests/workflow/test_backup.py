@@ -51,6 +51,7 @@ from vmsnap.testing.fake_disks import FakeDiskInspector
 from vmsnap.testing.fake_host import RAM_BYTES, ImageFile
 from vmsnap.testing.fake_network import FakeAddressing, RungOutcome
 from vmsnap.testing.fake_postgresql import FakeCluster
+from vmsnap.testing.faults import Fault, Mode
 from vmsnap.testing.world import START, FakeWorld, QuietProgress
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.whereabouts import ADDRESS_QUESTION
@@ -338,6 +339,22 @@ def test_a_reconcile_beside_it_touches_nothing_of_a_living_run(tmp_path: Path) -
     lab.host.before_command = lambda _domain, _command: undone.extend(reconcile(lab.process()).undone)
     succeed(lab, backup())
     assert undone == []
+
+
+def test_what_a_dead_run_of_the_guest_left_is_undone_first_even_where_another_reconciles(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    good = invoke(FakeWorld(tmp_path / "good"), backup())
+    number = next(call.number for call in good.calls if call.name == "fence.prove")
+    invoke(lab, backup(), Fault(call=number, mode=Mode.DIE_BEFORE))
+
+    def beside_a_reconcile(world: World, cancel: Cancel) -> object:
+        with world.locks.reconcile():
+            return backup()(world, cancel)
+
+    outcome = simply(lab, beside_a_reconcile)
+    assert isinstance(outcome.error, BusyError)
+    assert lab.store.snapshots("db") == ()
+    assert simply(lab, backup()).error is None
 
 
 def test_a_reconcile_that_is_going_on_does_not_stop_a_backup(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from vmsnap.errors import (
     BusyError,
     CancelledError,
     CleanupError,
+    ConfigError,
     ExitCode,
     NoSpaceError,
     NotCleanError,
@@ -34,6 +35,7 @@ from vmsnap.model.schedule import FailedAttempt
 from vmsnap.model.schedule_policy import SchedulePolicy
 from vmsnap.ports.clock import Cancel
 from vmsnap.testing.faults import DEATHS, Fault, FaultCancel, Mode
+from vmsnap.testing.memory_store import MemoryStore
 from vmsnap.testing.world import START, FakeWorld, QuietProgress
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
@@ -330,6 +332,115 @@ class Crowd:
         if wanted.guest == "g3":
             raise ToolError("g3 is broken")
         return sample_report(wanted.guest)
+
+
+def test_a_storage_that_a_run_of_the_same_round_uses_is_waited_for(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    guests = [f"g{number}" for number in range(4)]
+
+    def back_up(world: World, wanted: Policy, cancel: Cancel) -> BackupReport:
+        # As a real run does: others, and this round too, see it in the journals.
+        run = RunId(f"{int(wanted.guest[1:]) + 0xA0:010x}")
+        journal = world.journals.begin(run, kind=RunKind.BACKUP, guest=wanted.guest, at=world.clock.now())
+        time.sleep(0.02)
+        journal.finish()
+        journal.close()
+        return sample_report(wanted.guest)
+
+    policies = [policy(guest, storage="san") for guest in guests]
+    ending = simply(lab, due(*policies, limits=Limits(per_host=3, per_storage=1), back_up=back_up))
+    assert outcomes(ending) == [(guest, Outcome.DONE) for guest in guests]
+
+
+@pytest.mark.parametrize(
+    ("now", "outcome", "note"),
+    [
+        (None, Outcome.DISABLED, "its policy was removed meanwhile"),
+        (policy("other", enabled=False), Outcome.DISABLED, None),
+        (policy("other", at=("01:00",)), Outcome.DONE, None),
+    ],
+)
+def test_a_policy_that_changed_while_others_ran_counts_as_it_is(
+    tmp_path: Path, now: Policy | None, outcome: Outcome, note: str | None
+) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.add_guest("other")
+    taken: list[Policy] = []
+
+    def back_up(wanted: Policy) -> BackupReport:
+        taken.append(wanted)
+        return really(world, wanted, FaultCancel())
+
+    world = lab.process()
+    runs = DueRuns(
+        world,
+        policies=(policy("db"), policy("other")),
+        limits=Limits(),
+        back_up=back_up,
+        progress=QuietProgress(),
+        cancel=FaultCancel(),
+        reread=lambda guest: policy("db") if guest == "db" else now,
+    )
+    first, second = runs.run(dry_run=False).entries
+    assert (first.guest, first.outcome) == ("db", Outcome.DONE)
+    assert (second.guest, second.outcome, second.note) == ("other", outcome, note)
+    assert [wanted for wanted in taken if wanted.guest == "other"] == ([now] if outcome is Outcome.DONE else [])
+
+
+def test_a_policy_that_became_wrong_meanwhile_is_its_guests_failure(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+
+    def reread(_: str) -> Policy | None:
+        raise ConfigError("db.toml:1: not valid TOML", remedy="correct it")
+
+    runs = DueRuns(
+        lab.process(),
+        policies=(policy("db"),),
+        limits=Limits(),
+        back_up=lambda wanted: sample_report(wanted.guest),
+        progress=QuietProgress(),
+        cancel=FaultCancel(),
+        reread=reread,
+    )
+    report = runs.run(dry_run=False)
+    assert report.entries[0].outcome is Outcome.FAILED
+    assert report.exit_code is ExitCode.CONFIGURATION
+
+
+def test_a_policy_removed_while_its_run_goes_on_changes_nothing_for_that_run(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    policies = {"db": policy("db")}
+
+    def back_up(wanted: Policy) -> BackupReport:
+        policies.clear()
+        return really(world, wanted, FaultCancel())
+
+    world = lab.process()
+    runs = DueRuns(
+        world,
+        policies=(policy("db"),),
+        limits=Limits(),
+        back_up=back_up,
+        progress=QuietProgress(),
+        cancel=FaultCancel(),
+        reread=policies.get,
+    )
+    (entry,) = runs.run(dry_run=False).entries
+    assert entry.outcome is Outcome.DONE
+    assert len(lab.store.snapshots("db")) == 1
+
+
+def test_a_bug_after_a_run_does_not_hide_what_the_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = FakeWorld(tmp_path)
+
+    def back_up(world: World, wanted: Policy, cancel: Cancel) -> BackupReport:
+        report = really(world, wanted, cancel)
+        monkeypatch.setattr(MemoryStore, "captured", lambda *_: 1 / 0)
+        return report
+
+    (entry,) = report_of(simply(lab, due(back_up=back_up))).entries
+    assert entry.outcome is Outcome.DONE
+    assert entry.following is None
 
 
 def test_several_at_a_time_stay_within_both_limits(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.invocations import Outcome, Trial, backup, invoke, provision, pruning, recovers, simply, succeed
-from vmsnap.errors import ConfigError
+from vmsnap.errors import ConfigError, PreconditionError
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.manifest import Marks, Pin, Snapshot, Verification
 from vmsnap.model.policy import Policy
@@ -170,6 +170,27 @@ def test_a_snapshot_made_while_the_clock_was_back_is_not_the_first_to_go(tmp_pat
     left = {one.id for one in lab.store.snapshots("db")}
     assert len(left) == 4
     assert made_then <= left, "they are the newest"
+
+
+def test_most_of_a_guests_snapshots_do_not_go_at_once_unless_somebody_wants_it(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    generous = Policy(guest="db", retention=RetentionPolicy(keep_last=50))
+    for _ in range(9):
+        succeed(lab, backup(generous))
+    edited = Policy(guest="db", retention=RetentionPolicy(keep_last=2))
+    outcome = simply(lab, pruning(edited))
+    assert isinstance(outcome.error, PreconditionError)
+    assert "7 of the 9 snapshots" in outcome.error.brief
+    assert "--many" in str(outcome.error.remedy)
+    assert len(lab.store.snapshots("db")) == 9
+    assert [decision.keep for decision in prune(lab.process(), policy=edited, dry_run=True)].count(False) == 7
+    report = simply(lab, backup(edited)).result
+    assert isinstance(report, BackupReport)
+    assert "--many" not in report.warnings[0]
+    assert "8 of the 10 snapshots" in report.warnings[0], "the backup itself is done"
+    prune(lab.process(), policy=edited, dry_run=False, many=True)
+    assert len(lab.store.snapshots("db")) == 2
+    succeed(lab, pruning(edited))
 
 
 def test_a_forecast_changes_nothing_and_knows_what_is_in_use(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from vmsnap.model.due import DueReport
+from vmsnap.model.due import DueReport, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding
 from vmsnap.model.history import AuditEntry, RunEntry
@@ -19,7 +19,6 @@ from vmsnap.model.report import (
     ForwardReport,
     ProvisionOptions,
     ProvisionReport,
-    PruneDecision,
     ReconcileReport,
     RegisterReport,
     ServeOptions,
@@ -53,8 +52,11 @@ class Application(Protocol):
     ) -> ProvisionReport:
         """Make a test VM of a snapshot."""
 
-    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
-        """Apply retention to one guest or all; a dry run removes nothing. ``trust_clock``: the clock is right."""
+    def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False, many: bool = False) -> PruneReport:
+        """Apply retention to one guest or all; a dry run removes nothing. ``trust_clock``: the clock is right.
+
+        ``many``: remove even most of a guest's snapshots. Of all, one that fails stops no other and is in the report.
+        """
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         """Return what retention will have kept after ``span`` of a backup each ``every``; None: as scheduled."""

@@ -11,7 +11,7 @@ from vmsnap.cli.failures import error_fields
 
 if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
-    from vmsnap.model.due import DueEntry, DueReport
+    from vmsnap.model.due import DueEntry, DueReport, PruneReport
     from vmsnap.model.forecast import Forecast
     from vmsnap.model.guest import Finding
     from vmsnap.model.history import AuditEntry, RunEntry, Starter
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         DaemonReport,
         EnvironmentStatus,
         ProvisionReport,
-        PruneDecision,
         ReconcileReport,
         VerifyReport,
     )
@@ -92,7 +91,7 @@ def snapshot_document(snapshot: Snapshot) -> Document:
     return snapshot.model_dump(mode="json")
 
 
-def prune_document(decisions: Sequence[PruneDecision], *, dry_run: bool) -> Document:
+def prune_document(report: PruneReport, *, dry_run: bool) -> Document:
     """Return the document of ``vmsnap prune``."""
     return {
         "dry_run": dry_run,
@@ -104,8 +103,9 @@ def prune_document(decisions: Sequence[PruneDecision], *, dry_run: bool) -> Docu
                 "rules": list(decision.rules),
                 "removed_bytes": decision.removed_bytes,
             }
-            for decision in decisions
+            for decision in report.decisions
         ],
+        "failures": [{"guest": failure.guest, **error_fields(failure.error)} for failure in report.failures],
     }
 
 

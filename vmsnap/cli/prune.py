@@ -12,12 +12,14 @@ from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.completion import complete_guest
 from vmsnap.cli.context import ConfigOption, JsonOption, Session, begin
 from vmsnap.cli.documents import forecasts_document, prune_document
+from vmsnap.cli.failures import plain_error_lines
 from vmsnap.cli.tables import print_lines, print_table
-from vmsnap.cli.text import minute, size
+from vmsnap.cli.text import minute, printable, size
 from vmsnap.cli.times import parse_span
-from vmsnap.errors import ConfigError
+from vmsnap.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
+    from vmsnap.model.due import PruneReport
     from vmsnap.model.forecast import Forecast
     from vmsnap.model.report import PruneDecision
 
@@ -48,6 +50,9 @@ def prune(
     trust_clock: Annotated[
         bool, typer.Option("--trust-clock", help="Believe the clock, however far it is from the newest snapshots.")
     ] = False,
+    many: Annotated[
+        bool, typer.Option("--many", help="Remove even more than half of a guest's snapshots at once.")
+    ] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -55,6 +60,9 @@ def prune(
 
     Pinned snapshots, those an environment uses, the newest and the newest verified one always stay. Where the clock is far
     ahead of the newest snapshots, nothing goes by age unless --trust-clock is given.
+
+    Where a policy says that more than half of a guest's snapshots shall go at once, and more than five, none goes unless --many
+    is given: the policy was changed, and perhaps by mistake. Of several guests, one that fails stops no other.
 
     --simulate removes nothing. It draws a calendar of what the policy will have kept.
 
@@ -72,10 +80,12 @@ def prune(
         raise ConfigError("--every is given without --simulate", remedy="add --simulate, for example --simulate 2y")
     application = session.application
     with session.unstoppable():
-        decisions = application.prune(guest, dry_run=dry_run, trust_clock=trust_clock)
+        report = application.prune(guest, dry_run=dry_run, trust_clock=trust_clock, many=many)
     session.show(
-        prune_document(decisions, dry_run=dry_run), human=lambda console: _print(console, decisions, dry_run=dry_run)
+        prune_document(report, dry_run=dry_run), human=lambda console: _print(console, report, dry_run=dry_run)
     )
+    if report.exit_code is not ExitCode.DONE:
+        raise typer.Exit(int(report.exit_code))
 
 
 def _simulate(session: Session, guest: str | None, *, simulate: str, every: str | None) -> None:
@@ -92,7 +102,15 @@ def _draw(console: Console, forecasts: Sequence[Forecast]) -> None:
         print_lines(console, [*([""] if number else []), *calendar_lines(forecast)])
 
 
-def _print(console: Console, decisions: Sequence[PruneDecision], *, dry_run: bool) -> None:
+def _print(console: Console, report: PruneReport, *, dry_run: bool) -> None:
+    _print_decisions(console, report.decisions, dry_run=dry_run)
+    for failure in report.failures:
+        lines = plain_error_lines(failure.error)
+        told = [line.replace("vmsnap: ", f"{printable(failure.guest)}: ", 1) for line in lines]
+        print_lines(console, told)
+
+
+def _print_decisions(console: Console, decisions: Sequence[PruneDecision], *, dry_run: bool) -> None:
     if not decisions:
         print_lines(console, ["No snapshots: nothing to decide."])
         return

@@ -53,6 +53,13 @@ class PolicyBook:
                     return check.policy
         raise self._no_policy(guest, checks=checks)
 
+    def find(self, guest: str) -> Policy | None:
+        """Return a guest's policy as it is now; None where there is none any more. Raises ConfigError where it is wrong."""
+        try:
+            return self.get(guest)
+        except PreconditionError:
+            return None
+
     def all(self) -> tuple[Policy, ...]:
         """Return all policies, by guest. Raises ConfigError where any file is wrong."""
         checks = self.check()

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from vmsnap.errors import ExitCode, VmsnapError, worst_of
-from vmsnap.model.report import BackupReport
+from vmsnap.model.report import BackupReport, PruneDecision
 from vmsnap.model.schedule import Due
 
 
@@ -52,6 +52,27 @@ class DueReport:
         if any(entry.outcome is Outcome.STOPPED for entry in self.entries):
             codes.add(ExitCode.DEADLINE)
         return worst_of(codes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFailure:
+    """A guest whose snapshots could not be pruned, or a policy file that is wrong."""
+
+    guest: str
+    error: VmsnapError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneReport:
+    """What retention said and did, guest by guest, and of whom it could not."""
+
+    decisions: tuple[PruneDecision, ...]
+    failures: tuple[PruneFailure, ...] = ()
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Return the worst failure's exit code."""
+        return worst_of({failure.error.exit_code for failure in self.failures})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from vmsnap.model.calendar import Days, parse_days
 
 _TIMES = re.compile(r"(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})\Z")
 _DATES = re.compile(r"(\d{4}-\d{2}-\d{2})\.\.(\d{4}-\d{2}-\d{2})\Z")
-_DAY = timedelta(days=1)
+_DAY, _HOUR, _SECOND = timedelta(days=1), timedelta(hours=1), timedelta(seconds=1)
 _WHOLE_DAY = 24 * 60
 LOOK_AHEAD = timedelta(days=3660)
 
@@ -50,11 +50,23 @@ class Span:
         # Two days back: an interval may last a night, and midnight may be a day away by another zone's clock.
         first = moment.astimezone(zone).date() - 2 * _DAY
         while (day := self.days.next_day(first)) is not None:
-            start = _moment(day, self.start, zone=zone)
-            stop = _moment(day, self.stop, zone=zone, late=late)
+            start, stop = self._ends(day, zone=zone, late=late)
             if start < stop and stop > moment:
                 yield start, stop
             first = day + _DAY
+
+    def _ends(self, day: date, *, zone: tzinfo, late: bool) -> tuple[datetime, datetime]:
+        start = _moment(day, self.start, zone=zone)
+        stop = _moment(day, self.stop, zone=zone, late=late)
+        begins_in_gap, ends_in_gap = (_is_skipped(day, one, zone=zone) for one in (self.start, self.stop))
+        if begins_in_gap and not ends_in_gap:
+            start = _jump(start, zone=zone)
+        if ends_in_gap and not begins_in_gap:
+            stop = _jump(stop, zone=zone)
+        if start >= stop:
+            # Clocks jump over all of it: it is as long as ever, and begins when they have jumped.
+            stop = start + timedelta(minutes=self.stop - self.start)
+        return start, stop
 
 
 def parse_span(text: str) -> Span:
@@ -94,10 +106,30 @@ def _moment(day: date, minutes: int, *, zone: tzinfo, late: bool = False) -> dat
 
     A time that they jump over is read as if they had not (PEP 495), so that a span in the gap is not lost.
     """
-    days, minutes = divmod(minutes, _WHOLE_DAY)
-    wall = datetime.combine(day + days * _DAY, time(*divmod(minutes, 60)), tzinfo=zone)
+    wall = _wall(day, minutes, zone=zone)
     moment = wall.astimezone(UTC)
     return max(moment, wall.replace(fold=1).astimezone(UTC)) if late else moment
+
+
+def _wall(day: date, minutes: int, *, zone: tzinfo) -> datetime:
+    days, minutes = divmod(minutes, _WHOLE_DAY)
+    return datetime.combine(day + days * _DAY, time(*divmod(minutes, 60)), tzinfo=zone)
+
+
+def _is_skipped(day: date, minutes: int, *, zone: tzinfo) -> bool:
+    """Tell whether a zone's clocks jump over a time."""
+    wall = _wall(day, minutes, zone=zone)
+    return wall.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != wall.replace(tzinfo=None)
+
+
+def _jump(moment: datetime, *, zone: tzinfo) -> datetime:
+    """Return when the clocks jumped over a time that was read as if they had not: the last change before it."""
+    after = moment.astimezone(zone).utcoffset()
+    low, high = moment - _DAY - _HOUR, moment
+    while high - low > _SECOND:
+        middle = low + (high - low) / 2
+        low, high = (low, middle) if middle.astimezone(zone).utcoffset() == after else (middle, high)
+    return high.replace(microsecond=0)
 
 
 @dataclass(frozen=True)

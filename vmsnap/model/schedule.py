@@ -3,7 +3,7 @@
 1. A backup is wanted: ``every`` (a day, if nothing is said) after the newest snapshot's capture; or at the first time of
    ``at`` and ``calendar`` after it; or at once where there is none. What was missed is made up for by one run in all.
 2. A failure since the newest snapshot puts it off: 1, 2, 4 ... times ``retry_after``, at most ``retry_at_most``, after the
-   last failure. A failure of safety is not retried: the guest waits for its next regular time.
+   last failure. A failure of safety is not retried: the guest waits for its next regular time, and for that as well.
 3. Windows and blackouts move it to the next opening.
 4. Jitter: times and openings are shared by many guests, so each guest starts later by its own fraction of ``jitter``,
    which comes from its name, and never beyond the end of the opening.
@@ -205,7 +205,7 @@ def _end_of(attempt: FailedAttempt, *, now: datetime) -> datetime:
 
 
 def _retry_at(schedule: SchedulePolicy, *, failures: Sequence[FailedAttempt], now: datetime) -> datetime | None:
-    if not failures or failures[-1].exit_code == ExitCode.SAFETY:
+    if not failures:
         return None
     doublings = min(len(failures) - 1, _MOST_DOUBLINGS)
     last = _end_of(failures[-1], now=now)

@@ -34,7 +34,7 @@ from vmsnap.workflow.clone_service import clone_served
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
 from vmsnap.workflow.pauses import tell_pause, usual_rest_ms
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
-from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.reconcile import left_dead_runs, reconcile
 from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.stages import Facts, Quiesced, Running, Subject
@@ -45,6 +45,8 @@ from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
 _STOP_SLACK = timedelta(seconds=30)
+_RECONCILE_PATIENCE = timedelta(minutes=2)
+_RECONCILE_POLL = timedelta(milliseconds=200)
 _NVRAM_FILE = "nvram.fd"
 
 
@@ -106,10 +108,20 @@ class Backup:
         return report
 
     def _undo_dead_runs(self, run_id: RunId) -> None:
-        try:
-            report = reconcile(self._world, guest=self._policy.guest, holder=run_id)
-        except BusyError:
-            return
+        """Undo what dead runs left of this guest. While another process reconciles, wait, but only if there is something."""
+        world = self._world
+        patience = world.clock.monotonic() + _RECONCILE_PATIENCE.total_seconds()
+        while True:
+            try:
+                report = reconcile(world, guest=self._policy.guest, holder=run_id)
+                break
+            except BusyError:
+                if not left_dead_runs(world, guest=self._policy.guest):
+                    return
+                if world.clock.monotonic() >= patience:
+                    raise
+            self._cancel.check()
+            world.clock.sleep(_RECONCILE_POLL)
         for item in report.undone:
             self._progress.note(f"left by dead run {item.run}: {item.kind} {item.name}: {item.failure or 'removed'}")
 

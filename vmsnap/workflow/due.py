@@ -33,6 +33,8 @@ class DueRuns:
     """One round over all guests. ``back_up`` makes one backup, as the workflow ``Backup`` does, and raises as that does.
 
     Where the limits allow several runs at a time, ``back_up`` and ``progress`` are called from several threads.
+    ``reread`` returns a guest's policy as it is when its turn comes, which may be hours later; None where there is none any
+    more. Without it they stay as they were.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class DueRuns:
         back_up: Callable[[Policy], BackupReport],
         progress: Progress,
         cancel: Cancel,
+        reread: Callable[[str], Policy | None] | None = None,
     ) -> None:
         self._world = world
         self._policies = policies
@@ -51,6 +54,7 @@ class DueRuns:
         self._back_up = back_up
         self._progress = progress
         self._cancel = cancel
+        self._reread = reread
 
     def run(self, *, dry_run: bool) -> DueReport:
         """Back up what is due; with ``dry_run`` say only what would be.
@@ -111,7 +115,7 @@ class DueRuns:
                 for policy, due in tuple(pending):
                     own = tuple(running.values())
                     refused = self.refuse(policy, due, own=own)
-                    if refused is not None and own and self.refuse(policy, due, own=()) is None:
+                    if refused is not None and refused.error is None and not self._is_held_by_others(policy, own=own):
                         continue  # it waits for a run of ours, which will end
                     pending.remove((policy, due))
                     if refused is not None:
@@ -138,6 +142,11 @@ class DueRuns:
         if self._cancel.is_set():
             return DueEntry(guest=guest, outcome=Outcome.STOPPED, note="not begun")
         try:
+            current = policy if self._reread is None else self._reread(guest)
+            if current is None or not current.enabled:
+                note = "its policy was removed meanwhile" if current is None else None
+                return DueEntry(guest=guest, outcome=Outcome.DISABLED, note=note)
+            policy = current
             due = due_of(self._world, policy)
             if not due.is_due(self._world.clock.now()):
                 # The runs before it took their time, and its window has closed.
@@ -145,12 +154,16 @@ class DueRuns:
             entry = self._attempt(policy, due)
         except Exception as error:  # noqa: BLE001 - as above
             return _failed(policy, as_vmsnap_error(error, doing="starting its run"))
+        return replace(entry, following=self._following(policy))
+
+    def _following(self, policy: Policy) -> Due | None:
+        """Return what comes after a run; None where that cannot be told: what the run did is told in any case."""
         try:
-            following = due_of(self._world, policy)
-        except VmsnapError as error:
-            _LOG.warning("when guest %r is due next cannot be told: %s", guest, error.brief)
-            return entry
-        return replace(entry, following=following)
+            return due_of(self._world, policy)
+        except Exception as error:  # noqa: BLE001 - as above
+            told = as_vmsnap_error(error, doing="looking when it is due next")
+            _LOG.warning("when guest %r is due next cannot be told: %s", policy.guest, told.brief)
+            return None
 
     def _attempt(self, policy: Policy, due: Due) -> DueEntry:
         """Run it, recorded as an attempt from before its beginning, so that a death in it counts as a failure."""
@@ -199,6 +212,16 @@ class DueRuns:
             running=(*own, *self._others(loads, own=own)),
             per_host=self._limits.per_host,
             per_storage=self._limits.per_storage,
+        )
+
+    def _is_held_by_others(self, policy: Policy, *, own: Sequence[Load]) -> bool:
+        """Tell whether runs of other processes alone are over the limits."""
+        loads = {item.guest: load_of(item) for item in self._policies}
+        others = tuple(self._others(loads, own=own))
+        limits = self._limits
+        return (
+            over_limit(load_of(policy), running=others, per_host=limits.per_host, per_storage=limits.per_storage)
+            is not None
         )
 
     def _others(self, loads: Mapping[str, Load], *, own: Sequence[Load]) -> Iterator[Load]:

@@ -6,7 +6,7 @@ import logging
 from datetime import timedelta
 from zoneinfo import ZoneInfo
 
-from vmsnap.errors import ConfigError, HeldError
+from vmsnap.errors import ConfigError, HeldError, PreconditionError
 from vmsnap.model.forecast import Forecast, as_scheduled, every_so_often, forecast
 from vmsnap.model.history import Action
 from vmsnap.model.policy import Policy
@@ -16,14 +16,20 @@ from vmsnap.workflow.chronicle import audit, audited
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=1)
+_FEW = 5
+"""So many may go at once, whatever part of all they are."""
 _LOG = logging.getLogger(__name__)
 
 
-def prune(world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = False) -> tuple[PruneDecision, ...]:
+def prune(
+    world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = False, many: bool = False
+) -> tuple[PruneDecision, ...]:
     """Remove what the policy does not keep; say of every snapshot why. A dry run only says.
 
-    ``trust_clock``: somebody says that the clock is right, however far it is from the newest snapshots.
-    Raises BusyError, DriverError; what was removed before stays removed.
+    ``trust_clock``: somebody says that the clock is right, however far it is from the newest snapshots. ``many``: somebody
+    wants more than half of a guest's snapshots removed at once, if the policy does.
+    Raises PreconditionError for so many without that, and then removes none; BusyError, DriverError; what was removed
+    before stays removed.
     """
     with world.store.lock(policy.guest, timeout=_LOCK_TIMEOUT):
         if not dry_run:
@@ -47,7 +53,20 @@ def prune(world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = Fa
             )
         if dry_run:
             return decisions
+        if not many:
+            _brake(decisions, guest=policy.guest)
         return tuple(_carry_out(world, decision) for decision in decisions)
+
+
+def _brake(decisions: tuple[PruneDecision, ...], *, guest: str) -> None:
+    """Refuse to remove most of a guest's snapshots at once. Day by day few go: so many mean that a policy was changed."""
+    goes = sum(not decision.keep for decision in decisions)
+    if goes > _FEW and goes > len(decisions) / 2:
+        raise PreconditionError(
+            f"retention would remove {goes} of the {len(decisions)} snapshots of {guest!r} at once: nothing was removed",
+            remedy=f"look at its policy and at 'vmsnap prune {guest} --dry-run'; if that is what you want, "
+            f"run 'vmsnap prune {guest} --many'",
+        )
 
 
 def _finish_removals(world: World, guest: str) -> None:

@@ -64,6 +64,11 @@ def reconcile(world: World, *, guest: str | None = None, holder: RunId | None = 
         return ReconcileReport(runs=tuple(dead), undone=tuple(undone))
 
 
+def left_dead_runs(world: World, *, guest: str) -> bool:
+    """Tell whether a run of a guest died and is not undone yet."""
+    return any(record.guest == guest and not _is_over(record) for record in world.journals.records())
+
+
 def _is_over(record: RunRecord) -> bool:
     return record.alive or record.closed or record.kept_for is not None
 
