@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from vmsnap.daemon.workers import Workers
 from vmsnap.errors import BusyError, CleanupError, DriverError, EnvironmentNotFoundError, VmsnapError
+from vmsnap.model.history import Action
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.policy import Policy
 from vmsnap.ports.clock import Cancel
@@ -120,7 +121,7 @@ class Chores:
         for environment in expired:
             error: VmsnapError | None = None
             try:
-                destroy_environment(world, name=environment.name)
+                destroy_environment(world, name=environment.name, action=Action.EXPIRE)
                 _LOG.info("environment %s has expired and was removed", environment.name)
             except EnvironmentNotFoundError:
                 continue
