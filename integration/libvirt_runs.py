@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from integration.lab.services import start_libvirt, stop_libvirtd
 from vmsnap.errors import CancelledError, GuestUnreachableError
 from vmsnap.guests.agent import AgentControl
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
-from vmsnap.model.capture import Capture, CapturePlan, CaptureSettings, Clone
+from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, CaptureSettings, Clone, ModeChoice
 from vmsnap.model.command import Command
 from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.isolation import FencePlan
@@ -32,6 +32,7 @@ RUNTIME = Path("/run/vmsnap")
 DEADLINE = timedelta(seconds=60)
 # Wide, because the hosts of the tests are slow and busy; the benchmark is where the pause is judged.
 PATIENT = CaptureSettings(max_pause=timedelta(seconds=5), min_overlay_free_bytes=1 << 20, allow_emulation=True)
+INSTANT = ModeChoice(mode=CaptureMode.INSTANT, reason="the test says so")
 HASTY = CaptureSettings(max_pause=timedelta(milliseconds=2), min_overlay_free_bytes=1 << 20)
 
 
@@ -74,6 +75,16 @@ class DriverRun:
         ):
             self.resources.append(resource)
             make(self.plan)
+
+    def note(self) -> None:
+        """Take for made what another process may make of this run, so that all of it is released."""
+        self.resources += [
+            self.driver.overlays_resource(self.plan),
+            self.driver.clone_overlays_resource(self.plan),
+            self.driver.memory_resource(self.plan),
+            self.network.resource(self.fence),
+            self.driver.clone_resource(self.plan),
+        ]
 
     def capture(self, cancel: Cancel | None = None) -> Capture:
         """Build the fence, where it is not there, and capture."""
@@ -239,6 +250,8 @@ def _main(run: str, name: str, stage: str) -> None:
     source = driver.inspect(name)
     settings = HASTY if stage == "capturing" else PATIENT
     plan = CapturePlan(run=RunId(run), guest=source, settings=settings)
+    if stage == "instantly":
+        plan = replace(plan, choice=INSTANT)
     mine = DriverRun(driver=driver, plan=plan, fence=FencePlan.for_guest(RunId(run), guest=source))
     mine.prepare()
     print("capturing", flush=True)

@@ -63,6 +63,15 @@ class TestFakeHypervisorThatTakesDisksAlone(BootingContract):
         assert harness.lab.leftovers() == ()
 
 
+class TestFakeHypervisorThatTakesGuestsInstantly(HypervisorContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
+        harness = FakeHarness(tmp_path, settings=CaptureSettings(mode=CaptureChoice.INSTANT))
+        yield harness
+        assert harness.lab.host.harm() == []
+        assert harness.lab.leftovers() == ()
+
+
 class TestFakeHypervisorWithStorageSnapshots(CopyingContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:

@@ -147,7 +147,10 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
         ("[capture]\nmax_pause = 500", "2: capture.max_pause: given 500; a duration is a text"),
         ('[capture]\nmax_pause = "5 parsecs"', '2: capture.max_pause: given "5 parsecs"; a duration is a text'),
         ('[capture]\ntimeout = "0s"', '2: capture.timeout: given "0s"; must be more than 0'),
-        ('[capture]\nmode = "lve"', "2: capture.mode: given \"lve\"; allowed: 'live' or 'boot'; did you mean 'live'?"),
+        (
+            '[capture]\nmode = "lve"',
+            "2: capture.mode: given \"lve\"; allowed: 'live', 'instant', 'boot' or 'auto'; did you mean 'live'?",
+        ),
         (
             '[capture]\non_no_convergence = "supsend"',
             (

@@ -9,15 +9,15 @@ import pytest
 
 from tests.workflow.invocations import Trial, backup, invoke, order, recovers, succeed
 from vmsnap.errors import DeadlineError, IsolationError
-from vmsnap.model.capture import Detach
+from vmsnap.model.capture import CaptureChoice, Detach
 from vmsnap.model.command import CommandResult
 from vmsnap.model.policy import CapturePolicy, ClonePolicy, Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.testing.faults import DEATHS, Fault, Mode
 from vmsnap.testing.world import FakeWorld
 
-BOOT = Policy(guest="db", capture=CapturePolicy(mode="boot"))
-BOOT_AT_ONCE = Policy(guest="db", capture=CapturePolicy(mode="boot", detach=Detach.REFLINK))
+BOOT = Policy(guest="db", capture=CapturePolicy(mode=CaptureChoice.BOOT))
+BOOT_AT_ONCE = Policy(guest="db", capture=CapturePolicy(mode=CaptureChoice.BOOT, detach=Detach.REFLINK))
 SYSTEMD = ("systemctl", "is-system-running")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from vmsnap.model.capture import Detach, DiskSnapshot, OnNoConvergence, SwapRule
+from vmsnap.model.capture import CaptureChoice, Detach, DiskSnapshot, OnNoConvergence, SwapRule
 from vmsnap.model.durations import Duration, PositiveDuration, TimeZoneName
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import DEFAULT_LADDER, Rung
@@ -66,7 +66,7 @@ class CapturePolicy(_Section):
     ``throttle_limit`` bounds how long its vCPUs may be slowed down, with ``on_no_convergence = "throttle"``.
     """
 
-    mode: Literal["live", "boot"] = "live"
+    mode: CaptureChoice = CaptureChoice.LIVE
     max_pause: PositiveDuration = timedelta(milliseconds=500)
     on_no_convergence: OnNoConvergence = OnNoConvergence.ABORT
     throttle_limit: PositiveDuration = timedelta(seconds=30)

@@ -23,7 +23,6 @@ from vmsnap.errors import (
 )
 from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
-    POLICY_SAYS_LIVE,
     Capture,
     CaptureChoice,
     CaptureMode,
@@ -44,6 +43,7 @@ from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.guest import AgentChannel
 from vmsnap.testing.fake_access import FakeAgentChannel
 from vmsnap.testing.fake_environments import FakeEnvironments, environment_disks
+from vmsnap.testing.fake_guest import FakeGuest
 from vmsnap.testing.fake_host import DISK_BYTES, RAM_BYTES, FakeHost, ImageFile, Machine, MemoryImage
 
 _OVERLAY = re.compile(r"/images/vmsnap-(?P<run>[0-9a-f]{10})-(?P<target>vd[a-h])\.(?P<role>source|clone)\.qcow2\Z")
@@ -119,9 +119,9 @@ class FakeHypervisor(FakeEnvironments):
     def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
         """Return the mode to capture this guest in."""
         del guest
-        if settings.mode is CaptureChoice.BOOT:
-            return ModeChoice(mode=CaptureMode.BOOT, reason="the policy says so")
-        return POLICY_SAYS_LIVE
+        if settings.mode is CaptureChoice.AUTO:
+            return ModeChoice(mode=CaptureMode.LIVE, reason="auto: every fake guest converges")
+        return ModeChoice(mode=CaptureMode(settings.mode), reason="the policy says so")
 
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
         """Look whether the guest can be captured now."""
@@ -253,6 +253,10 @@ class FakeHypervisor(FakeEnvironments):
             raise
         source.state, source.paused_by_capture = GuestState.RUNNING, False
         host.live_on()
+        if plan.choice.mode is CaptureMode.INSTANT:
+            # The memory goes straight into the clone; its place holds nothing.
+            self._make_clone(plan, fence=fence, guest=host.memory[plan.run].guest)
+            host.memory[plan.run].guest = None
         if plan.settings.detach is Detach.REFLINK:
             self._fill_copies(plan)
         return Capture(
@@ -279,20 +283,29 @@ class FakeHypervisor(FakeEnvironments):
         host = self._host
         host.live_on()
         image = host.memory.get(plan.run)
+        if plan.choice.mode is CaptureMode.INSTANT:
+            host.machine(f"vmsnap-clone-{plan.run}")
+            return self._clone(plan)
+        return self._make_clone(plan, fence=fence, guest=host.crashed.get(plan.run) if image is None else image.guest)
+
+    def _clone(self, plan: CapturePlan) -> Clone:
+        return Clone(
+            run=plan.run,
+            guest=plan.guest.name,
+            name=f"vmsnap-clone-{plan.run}",
+            uuid=str(uuid.uuid5(_UUIDS, plan.run)),
+        )
+
+    def _make_clone(self, plan: CapturePlan, *, fence: FencePlan, guest: FakeGuest | None) -> Clone:
+        host = self._host
         overlays = {disk.target: _overlay(plan.run, target=disk.target, role="clone") for disk in plan.guest.disks}
-        guest = host.crashed.get(plan.run) if image is None else image.guest
         if guest is None:
             raise DriverError("there is nothing to make the clone of")
         if not set(overlays.values()) <= set(host.files):
             raise DriverError("the clone has no overlays to write to")
         if fence.run != plan.run or tuple(port.mac for port in fence.ports) != tuple(n.mac for n in plan.guest.nics):
             raise SafetyError("the fence is not this clone's")
-        clone = Clone(
-            run=plan.run,
-            guest=plan.guest.name,
-            name=f"vmsnap-clone-{plan.run}",
-            uuid=str(uuid.uuid5(_UUIDS, plan.run)),
-        )
+        clone = self._clone(plan)
         if clone.name in host.machines:
             raise DriverError(f"{clone.name!r} is there already")
         machine = Machine(

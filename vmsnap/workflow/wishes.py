@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmsnap.model.capture import CaptureChoice, CaptureSettings, CloneLimits, StorageCommands
+from vmsnap.model.capture import CaptureSettings, CloneLimits, StorageCommands
 from vmsnap.model.policy import ClonePolicy, Policy
 
 _MIB = 1 << 20
@@ -12,7 +12,7 @@ def settings_of(policy: Policy) -> CaptureSettings:
     """Return what a policy wants of the capture."""
     storage = policy.capture.storage
     return CaptureSettings(
-        mode=CaptureChoice(policy.capture.mode),
+        mode=policy.capture.mode,
         max_pause=policy.capture.max_pause,
         on_no_convergence=policy.capture.on_no_convergence,
         throttle_limit=policy.capture.throttle_limit,

@@ -19,6 +19,7 @@ from vmsnap.hypervisors.libvirt import (
     commit,
     copies,
     memory,
+    modes,
     overlays,
     preflight,
     vcpulimits,
@@ -44,9 +45,7 @@ from vmsnap.hypervisors.libvirt.storage import storage_of
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.admission import HostMemory
 from vmsnap.model.capture import (
-    POLICY_SAYS_LIVE,
     Capture,
-    CaptureChoice,
     CaptureMode,
     CapturePlan,
     CaptureSettings,
@@ -166,10 +165,7 @@ class LibvirtHypervisor:
 
     def choose_mode(self, guest: Guest, *, settings: CaptureSettings) -> ModeChoice:
         """Return the mode to capture this guest in."""
-        del guest
-        if settings.mode is CaptureChoice.BOOT:
-            return ModeChoice(mode=CaptureMode.BOOT, reason="the policy says so")
-        return POLICY_SAYS_LIVE
+        return modes.choose(self._connection, guest=guest, settings=settings)
 
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
         """Look whether the guest can be captured now."""
@@ -181,6 +177,7 @@ class LibvirtHypervisor:
     def settle(self, guest: Guest, *, settings: CaptureSettings) -> CaptureSettings:
         """Choose what ``auto`` comes to."""
         mode = self.choose_mode(guest, settings=settings).mode
+        settings = modes.settle(self._connection, guest=guest, settings=settings)
         return replace(settings, detach=copies.settle(guest, settings=settings, mode=mode))
 
     def _runtime(self, run: RunId) -> Path:
@@ -188,7 +185,10 @@ class LibvirtHypervisor:
 
     def clone_memory_bytes(self, guest: Guest, *, settings: CaptureSettings) -> int:
         """Return the most memory that a guest's image and clone take."""
-        if self.choose_mode(guest, settings=settings).mode is not CaptureMode.BOOT:
+        mode = self.choose_mode(guest, settings=settings).mode
+        if mode is CaptureMode.INSTANT:
+            return modes.instant_bytes(guest.memory_bytes)
+        if mode is CaptureMode.LIVE:
             return preflight.peak_bytes(guest.memory_bytes, settings=settings)
         domain = self._connection.domain(guest.name)
         with translated(f"describe {guest.name!r}"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
 import libvirt
 
-from vmsnap.hypervisors.libvirt import boot, copies, preflight, storage
+from vmsnap.hypervisors.libvirt import boot, copies, modes, preflight, storage
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_target, writable_disks
 from vmsnap.hypervisors.libvirt.swap import check_swap
@@ -69,7 +70,13 @@ def findings_of(
         found.extend(check_swap(settings.swap))
         if settings.on_no_convergence is OnNoConvergence.THROTTLE and guest.state is GuestState.RUNNING:
             found.append(check_limits(guest.name))
-        found.extend(preflight.check_memory(root, meminfo=meminfo, settings=settings))
+        if mode is CaptureMode.LIVE:
+            found.extend(preflight.check_memory(root, meminfo=meminfo, settings=settings))
+    if domain.isActive():
+        found.extend(modes.check_left_on(domain, guest=guest.name))
+        if copies.may_be_instant(settings, mode):
+            needs = modes.check(root, facts=modes.facts_of(connection), settings=settings)
+            found.extend(needs if mode is CaptureMode.INSTANT else map(_only_warned, needs))
     found.extend(preflight.check_definition(root, definition=definition))
     found.extend(preflight.check_tpm(root))
     found.extend(preflight.check_disks(root, settings=settings))
@@ -79,6 +86,11 @@ def findings_of(
         found.append(copies.check(guest, settings=settings, mode=mode))
     found.extend(preflight.check_agent(root))
     return tuple(found)
+
+
+def _only_warned(finding: Finding) -> Finding:
+    """Return the finding as a warning: what it is about may not be needed."""
+    return replace(finding, severity=Severity.WARNING) if finding.severity is Severity.REFUSAL else finding
 
 
 def _how_to_run(guest: Guest) -> str:
