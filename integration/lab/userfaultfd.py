@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SETTING = Path("/proc/sys/vm/unprivileged_userfaultfd")
-_NOTE = Path("/var/tmp/vmsnap-lab-userfaultfd")
+_NOTE = Path("/var/tmp/vmsnap-userfaultfd.note")
 
 
 @contextmanager
