@@ -145,6 +145,17 @@ def test_it_outlives_libvirtd(domain: FakeDomain) -> None:
     assert domain.calls == ["resume"]
 
 
+def test_it_does_not_wait_for_a_libvirtd_that_never_comes_back() -> None:
+    def find() -> Any:
+        raise libvirt.libvirtError("no libvirtd")
+
+    watching = Guardian(find, limit_seconds=1)
+    assert watching.look(now=10_000.0), "its agent lives, and will tell it when to end"
+    watching.orphaned(now=10_000.0)
+    assert watching.look(now=10_500.0)
+    assert not watching.look(now=10_601.0)
+
+
 def test_no_guest_is_stopped_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_START_SECONDS", 10)
     with (

@@ -27,9 +27,11 @@ _DONE = b"done\n"
 _CLAIM = b"claim\n"
 _ARMED = "armed\n"
 _START_SECONDS = 20.0
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.25
+_ORPHAN_POLL_SECONDS = 0.05
 # How long after the agent's death a request that it sent last may still come into effect.
 _LINGER_SECONDS = 15.0
+_GIVE_UP_SECONDS = 600.0
 _ABORT_SECONDS = 1.0
 # Pauses that are a capture's; an operator's has the reason 'user' and is left alone unless it is claimed.
 _OURS = (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, libvirt.VIR_DOMAIN_PAUSED_SAVE)
@@ -155,20 +157,20 @@ class Guardian:
             domain = self._find()
             if domain is None or not domain.isActive():
                 return False
-            busy = self._end_capture(domain, now=now)
+            # What jobs there are is asked QEMU, and only where it matters: a capture goes on beside this.
+            busy = self._orphaned_at is not None and self._end_capture(domain, now=now)
             if not busy:
                 self._let_go_on(domain, now=now)
         except libvirt.libvirtError:
             # libvirtd may just be starting again.
-            busy = True
+            busy = self._orphaned_at is None or now - self._orphaned_at < _GIVE_UP_SECONDS
         return busy or self._orphaned_at is None or now - self._orphaned_at < _LINGER_SECONDS
 
     def _end_capture(self, domain: Any, *, now: float) -> bool:
-        """Tell whether a job runs; abort a capture that a dead agent began."""
+        """Abort a capture that a dead agent began; tell whether a job still runs."""
         if domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
             return False
-        again = self._aborted_at is None or now - self._aborted_at > _ABORT_SECONDS
-        if self._orphaned_at is not None and again:
+        if self._aborted_at is None or now - self._aborted_at > _ABORT_SECONDS:
             self._aborted_at = now
             if domain.jobStats().get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT:
                 domain.abortJob()
@@ -177,7 +179,8 @@ class Guardian:
     def _let_go_on(self, domain: Any, *, now: float) -> None:
         state, reason = domain.state()
         is_claimed = self._claimed and reason == libvirt.VIR_DOMAIN_PAUSED_USER
-        if state != libvirt.VIR_DOMAIN_PAUSED or not (reason in _OURS or is_claimed):
+        left = state == libvirt.VIR_DOMAIN_PAUSED and (reason in _OURS or is_claimed)
+        if not left or domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
             self._paused_since = None
             return
         if self._paused_since is None:
@@ -213,7 +216,7 @@ def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
                 listening = False
                 guardian.orphaned(now=time.monotonic())
         elif not listening:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_ORPHAN_POLL_SECONDS)
         if not guardian.look(now=time.monotonic()):
             return
 
