@@ -165,6 +165,14 @@ def sample(
     return Snapshot(manifest=manifest, marks=marks or Marks())
 
 
+def booted(identity: str = "3fa9b0c1d2") -> Snapshot:
+    """Return a snapshot of which the disks alone were captured, its guest on its own disks again at once."""
+    snapshot = sample(identity)
+    said = {"mode": CaptureMode.BOOT, "memory_captured": False, "ram_bytes": 0, "on_overlay_seconds": 0.44, "parts": ()}
+    capture = snapshot.manifest.capture.model_copy(update=said)
+    return snapshot.model_copy(update={"manifest": snapshot.manifest.model_copy(update={"capture": capture})})
+
+
 def sample_environment(name: str = "db1-test") -> EnvironmentStatus:
     """Return an environment that runs."""
     environment = Environment(
@@ -242,7 +250,7 @@ class FakeApplication:
             guest=guest,
             started=AT,
             finished=AT + timedelta(seconds=93.5),
-            capture=sample().manifest.capture,
+            capture=self.stored[0].manifest.capture,
             isolation=ISOLATION,
             drain=DRAIN,
             clean=CLEAN,
@@ -386,7 +394,7 @@ class FakeApplication:
     def snapshot(self, reference: str) -> Snapshot:
         self._called("snapshot", reference)
         if reference.startswith("3fa9") or "@" in reference:
-            return sample()
+            return self.stored[0]
         raise SnapshotNotFoundError(f"no snapshot '{reference}'", remedy="there is 3fa9b0c1d2")
 
     def forward_environment(

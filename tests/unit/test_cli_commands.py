@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from tests.unit.cli_samples import AT, NOW, FakeApplication, sample, session_over, write_config
+from tests.unit.cli_samples import AT, NOW, FakeApplication, booted, sample, session_over, write_config
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
 from vmsnap.errors import BusyError, ConfigError, NotCleanError, ToolError
@@ -255,6 +255,20 @@ def test_list_is_a_table_with_aligned_columns(program: Program) -> None:
         "disk   DAMAGED, 3 blocks  -",
     ]
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_what_is_said_of_disks_that_were_captured_alone(program: Program) -> None:
+    program.application.stored = (booted(),)
+    assert (
+        "captured  2026-11-21 02:00:03Z; its disks, frozen within 23 ms; memory was not captured; "
+        "on its own disks again after 0.4 s\n"
+    ) in program("backup", "db1").stdout
+    assert "  disks only  " in program("list").stdout
+    (listed,) = program("list", "--json").json["snapshots"]
+    assert (listed["mode"], listed["memory_captured"]) == ("boot", False)
+    shown = program("show", "3fa9").stdout
+    assert "mode: boot\n" in shown
+    assert "memory captured: no\n" in shown
 
 
 def test_list_in_json(program: Program) -> None:

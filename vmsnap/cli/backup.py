@@ -61,7 +61,7 @@ def _print(console: Console, report: BackupReport) -> None:
         captured = f"the guest stood still for {pause}, {size(capture.ram_bytes)} of memory"
     else:
         captured = f"its disks, frozen within {pause}; memory was not captured"
-    if capture.on_overlay_seconds is not None:
+    if capture.on_overlay_seconds:
         captured += f"; on its own disks again after {seconds(capture.on_overlay_seconds)}"
     reason = f": {printable(report.capture.reason)}" if report.capture.reason else ""
     proofs = count(len(report.isolation.proof), thing="proof")
