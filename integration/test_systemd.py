@@ -5,43 +5,35 @@ There is no hypervisor in the guest, so every run there ends with a clear precon
 
 from __future__ import annotations
 
-import threading
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from integration.conftest import MakeGuest
-from integration.lab.domain import GuestSpec
+from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
-from integration.lab.lab import Lab
 
 PACKAGES = Path(__file__).parents[1] / "build" / "package"
 CONFIG = '[store]\npath = "/srv/vmsnap"\nallow_copies = true\n[daemon]\ntick = "2s"\n'
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as it is called there
-        pass
-
-
-@contextmanager
-def served(lab: Lab, folder: Path) -> Iterator[str]:
-    """Serve a folder to guests on the production network."""
-    address = lab.gateway.split("/")[0]
-    with ThreadingHTTPServer((address, 0), partial(_Quiet, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+def unpack(package: Path, disk: Path) -> None:
+    """Unpack a package on a guest's disk, as dpkg does before it configures: thousands of files are faster written here."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-o", "loop", str(disk), folder], check=True)
         try:
-            yield f"http://{address}:{server.server_port}"
+            subprocess.run(
+                ["dpkg", f"--root={folder}", "--force-unsafe-io", "--unpack", str(package)],
+                check=True,
+                capture_output=True,
+                timeout=120,
+            )
         finally:
-            server.shutdown()
-            thread.join()
+            subprocess.run(["umount", folder], check=True)
 
 
 class Host:
@@ -79,16 +71,13 @@ def package() -> Path:
     return found[0]
 
 
-def test_the_package_in_a_guest_with_systemd(lab: Lab, make_guest: MakeGuest, package: Path) -> None:
-    host = Host(make_guest(GuestSpec(memory_mib=640)))
-    with served(lab, package.parent) as url:
-        host.guest.run(
-            ["python3", "-c", f"from urllib.request import *; urlretrieve('{url}/{package.name}', '/tmp/vmsnap.deb')"],
-            timeout_s=60,
-        )
-    host.sh(
-        "systemctl stop postgresql; dpkg --install --force-unsafe-io /tmp/vmsnap.deb; rm /tmp/vmsnap.deb", timeout_s=120
-    )
+def test_the_package_in_a_guest_with_systemd(define_guest: MakeGuest, package: Path) -> None:
+    guest = define_guest(GuestSpec(memory_mib=512, disks=(DiskSpec(format="raw"),)))
+    unpack(package, guest.disks[0].file)
+    guest.start()
+    guest.wait_for_agent()
+    host = Host(guest)
+    host.sh("dpkg --configure vmsnap", timeout_s=60)
 
     # What the package made.
     assert host.sh("getent group vmsnap")
@@ -103,7 +92,6 @@ def test_the_package_in_a_guest_with_systemd(lab: Lab, make_guest: MakeGuest, pa
         "711 root:root",
     ]
     assert host.sh("systemctl is-enabled vmsnap.service vmsnap-run.timer || true").split() == ["disabled", "disabled"]
-    assert host.sh("vmsnap --version").startswith("vmsnap ")
 
     # Without a configuration the daemon is not even tried.
     host.sh("systemctl start vmsnap.service")
@@ -121,8 +109,6 @@ def test_the_package_in_a_guest_with_systemd(lab: Lab, make_guest: MakeGuest, pa
     _tells_what_is_missing(host)
     _reloads(host)
 
-    # One at a time, and a stop that leaves nothing.
-    assert host.guest.exec(["vmsnap", "daemon"]).exit_status == 4
     host.sh("systemctl disable --now vmsnap.service", timeout_s=60)
     assert host.show("vmsnap.service", "Result", "ExecMainStatus", "NRestarts") == {
         "Result": "success",

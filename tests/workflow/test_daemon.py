@@ -308,6 +308,20 @@ def test_who_starts_due_runs_by_hand_is_waited_for(tmp_path: Path) -> None:
     assert one.lab.state.held == {}
 
 
+def test_a_guest_that_somebody_holds_is_not_tried_again_before_the_next_tick(tmp_path: Path) -> None:
+    one = Installation(tmp_path, policy())
+    with one.lab.state.locks.guest("db", purpose="provision"):
+        one.duties.reconcile()
+        assert one.duties.take_news()
+        one.duties.tick()
+        assert not one.duties.take_news()
+    (entry,) = one.listener.runs
+    assert entry.outcome is Outcome.SKIPPED
+    one.duties.tick()
+    assert one.duties.take_news()
+    assert one.snapshots() == 1
+
+
 def test_environments_expire_and_one_that_cannot_go_is_told_once(tmp_path: Path) -> None:
     one = Installation(tmp_path, policy(every=30 * DAY))
     one.begin()

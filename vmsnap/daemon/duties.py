@@ -135,7 +135,11 @@ class Duties:
         self._chores.begin_verify(self._world, policies=self._loaded.policies)
 
     def take_news(self) -> bool:
-        """Hear what has ended since, and tell it. Returns whether a run or the first reconcile has."""
+        """Hear what has ended since, and tell it. Returns whether there is room now for what waited.
+
+        That is so after the first reconcile, and after a run that stored a snapshot. Any other end waits for the next
+        tick: a guest that somebody holds, or whose failure could not be recorded, would be tried again without a pause.
+        """
         more = False
         while True:
             try:
@@ -143,7 +147,7 @@ class Duties:
             except Empty:
                 return more
             if isinstance(news, DueEntry):
-                more = True
+                more |= news.outcome is Outcome.DONE
                 self._dispatcher.forget(news.guest)
                 self._counts[news.outcome] += 1
                 _log_run(news)
