@@ -79,12 +79,12 @@ def test_nobody_there_is_no_failure(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _logging_as_before() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("vmsnap")
-    handlers, levels = root.handlers[:], (root.level, ours.level)
+    changed = [logging.getLogger(name) for name in ("", "vmsnap", "vmsnap.workflow.run")]
+    handlers, levels = changed[0].handlers[:], [logger.level for logger in changed]
     yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
+    changed[0].handlers[:] = handlers
+    for logger, level in zip(changed, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("_logging_as_before")
@@ -95,6 +95,7 @@ def test_each_record_is_one_line_with_its_level_for_the_journal() -> None:
     log.info("snapshot %s is stored", "3fa9", extra={"guest": "db\n<0>forged"})
     log.warning("two\nlines\x1b[31m")
     log.debug("not wanted")
+    logging.getLogger("vmsnap.workflow.run").info("said by the progress already")
     logging.getLogger("paramiko").info("not wanted")
     log.error("failed", exc_info=ZeroDivisionError("no"))
     first, second, third = stream.getvalue().splitlines()

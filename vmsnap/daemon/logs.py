@@ -43,3 +43,5 @@ def set_up_logging(stream: TextIO, *, level: int, environment: Mapping[str, str]
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("vmsnap").setLevel(level)
+    # The daemon's own progress says each step once, with the guest's name.
+    logging.getLogger("vmsnap.workflow.run").setLevel(logging.WARNING if level > logging.DEBUG else level)
