@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from vmsnap.errors import DriverError, NoSpaceError, PreconditionError, ToolError
@@ -106,11 +107,14 @@ def remove(folder: Path) -> None:
 
 def let_go(fifo: Path) -> None:
     """Remove a FIFO. libvirtd may wait in it, for a writer that died: it would do so for ever."""
-    try:
+    wake(fifo)
+    fifo.unlink(missing_ok=True)
+
+
+def wake(fifo: Path) -> None:
+    """Let go on who waits in a FIFO for its other end. Content where there is no FIFO."""
+    with suppress(FileNotFoundError):
         os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-        fifo.unlink()
-    except FileNotFoundError:
-        return
 
 
 def _unmount(folder: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Self
 import libvirt
 
 from vmsnap.errors import DeadlineError, DriverError, VmsnapError
+from vmsnap.hypervisors.libvirt import memory
 from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.processes import FirstToDie
 from vmsnap.hypervisors.libvirt.relay import PIPE_BYTES, STREAM_BEGIN
@@ -27,6 +28,7 @@ from vmsnap.ports.clock import Cancel
 
 _POLL_SECONDS = 0.005
 _GIVE_UP_SECONDS = 30
+_WAKE_SECONDS = 0.1
 
 
 class CloneReceiver:
@@ -62,9 +64,16 @@ class CloneReceiver:
     ) -> None:
         self.close_ends()
         if error is not None:
-            # The stream has ended for libvirt, early, and it takes the clone away by itself.
-            self._thread.join(timeout=_GIVE_UP_SECONDS)
+            self._wait_given_up()
         self._fifo.unlink(missing_ok=True)
+
+    def _wait_given_up(self) -> None:
+        """Wait until libvirt has given up: the stream has ended for it, early, and it takes the clone away by itself."""
+        until = time.monotonic() + _GIVE_UP_SECONDS
+        while self._thread.is_alive() and time.monotonic() < until:
+            # It may not have opened the FIFO yet, and would wait there.
+            memory.wake(self._fifo)
+            self._thread.join(timeout=_WAKE_SECONDS)
 
     @property
     def sink(self) -> int:
