@@ -13,7 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.workflow.invocations import order, provision, succeed
+import pytest
+
+from tests.workflow.invocations import Work, invoke, order, provision, simply, succeed
 from vmsnap.config.settings import DaemonSettings, LimitSettings, Settings, StoreSettings
 from vmsnap.daemon.configuration import Loaded, Refused
 from vmsnap.daemon.duties import Duties
@@ -24,9 +26,12 @@ from vmsnap.model.ids import RunId
 from vmsnap.model.journal import RunKind
 from vmsnap.model.manifest import Marks, Snapshot
 from vmsnap.model.policy import Policy, VerifyPolicy
+from vmsnap.model.report import DaemonReport
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule_policy import SchedulePolicy
+from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import ChoreDone, Observer, Tick
+from vmsnap.testing.faults import DEATHS, Fault, Mode
 from vmsnap.testing.world import START, FakeWorld
 from vmsnap.workflow.world import World
 
@@ -412,6 +417,44 @@ def test_never_means_never(tmp_path: Path) -> None:
     one.duties.verify()
     one.duties.take_news()
     assert all(snapshot.marks.verification is None for snapshot in one.lab.store.snapshots("db"))
+
+
+def one_round(*policies: Policy) -> Work:
+    """A whole daemon's first round in one process, chores and all."""
+
+    def work(world: World, _cancel: Cancel) -> DaemonReport:
+        duties = Duties(
+            loaded(*policies), open_world=lambda _settings: world, observers=(), workers=AtOnce(), wake=lambda: None
+        )
+        duties.reconcile()
+        duties.tick()
+        duties.prune()
+        duties.verify()
+        duties.take_news()
+        duties.close()
+        return duties.report()
+
+    return work
+
+
+@pytest.mark.parametrize("mode", [Mode.DIE_BEFORE, Mode.DIE_AFTER, Mode.FAIL_AFTER])
+def test_whenever_the_daemon_dies_the_next_one_puts_everything_right(tmp_path: Path, mode: Mode) -> None:
+    work = one_round(policy("db"))
+    good = invoke(FakeWorld(tmp_path / "good"), work)
+    assert isinstance(good.result, DaemonReport)
+    assert good.result.backups == 1
+    calls = [call for call in good.calls if not call.inside or mode in DEATHS]
+    problems = []
+    for call in calls[::4]:  # each of the backup's calls has its turn in the tests of the backup
+        lab = FakeWorld(tmp_path / f"{call.number}")
+        invoke(lab, work, Fault(call=call.number, mode=mode))
+        lab.clock.sleep(16 * MINUTE)
+        simply(lab, work)
+        if len(lab.store.snapshots("db")) != 1:
+            problems.append(f"{call.name}: {len(lab.store.snapshots('db'))} snapshots")
+        problems += [f"{call.name}: {text}" for text in order(lab)]
+    assert len(calls) > 100
+    assert not problems, "\n".join(problems)
 
 
 def test_memory_stays_flat_over_a_month_of_runs(tmp_path: Path) -> None:

@@ -127,30 +127,35 @@ class Daemon:
         self._ticker.set(
             (settings.reconcile_every, duties.reconcile),
             (settings.tick, duties.tick),
-            (settings.tick, duties.verify),
             (settings.prune_every, duties.prune),
+            # Reads every manifest, for what comes up once in days.
+            (settings.prune_every, duties.verify),
         )
 
     def _read_again(self, duties: Duties) -> None:
         self._systemd.reloading()
-        before = duties.loaded
-        loaded = reload(self._config, before=before)
-        _say_refused(loaded)
-        if loaded.settings != before.settings:
-            # First closed: the new ones may listen where the old ones do.
+        try:
+            before = duties.loaded
+            loaded = reload(self._config, before=before)
+            _say_refused(loaded)
+            if loaded.settings != before.settings:
+                self._exchange_observers(loaded.settings)
+            duties.use(loaded, observers=self._observers)
+            self._set_ticker(duties)
+            known, refused = len(loaded.policies), len(loaded.refused)
+            _LOG.info("the configuration was read again: %d policies, %d refused", known, refused)
+            self._systemd.status(duties.status())
+        finally:
+            self._systemd.ready()
+
+    def _exchange_observers(self, settings: Settings) -> None:
+        # First closed: the new ones may listen where the old ones do.
+        self._close_observers()
+        try:
+            self._start_observers(settings, self._open_world(settings))
+        except VmsnapError as error:
             self._close_observers()
-            try:
-                self._start_observers(loaded.settings, self._open_world(loaded.settings))
-            except VmsnapError as error:
-                self._close_observers()
-                _LOG.error("after the reload: %s%s", error.brief, f" {error.remedy}" if error.remedy else "")
-        duties.use(loaded, observers=self._observers)
-        self._set_ticker(duties)
-        _LOG.info(
-            "the configuration was read again: %d policies, %d refused", len(loaded.policies), len(loaded.refused)
-        )
-        self._systemd.status(duties.status())
-        self._systemd.ready()
+            _LOG.error("after the reload: %s%s", error.brief, f" {error.remedy}" if error.remedy else "")
 
     def _wind_down(self, duties: Duties, *, alarm: Alarm) -> None:
         """Let what goes on finish or undo itself. Raises CleanupError where that takes longer than the settings allow."""
