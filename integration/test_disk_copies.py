@@ -17,21 +17,19 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from integration.demo.__main__ import RECOVERY_SIGNS, _last_start
-from integration.installation import Installation, RunningVm, default_policy
+from integration.installation import Installation, default_policy
 from integration.lab.client import LabClient
 from integration.lab.commands import run as host_run
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
-from integration.libvirt_runs import PATIENT, drop_caches, is_running, run_in_clone, run_of, wait_until
-from integration.markers import require_instant
+from integration.libvirt_runs import DEADLINE, PATIENT, drop_caches, is_running, run_in_clone, run_of, wait_until
 from integration.test_kill import _kill_at, _reconcile, _require_home, _write
 from integration.test_libvirt_contract import LibvirtHarness
 from vmsnap.hypervisors.libvirt import copies, overlays
 from vmsnap.hypervisors.libvirt.copies import CopiesDetail, CopyDetail
 from vmsnap.linux.reflink import exclusive_bytes
-from vmsnap.model.capture import Detach, DiskSnapshot, StorageCommands
+from vmsnap.model.capture import CaptureSettings, Detach, DiskSnapshot, StorageCommands
 from vmsnap.testing.hypervisor_contract import CopyingContract, HypervisorHarness
 
 AT_ONCE = '[capture]\ndetach = "reflink"\n'
@@ -83,7 +81,7 @@ def policy_at_once(lab: Lab) -> str:
     return AT_ONCE + default_policy(lab).split("\n", 1)[1]
 
 
-def test_production_is_home_at_once_and_the_snapshot_is_of_the_capture(on_xfs: LabGuest, vmsnap: Installation) -> None:
+def test_production_is_home_within_two_seconds_of_a_capture_under_load(on_xfs: LabGuest, vmsnap: Installation) -> None:
     vmsnap.policy(on_xfs.name, policy_at_once(on_xfs.lab))
     assert any(item["check"] == "detach" for item in vmsnap.ok("doctor", on_xfs.name)["findings"])
     on_xfs.start_pgbench(clients=2)
@@ -99,15 +97,9 @@ def test_production_is_home_at_once_and_the_snapshot_is_of_the_capture(on_xfs: L
     print(f"on its overlays for {seconds} s of a run of {sum(steps.values()):.0f} s; detach took {steps['detach']} s")
     assert seconds < 2
     assert not list(on_xfs.lab.reflink.glob("*/vmsnap-*"))
-    made = vmsnap.ok("provision", report["snapshot"], "--wait")
-    vm = RunningVm(on_xfs, name=made["environment"])
-    vm.wait_for_postgresql()
-    require_instant(client, vm, report["capture"])
-    assert not [line for line in _last_start(vm) if any(sign in line for sign in RECOVERY_SIGNS)]
-    assert vmsnap.run("env", "destroy", made["environment"]).exit_code == 0
 
 
-@pytest.mark.parametrize(("step", "delay_s"), [("detach", 0.0), ("detach", 0.15), ("drain", 0.0)])
+@pytest.mark.parametrize(("step", "delay_s"), [("detach", 0.05), ("drain", 0.0)])
 def test_a_run_with_copies_killed(on_xfs: LabGuest, vmsnap: Installation, step: str, delay_s: float) -> None:
     vmsnap.policy(on_xfs.name, policy_at_once(on_xfs.lab))
     on_xfs.psql("DELETE FROM markers; INSERT INTO markers VALUES (1)")
@@ -181,18 +173,20 @@ def _write_both(guest: LabGuest) -> str:
     return guest.run(SUMS)
 
 
-def test_the_clone_reads_what_the_storage_froze_and_production_never_leaves_its_disks(
-    lab: Lab, on_xfs: LabGuest
+@pytest.mark.parametrize("settings", [BY_COMMAND, replace(PATIENT, detach=Detach.REFLINK)], ids=["storage", "reflinks"])
+def test_the_clone_reads_what_was_frozen_while_production_writes_to_its_own_disks(
+    lab: Lab, on_xfs: LabGuest, settings: CaptureSettings
 ) -> None:
     before = on_xfs.domain.XMLDesc(0)
     old = _write_both(on_xfs)
-    with run_of(lab, on_xfs, BY_COMMAND) as run:
+    with run_of(lab, on_xfs, settings) as run:
         run.resources.append(run.driver.copies_resource(run.plan))
         run.driver.prepare_copies(run.plan)
         run.prepare()
         capture = run.capture()
         print(f"stood still for {capture.pause_ms:.0f} ms: {[(part.name, round(part.ms)) for part in capture.parts]}")
         assert is_running(on_xfs)
+        run.driver.release(run.driver.overlays_resource(run.plan), deadline=DEADLINE)
         assert run.driver.source_is_home(run.plan.guest)
         assert len(list(lab.reflink.glob("*/vmsnap-*.base"))) == 2
         new = _write_both(on_xfs)
