@@ -219,7 +219,9 @@ def test_the_guest_goes_on_whatever_becomes_of_the_agent(
     vmsnap.policy(on_xfs.name, _policy(on_xfs.lab, began=began))
     on_xfs.psql("DELETE FROM markers; INSERT INTO markers VALUES (1)")
     with vmsnap.start("backup", on_xfs.name) as process:
-        wait_until(began.exists, "the storage's command", limit_s=60 * on_xfs.lab.time_factor)
+        limit_s = 60 * on_xfs.lab.time_factor
+        wait_until(lambda: began.exists() or process.poll() is not None, "the storage's command", limit_s=limit_s)
+        assert process.poll() is None, process.communicate()[0]
         assert on_xfs.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
         os.kill(process.pid, fate)
         at = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import libvirt
@@ -24,7 +25,7 @@ def domain() -> FakeDomain:
 
 
 def guardian(domain: FakeDomain, *, limit_seconds: float = 10) -> Guardian:
-    return Guardian(lambda: domain, limit_seconds=limit_seconds)
+    return Guardian(lambda: domain, limit_seconds=limit_seconds, folder=Path("/"))
 
 
 def test_a_pause_within_the_limit_is_its_agents(domain: FakeDomain) -> None:
@@ -125,7 +126,20 @@ def test_a_claimed_pause_has_the_limit_too(domain: FakeDomain) -> None:
 def test_it_ends_with_the_guest(domain: FakeDomain) -> None:
     domain.live = None
     assert not guardian(domain).look(now=0.0)
-    assert not Guardian(lambda: None, limit_seconds=1).look(now=0.0)
+    assert not Guardian(lambda: None, limit_seconds=1, folder=Path("/")).look(now=0.0)
+
+
+def test_it_ends_once_its_run_was_undone(domain: FakeDomain, tmp_path: Path) -> None:
+    """The next run's capture is none of its business."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    watching = Guardian(lambda: domain, limit_seconds=10, folder=folder)
+    watching.orphaned(now=0.0)
+    assert watching.look(now=0.1)
+    folder.rmdir()
+    domain.job = SNAPSHOT
+    assert not watching.look(now=0.2)
+    assert domain.calls == []
 
 
 def test_it_outlives_libvirtd(domain: FakeDomain) -> None:
@@ -137,7 +151,7 @@ def test_it_outlives_libvirtd(domain: FakeDomain) -> None:
             raise answer
         return answer
 
-    watching = Guardian(find, limit_seconds=1)
+    watching = Guardian(find, limit_seconds=1, folder=Path("/"))
     watching.orphaned(now=0.0)
     domain.states = LEFT
     assert watching.look(now=0.1)
@@ -149,7 +163,7 @@ def test_it_does_not_wait_for_a_libvirtd_that_never_comes_back() -> None:
     def find() -> Any:
         raise libvirt.libvirtError("no libvirtd")
 
-    watching = Guardian(find, limit_seconds=1)
+    watching = Guardian(find, limit_seconds=1, folder=Path("/"))
     assert watching.look(now=10_000.0), "its agent lives, and will tell it when to end"
     watching.orphaned(now=10_000.0)
     assert watching.look(now=10_500.0)
@@ -160,6 +174,6 @@ def test_no_guest_is_stopped_without_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(watchdog, "_START_SECONDS", 10)
     with (
         pytest.raises(DriverError, match="did not start"),
-        Watchdog("nonsense:///", uuid="0b0f1e4c-7d2d-4f0e-8a3e-2f6f2d9d3c11", limit_seconds=1),
+        Watchdog("nonsense:///", uuid="0b0f1e4c-7d2d-4f0e-8a3e-2f6f2d9d3c11", limit_seconds=1, folder=Path("/")),
     ):
         pytest.fail("it began without a watchdog")

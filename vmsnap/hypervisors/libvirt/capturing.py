@@ -79,7 +79,7 @@ class Captures:
             self._connection, plan=plan, memory_folder=folder, clock=self._clock, at_rest=AtRest(plan)
         )
         limit_seconds = plan.settings.storage_timeout.total_seconds() + _WATCHDOG_SLACK_SECONDS
-        with Watchdog(self._connection.uri, uuid=plan.guest.uuid, limit_seconds=limit_seconds):
+        with Watchdog(self._connection.uri, uuid=plan.guest.uuid, limit_seconds=limit_seconds, folder=folder):
             return capture.run(cancel=cancel)
 
     def _instantly(self, plan: CapturePlan, *, fence: FencePlan, reason: str, cancel: Cancel) -> Capture:

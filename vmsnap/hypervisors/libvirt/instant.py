@@ -200,7 +200,12 @@ class InstantCapture:
 
     def _watchdog(self) -> Watchdog:
         limit_seconds = self._plan.settings.max_pause.total_seconds() + _WATCHDOG_SLACK_SECONDS
-        return Watchdog(self._connection.uri, uuid=self._plan.guest.uuid, limit_seconds=limit_seconds)
+        return Watchdog(
+            self._connection.uri,
+            uuid=self._plan.guest.uuid,
+            limit_seconds=limit_seconds,
+            folder=self._request.folder,
+        )
 
     def _stop_while_it_waits(
         self, domain: Any, *, stream: RelayedStream, watchdog: Watchdog, cancel: Cancel

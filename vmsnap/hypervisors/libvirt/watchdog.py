@@ -38,10 +38,13 @@ _OURS = (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, 
 
 
 class Watchdog:
-    """The agent's end: the process watches over one guest while the block runs."""
+    """The agent's end: the process watches over one guest while the block runs.
 
-    def __init__(self, uri: str, *, uuid: str, limit_seconds: float) -> None:
-        self._argv = [sys.executable, "-m", __name__, uri, uuid, str(limit_seconds)]
+    ``folder`` is the run's own. Once it is gone, the run was undone, and the guest is what its next run makes of it.
+    """
+
+    def __init__(self, uri: str, *, uuid: str, limit_seconds: float, folder: Path) -> None:
+        self._argv = [sys.executable, "-m", __name__, uri, uuid, str(limit_seconds), str(folder)]
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -133,11 +136,12 @@ class Finder:
 
 
 class Guardian:
-    """The other end. ``look`` is called over and over until it returns False."""
+    """The other end. ``look`` is called over and over until it returns False. ``folder`` is as for ``Watchdog``."""
 
-    def __init__(self, find: Callable[[], Any | None], *, limit_seconds: float) -> None:
+    def __init__(self, find: Callable[[], Any | None], *, limit_seconds: float, folder: Path) -> None:
         self._find = find
         self._limit_seconds = limit_seconds
+        self._folder = folder
         self._paused_since: float | None = None
         self._orphaned_at: float | None = None
         self._aborted_at: float | None = None
@@ -153,6 +157,8 @@ class Guardian:
 
     def look(self, *, now: float) -> bool:
         """Look at the guest once, and let it go on where it must. Returns whether there is anything left to watch."""
+        if self._orphaned_at is not None and not self._folder.exists():
+            return False
         try:
             domain = self._find()
             if domain is None or not domain.isActive():
@@ -191,7 +197,7 @@ class Guardian:
             self._claimed = False
 
 
-def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
+def _watch(uri: str, uuid: str, limit_seconds: float, folder: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
@@ -201,7 +207,7 @@ def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
     find = Finder(uri, uuid=uuid)
     if find() is None:
         return
-    guardian = Guardian(find, limit_seconds=limit_seconds)
+    guardian = Guardian(find, limit_seconds=limit_seconds, folder=folder)
     sys.stdout.write(_ARMED)
     sys.stdout.flush()
     standard_input, listening = sys.stdin.fileno(), True
@@ -222,4 +228,4 @@ def _watch(uri: str, uuid: str, limit_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    _watch(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    _watch(sys.argv[1], sys.argv[2], float(sys.argv[3]), Path(sys.argv[4]))
