@@ -299,6 +299,6 @@ def test_a_probe_looks_seldom_and_forgets_what_it_can_no_longer_see(caplog: pyte
     seldom = Probe(look, every=timedelta(hours=1))
     assert seldom.seen(patience=10 * SECOND) == seldom.seen(patience=10 * SECOND) == {"db": 1}
     often = Probe(look, every=timedelta(0))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="vmsnap.monitoring.probe"):
         assert often.seen(patience=10 * SECOND) == {}
     assert "libvirt is gone" in caplog.text
