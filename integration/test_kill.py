@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from typing import Any
 
 import libvirt
 import pytest
@@ -81,6 +82,11 @@ def _reconcile(vmsnap: Installation) -> None:
     assert outcome.exit_code == 0, outcome.explain()
 
 
+def _newest_run(vmsnap: Installation, guest: str) -> dict[str, Any]:
+    found: dict[str, Any] = vmsnap.ok("history", guest, "--limit", "1")["runs"][0]
+    return found
+
+
 @pytest.mark.parametrize("step", BACKUP_STEPS)
 def test_backup_killed_in_a_step(guest: LabGuest, vmsnap: Installation, step: str) -> None:
     vmsnap.policy(guest.name)
@@ -88,8 +94,13 @@ def test_backup_killed_in_a_step(guest: LabGuest, vmsnap: Installation, step: st
     _kill_at(vmsnap, "backup", guest.name, step=step, delay_s=random.uniform(0, 0.4))
     # What the guest writes while it is on an overlay that nobody looks after must not be lost.
     _write(guest, 2)
+    before = _newest_run(vmsnap, guest.name)
     _reconcile(vmsnap)
     _require_home(guest, counter=2)
+    told = _newest_run(vmsnap, guest.name)
+    assert before["outcome"] == told["outcome"] == "died" or step == BACKUP_STEPS[-1], "it may have ended by then"
+    assert step in [one["name"] for one in told["steps"]]
+    assert told["ended"] is not None
     # Everything else that a run can leave is found by the leak check.
     assert not list(vmsnap.store.glob("*/.staging-*"))
     for snapshot in vmsnap.ok("list")["snapshots"]:
