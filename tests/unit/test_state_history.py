@@ -19,7 +19,8 @@ from vmsnap.errors import BusyError, DriverError, NoSpaceError, PreconditionErro
 from vmsnap.model.history import RunOutcome, RunResult, done
 from vmsnap.model.journal import RunKind
 from vmsnap.state import history as module
-from vmsnap.state.history import APPLICATION_ID, MIGRATIONS, SqliteHistory
+from vmsnap.state.history import SqliteHistory
+from vmsnap.state.history_schema import APPLICATION_ID, MIGRATIONS
 from vmsnap.testing.history_contract import AT, TIMER, WHOLE, audited, begin, end, run_id
 
 
