@@ -47,7 +47,9 @@ def service_of(unit: Path) -> dict[str, str]:
 
 
 def calls_of(group: str) -> set[str]:
-    """The system calls of a group such as @mount, by systemd's own list."""
+    """The system calls of a group such as @mount, by systemd's own list, or a single one."""
+    if not group.startswith("@"):
+        return {group}
     said = subprocess.run(
         ["systemd-analyze", "syscall-filter", group], capture_output=True, text=True, check=True
     ).stdout

@@ -22,7 +22,7 @@ def relayed(*, held: bool = False, stall: timedelta = timedelta(seconds=30)) -> 
     """A relay, and the end that the clone would read."""
     reader, sink = os.pipe()
     try:
-        with RelayedStream(sink=sink, held=held, stall=stall) as stream:
+        with RelayedStream(sink=sink, held=held, stall=stall, writer_pid=os.getpid()) as stream:
             os.close(sink)
             yield stream, reader
     finally:
@@ -106,7 +106,7 @@ def test_a_clone_that_takes_nothing_ends_the_stream() -> None:
 
 def test_a_clone_that_is_gone_ends_the_stream() -> None:
     reader, sink = os.pipe()
-    with RelayedStream(sink=sink, held=False, stall=timedelta(seconds=30)) as stream:
+    with RelayedStream(sink=sink, held=False, stall=timedelta(seconds=30), writer_pid=os.getpid()) as stream:
         os.close(sink)
         os.close(reader)
         writer = write(stream, STREAM)

@@ -91,7 +91,7 @@ def test_services_that_mount_see_the_hosts_mounts_and_all_are_held_tightly(unit:
     assert bool(SANDBOX & set(service)) != (unit.stem in MOUNTING)
     assert service["NoNewPrivileges"] == "yes"
     assert service["SystemCallArchitectures"] == "native"
-    assert set(service["SystemCallFilter"].split()) <= {"@system-service", "@mount"}
+    assert set(service["SystemCallFilter"].split()) <= {"@system-service", "@mount", "pidfd_getfd"}
     capabilities = set(service["CapabilityBoundingSet"].split())
     assert not capabilities & {
         "CAP_SYS_MODULE",

@@ -16,9 +16,11 @@ import libvirt
 from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DeadlineError, PreconditionError
+from vmsnap.hypervisors.libvirt import unprotect
 from vmsnap.hypervisors.libvirt.connection import translated
 from vmsnap.hypervisors.libvirt.monitor import BACKGROUND_SNAPSHOT, Monitor, MonitorError, was_used
 from vmsnap.hypervisors.libvirt.processes import PID_FILES, pid_of
+from vmsnap.hypervisors.libvirt.tools import translated_os
 
 _LOG = logging.getLogger(__name__)
 STREAM = "vmsnap-stream"
@@ -29,6 +31,7 @@ FIRST_QEMU = 6_000_000
 # on a writer that is kept waiting there would keep the guest's devices, and the monitor, waiting.
 _QEMU_THAT_CANNOT_WAIT = 8_002_000
 _POLL_SECONDS = 0.05
+_LET_GO_SECONDS = 5
 _OVER = ("none", "completed", "failed", "cancelled")
 _THREAD = "bg_snapshot"
 _WAITS = "pipe_write"
@@ -96,9 +99,11 @@ def give_back(domain: Any, *, detail: BackgroundDetail | None, until: float) -> 
     """
     if detail is None and not was_used(domain):
         return
+    # Before anything is asked of QEMU: it may wait for ever for a snapshot that has failed, and answer nobody.
+    let_guest_go_on(domain)
     monitor = Monitor(domain)
     if monitor.is_capable(BACKGROUND_SNAPSHOT):
-        was_stopped = _end(monitor, until)
+        was_stopped = _end(domain, monitor, until)
         monitor.take_file_back(STREAM)
         monitor.set_capability(BACKGROUND_SNAPSHOT, on=False)
         if was_stopped:
@@ -107,12 +112,23 @@ def give_back(domain: Any, *, detail: BackgroundDetail | None, until: float) -> 
         monitor.set_max_bandwidth(detail.max_bandwidth)
 
 
-def _end(monitor: Monitor, until: float) -> bool:
+def let_guest_go_on(domain: Any) -> None:
+    """Free a guest that waits for a background snapshot whose stream is gone. Raises DriverError."""
+    pid = pid_of(domain.name())
+    if pid is None:
+        return
+    with translated_os("take the protection off the guest's memory"):
+        if not unprotect.let_go_on(pid, seconds=_LET_GO_SECONDS):
+            _LOG.warning("QEMU keeps watching the memory of %r", domain.name())
+
+
+def _end(domain: Any, monitor: Monitor, until: float) -> bool:
     """End the migration. Returns whether the guest is not known to have gone on after it was stopped for the capture."""
     info = monitor.migration()
     began = has_begun(info)
     while not is_over(info):
         monitor.ask("migrate_cancel")
+        let_guest_go_on(domain)
         if time.monotonic() > until:
             raise DeadlineError(
                 "a background snapshot does not end", remedy="see 'virsh qemu-monitor-command GUEST --hmp info migrate'"

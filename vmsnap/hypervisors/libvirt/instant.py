@@ -29,6 +29,7 @@ from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.events import Pause, PauseRecorder
 from vmsnap.hypervisors.libvirt.flushing import FlushedDisks
 from vmsnap.hypervisors.libvirt.monitor import Monitor
+from vmsnap.hypervisors.libvirt.processes import pid_of
 from vmsnap.hypervisors.libvirt.receiver import CloneReceiver
 from vmsnap.hypervisors.libvirt.relayed import RelayedStream
 from vmsnap.hypervisors.libvirt.request import request_for
@@ -104,7 +105,7 @@ class InstantCapture:
             self._watchdog() as watchdog,
             receiver,
             self._going_on(),
-            RelayedStream(sink=receiver.sink, held=held, stall=stall) as stream,
+            RelayedStream(sink=receiver.sink, held=held, stall=stall, writer_pid=self._pid()) as stream,
             PauseRecorder(self._connection.get(), domain) as recorder,
             FlushedDisks(tuple(disk.base for disk in self._detail.disks)) as disks,
         ):
@@ -122,6 +123,15 @@ class InstantCapture:
             self._stopped_here = False
             info = self._watch(monitor, stream=stream, receiver=receiver, until=until, cancel=cancel)
         return self._capture(pause, switched=switched, info=info, started=started), receiver
+
+    def _pid(self) -> int:
+        pid = pid_of(self._guest)
+        if pid is None:
+            raise PreconditionError(
+                f"the process of {self._guest!r} is not known, so it could not be let go on if its memory stream broke",
+                remedy='set capture.mode = "live"',
+            )
+        return pid
 
     def _qemu_version(self) -> int:
         with translated("ask for QEMU's version"):

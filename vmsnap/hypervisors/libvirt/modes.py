@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from vmsnap.hypervisors.libvirt import background, preflight
+from vmsnap.hypervisors.libvirt import background, preflight, unprotect
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import memory_bytes
 from vmsnap.hypervisors.libvirt.monitor import BACKGROUND_SNAPSHOT, Monitor, was_used
@@ -125,6 +125,12 @@ def check(domain: ET.Element, *, facts: HostFacts, settings: CaptureSettings) ->
         yield _refusal(
             f"the host has {facts.available_bytes // _MIB} MiB of memory available; the clone needs {needed // _MIB} MiB",
             "run fewer guests or clones on this host at a time, or add memory",
+        )
+    privileged = int(_field(_read(facts.proc / "self/status"), "CapEff", default="0"), 16) & _SYS_PTRACE
+    if not (privileged and unprotect.is_permitted()):
+        yield _refusal(
+            "vmsnap may not let a guest go on whose memory stream broke (CAP_SYS_PTRACE, pidfd_getfd)",
+            "run it as root; in a unit, CapabilityBoundingSet needs CAP_SYS_PTRACE, and SystemCallFilter pidfd_getfd",
         )
     yield _check_permission(domain.findtext("name") or "", facts=facts)
 

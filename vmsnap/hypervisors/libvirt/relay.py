@@ -2,8 +2,8 @@
 
 While a background snapshot goes on, QEMU saves each page before the guest may change it, so the guest waits for whoever
 reads the stream. Therefore nothing that can be stopped stands in the way: the relay is not in the terminal's process
-group, does nothing else, copies nothing (``splice``), and cuts the stream, which lets the guest go on at once, when the
-clone takes nothing for a while or when whoever started the relay is gone.
+group, does nothing else, copies nothing (``splice``), and cuts the stream when the clone takes nothing for a while, or when
+whoever started the relay is gone. It lets the guest go on then (``unprotect``).
 
 It also holds the stream back until it is told to let it flow. The stream's first eight bytes are the same in every stream
 (QEMU's migration/savevm.h: magic and version); the clone was given them before, to see that it reads. So they are only looked
@@ -19,10 +19,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
 
+from vmsnap.hypervisors.libvirt import unprotect
+
 STREAM_BEGIN = b"QEVM\x00\x00\x00\x03"
 READY = b"r"
 OPEN = b"o"
 PIPE_BYTES = 1 << 20  # what a pipe may hold by default, /proc/sys/fs/pipe-max-size
+LET_GO_SECONDS = 15
 _URGENCY = -10
 
 
@@ -105,11 +108,15 @@ class Relay:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one relay; the arguments are the numbers of ``Relay``, in its order."""
-    source, sink, held_bytes, stall_ms = map(int, arguments)
+    source, sink, held_bytes, stall_ms, writer_pid = map(int, arguments)
     # For hosts under load: the guest would wait for the relay.
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, _URGENCY)
-    return Relay(source=source, sink=sink, held_bytes=held_bytes, stall_ms=stall_ms).run()
+    end = Relay(source=source, sink=sink, held_bytes=held_bytes, stall_ms=stall_ms).run()
+    if end is not End.SOURCE_ENDED:
+        os.close(source)
+        unprotect.let_go_on(writer_pid, seconds=LET_GO_SECONDS)
+    return end
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Self
 
 from vmsnap.errors import DriverError
-from vmsnap.hypervisors.libvirt import relay
+from vmsnap.hypervisors.libvirt import relay, unprotect
 from vmsnap.hypervisors.libvirt.tools import translated_os
 
 _READY_SECONDS = 30
-_END_SECONDS = 10
+_END_SECONDS = relay.LET_GO_SECONDS + 5
 _REASONS: dict[int, str] = {
     relay.End.NO_READER: "the clone ended while its memory was loaded",
     relay.End.STALLED: "the clone took nothing of its memory for too long, and the guest would have waited for it",
@@ -25,15 +25,16 @@ _REASONS: dict[int, str] = {
 
 
 class RelayedStream:
-    """The stream while the block runs; it is cut at the end of the block, which lets the guest go on at once.
+    """The stream while the block runs; it is cut at the end of the block, and the guest goes on. ``writer_pid`` is its QEMU.
 
     ``held``: the pipe is full from the beginning, so that QEMU waits before it has written anything, until ``let_flow``.
     """
 
-    def __init__(self, *, sink: int, held: bool, stall: timedelta) -> None:
+    def __init__(self, *, sink: int, held: bool, stall: timedelta, writer_pid: int) -> None:
         self._sink = sink
         self._held = held
         self._stall = stall
+        self._writer_pid = writer_pid
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: int | None = None
 
@@ -45,9 +46,10 @@ class RelayedStream:
                 fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, relay.PIPE_BYTES)
                 held_bytes = os.write(self._writer, bytes(relay.PIPE_BYTES)) if self._held else 0
                 stall_ms = round(self._stall / timedelta(milliseconds=1))
+                numbers = (reader, self._sink, held_bytes, stall_ms, self._writer_pid)
                 self._process = subprocess.Popen(
                     # Without -P the current folder would be searched for modules.
-                    (sys.executable, "-P", "-m", relay.__name__, *map(str, (reader, self._sink, held_bytes, stall_ms))),
+                    (sys.executable, "-P", "-m", relay.__name__, *map(str, numbers)),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     pass_fds=(reader, self._sink),
@@ -110,6 +112,9 @@ class RelayedStream:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._process.returncode != relay.End.SOURCE_ENDED:
+            # The relay has done so, unless somebody killed it.
+            unprotect.let_go_on(self._writer_pid, seconds=relay.LET_GO_SECONDS)
 
     def _answer(self) -> bytes:
         assert self._process is not None  # noqa: S101

@@ -1,0 +1,97 @@
+"""Letting a guest go on that waits for a background snapshot which has failed.
+
+QEMU 7.2 takes the protection off the guest's memory in its main thread, after the snapshot's own thread has ended. Where the
+main thread, or a vCPU, waits at that moment for a page to be saved, nobody saves it any more, and the guest stands still for
+ever. It was seen each time a stream was cut under load. So the protection is taken off from outside, through QEMU's own
+userfaultfd (Linux, Documentation/admin-guide/mm/userfaultfd.rst; pidfd_getfd(2)), until QEMU has closed it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_PIDFD_GETFD = 438  # the same number on every architecture
+_USERFAULTFD = "anon_inode:[userfaultfd]"
+# linux/userfaultfd.h: _IOWR(0xAA, 0x06, struct uffdio_writeprotect). Mode 0 takes protection off, and wakes who waits.
+_WRITEPROTECT = 0xC018AA06
+_RANGE = struct.Struct("QQQ")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
+_PROTECTED = "uw"
+_POLL_SECONDS = 0.02
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_permitted() -> bool:
+    """Tell whether this process may use what it takes: a service's filter of system calls may forbid it."""
+    process = os.pidfd_open(os.getpid())
+    try:
+        copy = _libc.syscall(_PIDFD_GETFD, process, process, 0)
+        if copy >= 0:
+            os.close(copy)
+    finally:
+        os.close(process)
+    return bool(copy >= 0)
+
+
+def let_go_on(pid: int, *, seconds: float) -> bool:
+    """Take the protection off until the process has no userfaultfd any more. Returns whether it came to that in time.
+
+    Whatever snapshot of its memory goes on is spoiled by it. May be repeated. Raises OSError where it is not permitted.
+    """
+    until = time.monotonic() + seconds
+    while descriptors := _userfaultfds(pid):
+        _take_off(pid, descriptors)
+        if time.monotonic() > until:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _userfaultfds(pid: int) -> list[int]:
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if str(entry.readlink()) == _USERFAULTFD:
+                    found.append(int(entry.name))
+    return found
+
+
+def _take_off(pid: int, descriptors: list[int]) -> None:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        process = os.pidfd_open(pid)
+        try:
+            for descriptor in descriptors:
+                copy = _libc.syscall(_PIDFD_GETFD, process, descriptor, 0)
+                if copy < 0:
+                    if ctypes.get_errno() == errno.EPERM:
+                        raise PermissionError(errno.EPERM, "pidfd_getfd is not permitted")
+                    # It was closed meanwhile, or the process is gone; the next look will tell.
+                    continue
+                try:
+                    for start, end in _protected(pid):
+                        with suppress(OSError):
+                            fcntl.ioctl(copy, _WRITEPROTECT, _RANGE.pack(start, end - start, 0))
+                finally:
+                    os.close(copy)
+        finally:
+            os.close(process)
+
+
+def _protected(pid: int) -> Iterator[tuple[int, int]]:
+    """Return the ranges of a process' memory whose writing is watched (proc(5), smaps)."""
+    start = end = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        if mapping := _MAPPING.match(line):
+            start, end = int(mapping[1], 16), int(mapping[2], 16)
+        elif line.startswith("VmFlags:") and _PROTECTED in line.split():
+            yield start, end
