@@ -27,6 +27,8 @@ _RANGE = struct.Struct("QQQ")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 _PROTECTED = "uw"
 _POLL_SECONDS = 0.02
+# What QEMU calls the snapshot's thread: until 9.0, and since (migration/migration.h).
+_THREADS = ("bg_snapshot", "mig/snapshot")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -43,12 +45,13 @@ def is_permitted() -> bool:
 
 
 def let_go_on(pid: int, *, seconds: float) -> bool:
-    """Take the protection off until the process has no userfaultfd any more. Returns whether it came to that in time.
+    """Take the protection off until the process has ended its snapshot. Returns whether it came to that in time.
 
+    One that has not protected anything yet may still do so, and then fail; its thread tells.
     Whatever snapshot of its memory goes on is spoiled by it. May be repeated. Raises OSError where it is not permitted.
     """
     until = time.monotonic() + seconds
-    while descriptors := _userfaultfds(pid):
+    while (descriptors := _userfaultfds(pid)) or _takes_a_snapshot(pid):
         _take_off(pid, descriptors)
         if time.monotonic() > until:
             return False
@@ -64,6 +67,15 @@ def _userfaultfds(pid: int) -> list[int]:
                 if str(entry.readlink()) == _USERFAULTFD:
                     found.append(int(entry.name))
     return found
+
+
+def _takes_a_snapshot(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if (task / "comm").read_text(encoding="utf-8", errors="replace").strip() in _THREADS:
+                    return True
+    return False
 
 
 def _take_off(pid: int, descriptors: list[int]) -> None:
