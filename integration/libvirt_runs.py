@@ -240,7 +240,7 @@ def read_file_from_disk(guest: LabGuest, path: str) -> str:
 
 
 def child_of_run(run: RunId, guest: str, *, stage: str) -> subprocess.Popen[str]:
-    """A process of its own that does the run up to ``stage`` ('captured' or 'restored') and then only waits."""
+    """A process of its own that does the run up to ``stage`` ('captured', 'restoring' or 'restored') and then only waits."""
     argv = [sys.executable, "-m", "integration.libvirt_runs", run, guest, stage]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
 
@@ -257,7 +257,8 @@ def _main(run: str, name: str, stage: str) -> None:
     print("capturing", flush=True)
     mine.capture()
     print("captured", flush=True)
-    if stage == "restored":
+    if stage in ("restoring", "restored"):
+        print("restoring", flush=True)
         mine.restore()
         print("restored", flush=True)
     time.sleep(600)

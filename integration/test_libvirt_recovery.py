@@ -18,6 +18,7 @@ from integration.libvirt_runs import (
     DEADLINE,
     HASTY,
     PATIENT,
+    RUNTIME,
     DriverRun,
     capture_job_runs,
     child_of_run,
@@ -33,6 +34,7 @@ from integration.libvirt_runs import (
     write_file,
 )
 from vmsnap.errors import SafetyError, VmsnapError
+from vmsnap.hypervisors.libvirt.processes import pid_of
 from vmsnap.model.capture import CaptureSettings
 from vmsnap.model.journal import ResourceKind
 from vmsnap.network.fence import NetworkFence
@@ -51,6 +53,9 @@ def killed_at(run: DriverRun, guest: LabGuest, *, stage: str) -> Iterator[None]:
                 break
         if stage == "capturing":
             wait_until(lambda: capture_job_runs(guest), "the capture in the child")
+        if stage == "restoring":
+            clone = run.driver.clone_resource(run.plan).name
+            wait_until(lambda: pid_of(clone) is not None, "the clone's process")
         assert child.poll() is None
         child.kill()
         child.wait(timeout=30)
@@ -104,14 +109,19 @@ def test_killed_right_after_the_capture(lab: Lab, guest: LabGuest) -> None:
         assert read_file_from_disk(guest, MEANWHILE) == "written while the run was dead"
 
 
-def test_killed_with_a_restored_clone(lab: Lab, guest: LabGuest) -> None:
+@pytest.mark.parametrize("stage", ["restoring", "restored"])
+def test_killed_with_a_clone(lab: Lab, guest: LabGuest, stage: str) -> None:
     before = definitions(guest)
     with run_of(lab, guest) as run:
-        with killed_at(run, guest, stage="restored"):
+        with killed_at(run, guest, stage=stage):
             everything_of(run)
             # A fence is the last thing to go in a real run too: the clone's links are on it.
             run.resources.insert(0, NetworkFence().resource(run.fence))
             run.release(driver=new_driver(lab))
+        # Nothing of the guest's memory is left, read or not.
+        assert list(RUNTIME.glob("*/memory")) == []
+        assert run.plan.run not in Path("/proc/mounts").read_text()
+        assert pid_of(run.driver.clone_resource(run.plan).name) is None
         assert is_running(guest)
         assert definitions(guest) == before
 
