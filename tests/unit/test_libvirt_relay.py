@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pytest
 
+from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt.relay import PIPE_BYTES, STREAM_BEGIN
 from vmsnap.hypervisors.libvirt.relayed import RelayedStream
 
@@ -77,6 +78,7 @@ def test_everything_but_the_beginning_arrives_once_it_may_flow(held: bool) -> No
         stream.let_flow()
         assert read_all(reader) == STREAM[len(STREAM_BEGIN) :]
         assert not is_cut(writer)
+        stream.require_ended(timeout_seconds=10)
         assert stream.failure() is None
 
 
@@ -102,6 +104,17 @@ def test_a_clone_that_takes_nothing_ends_the_stream() -> None:
         stream.let_flow()
         assert is_cut(writer)
         assert "took nothing" in failure_of(stream)
+
+
+def test_the_end_of_a_stream_is_waited_for() -> None:
+    with relayed() as (stream, reader):
+        writer = write(stream, STREAM)
+        stream.let_flow()
+        with pytest.raises(DriverError, match="did not end within"):
+            stream.require_ended(timeout_seconds=0.2)
+        read_all(reader)
+        assert not is_cut(writer)
+        stream.require_ended(timeout_seconds=10)
 
 
 def test_a_clone_that_is_gone_ends_the_stream() -> None:

@@ -53,6 +53,7 @@ _READY_SECONDS = 120
 _PREPARING_SECONDS = 60
 _THREAD_SECONDS = 2
 _RESUME_SECONDS = 30
+_ENDING_SECONDS = 60
 _GIVE_BACK_SECONDS = 60
 _SHORTEST_STALL = timedelta(seconds=2)
 # Where this process hangs: how long the guest may stand still beyond the promised pause before the watchdog lets it go on.
@@ -299,6 +300,8 @@ class InstantCapture:
         while True:
             info = monitor.migration()
             if info.get("status") == "completed":
+                # QEMU has written everything; some of it may be on its way yet.
+                stream.require_ended(timeout_seconds=_ENDING_SECONDS)
                 return info
             cancel.check()
             failure = stream.failure()

@@ -99,6 +99,17 @@ class RelayedStream:
             remedy="start the backup again when the host is less busy",
         )
 
+    def require_ended(self, *, timeout_seconds: float) -> None:
+        """Wait until all that QEMU wrote is with the clone. Raises DriverError where it is not."""
+        assert self._process is not None  # noqa: S101
+        try:
+            self._process.wait(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise DriverError(f"the memory stream did not end within {timeout_seconds:.0f} s of QEMU's word") from error
+        failure = self.failure()
+        if failure is not None:
+            raise failure
+
     def cut(self) -> None:
         """End the relay, whatever it is doing; QEMU's next write fails, and the guest waits for nobody. May be repeated."""
         self.close_writer()
