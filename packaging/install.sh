@@ -35,3 +35,4 @@ install -D -m 644 packaging/sysusers.conf "$destination/usr/lib/sysusers.d/vmsna
 install -D -m 644 packaging/tmpfiles.conf "$destination/usr/lib/tmpfiles.d/vmsnap.conf"
 install -D -m 644 -t "$destination/usr/share/doc/vmsnap" README.md CHANGELOG.md docs/*.md
 install -D -m 644 -t "$destination/usr/share/doc/vmsnap/examples" policies/*.toml
+install -D -m 644 -t "$destination/usr/share/doc/vmsnap/monitoring" monitoring/*

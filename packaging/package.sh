@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 mapfile -d '' files < <(git ls-files -z --cached --others --exclude-standard -- \
-    CHANGELOG.md LICENSE Makefile README.md constraints.txt debian docs packaging policies pyproject.toml systemd vmsnap)
+    CHANGELOG.md LICENSE Makefile README.md constraints.txt debian docs monitoring packaging policies pyproject.toml systemd vmsnap)
 state=$(sha256sum -- "${files[@]}" | sha256sum | cut -d ' ' -f 1)
 if ! [ "$(cat build/package/state 2>/dev/null)" = "$state" ]; then
     rm -rf build/package

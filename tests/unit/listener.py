@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that takes notifications and pings, and can misbehave."""
+"""A real HTTP server, on loopback if nothing else is said, that takes notifications and pings, and can misbehave."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 class Listener:
     """What was sent to it. ``status``: what it answers. While ``hangs`` is set it answers nothing."""
 
+    address: str = "127.0.0.1"
     port: int = 0
     status: int = 200
     requests: list[tuple[str, str, bytes]] = field(default_factory=list)
@@ -30,16 +31,16 @@ class Listener:
         return [f"{method} {path}" for method, path, _ in self.requests if path.startswith("/ping")]
 
     def url(self, path: str = "/hook/t0ken") -> str:
-        return f"json://user:passw0rd@127.0.0.1:{self.port}{path}"
+        return f"json://user:passw0rd@{self.address}:{self.port}{path}"
 
     def ping_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/ping/t0ken"
+        return f"http://{self.address}:{self.port}/ping/t0ken"
 
 
 @contextmanager
-def listening() -> Iterator[Listener]:
+def listening(address: str = "127.0.0.1") -> Iterator[Listener]:
     """Listen meanwhile."""
-    heard = Listener()
+    heard = Listener(address)
 
     class Handler(BaseHTTPRequestHandler):
         def _take(self) -> None:
@@ -62,7 +63,7 @@ def listening() -> Iterator[Listener]:
         def handle_error(self, request: object, client_address: object) -> None:
             pass  # whoever asked has gone away
 
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with Server((address, 0), Handler) as server:
         heard.port = server.server_port
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

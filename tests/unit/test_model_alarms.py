@@ -226,6 +226,8 @@ def test_a_breach_is_counted_and_kept_until_somebody_was_told() -> None:
     for number in range(3):
         somebody.ledger = with_breach(somebody.ledger, guest="db", breach=Breach(at=NOW, text=f"frame {number}"))
     assert somebody.ledger.breaches["db"].count == 3
+    again = with_breach(somebody.ledger, guest="db", breach=Breach(at=NOW, text="frame 2"))
+    assert again == somebody.ledger
     assert somebody.at(NOW, guest(newest=None)) is not None
     somebody.works = True
     later = somebody.at(NOW + HOUR, guest(newest=NOW + HOUR))

@@ -160,6 +160,18 @@ def test_a_chore_that_fails_is_a_problem_until_it_succeeds(scene: Scene) -> None
     monitor.close()
 
 
+def test_a_policy_that_was_refused_is_its_guests_problem(scene: Scene) -> None:
+    monitor = scene.monitor()
+    monitor.start()
+    error = ConfigError("new.toml:1: wrong", remedy="correct it")
+    refused = DueEntry(guest="new", outcome=Outcome.FAILED, error=error)
+    monitor.ticked(Tick(at=CLOCK.now(), policies=(DB,), entries=(refused,), running=(), problems=(error,)))
+    until(lambda: bool(scene.titles))
+    monitor.close()
+    assert scene.titles == ["vmsnap on host: new: cannot be looked after"]
+    assert set(FileAlarmBook(scene.state).load().known) == {"db", "new"}
+
+
 def test_what_hangs_holds_up_neither_ticks_nor_runs_nor_the_end(scene: Scene) -> None:
     free = threading.Event()
 

@@ -198,8 +198,10 @@ def acquainted(ledger: Ledger, *, guests: Iterable[str], now: datetime) -> Ledge
 
 
 def with_breach(ledger: Ledger, *, guest: str, breach: Breach) -> Ledger:
-    """Return the ledger after a breach."""
+    """Return the ledger after a breach. May be repeated: one that it has is not counted again."""
     before = ledger.breaches.get(guest)
+    if before is not None and (before.at, before.text) == (breach.at, breach.text):
+        return ledger
     counted = replace(breach, count=1 if before is None else before.count + 1)
     return replace(ledger, breaches={**ledger.breaches, guest: counted})
 

@@ -61,7 +61,14 @@ class Monitor:
 
     def ticked(self, tick: Tick) -> None:
         """Look, with the policies that the daemon has."""
-        problems = tuple(Problem(about=f"policy: {error.brief}", error=error) for error in tick.problems)
+        guests = {policy.guest for policy in tick.policies}
+        refused = {
+            entry.error.brief: entry.guest for entry in tick.entries if entry.error and entry.guest not in guests
+        }
+        problems = tuple(
+            Problem(about=f"policy: {error.brief}", guest=refused.get(error.brief, ""), error=error)
+            for error in tick.problems
+        )
         self._open_endpoint()
         with self._lock:
             self._ticked = Subject(policies=tick.policies, problems=problems)
