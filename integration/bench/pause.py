@@ -29,6 +29,7 @@ from integration.bench.loads import Load, Running, fill_memory, fill_mib
 from integration.bench.observers import ExtraMemory, OutsideView, longest_ms
 from integration.bench.pause_rows import NOT_CONVERGING, PLAIN, READING, Run, Sample, document
 from integration.bench.plain import plain_capture
+from integration.lab import userfaultfd
 from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
@@ -39,7 +40,7 @@ from vmsnap.hypervisors.libvirt.events import Pause, PauseRecorder
 from vmsnap.model.capture import Capture, CaptureChoice, CaptureMode, CaptureSettings, ModeChoice
 
 RAM_MIB = (1024, 4096, 8192)
-MODES = (PLAIN, CaptureMode.LIVE.value)
+MODES = (PLAIN, CaptureMode.LIVE.value, CaptureMode.INSTANT.value)
 RUNS = 3
 GUEST = "bench-pause"
 FOLDER = Path("build/bench")
@@ -104,7 +105,7 @@ def measure(lab: Lab, console: Console) -> dict[str, object]:
             if run.lacks(ram_mib, load, mode, wanted.runs)
         ]
         if todo:
-            with LabGuest(lab, GuestSpec(name=GUEST, memory_mib=ram_mib)) as guest:
+            with userfaultfd.allowed(), LabGuest(lab, GuestSpec(name=GUEST, memory_mib=ram_mib)) as guest:
                 console.print(f"{ram_mib} MiB: {fill_mib(ram_mib)} MiB touched in {fill_memory(guest):.0f} s")
                 _measure_guest(guest, run=run, wanted=wanted, console=console)
     return document(run)
