@@ -34,7 +34,7 @@ from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.libvirt_runs import Cancel, DriverRun, run_of
-from vmsnap.errors import NotConvergingError
+from vmsnap.errors import DeadlineError, NotConvergingError
 from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.hypervisors.libvirt.events import Pause, PauseRecorder
 from vmsnap.model.capture import Capture, CaptureChoice, CaptureMode, CaptureSettings, ModeChoice
@@ -216,7 +216,7 @@ def _vmsnap(guest: LabGuest, mode: str) -> Iterator[Taken]:
         began = time.monotonic()
         try:
             taken.pause, capture = _captured(guest, run)
-        except NotConvergingError:
+        except (NotConvergingError, DeadlineError):
             taken.capture_s = time.monotonic() - began
         else:
             taken.capture_s = time.monotonic() - began
