@@ -85,6 +85,8 @@ def awkward(lab: Lab) -> Iterator[LabGuest]:
         extra_domain=ROOM_FOR_MEMORY,
     )
     with LabGuest(lab, spec) as guest:
+        # On this bus the disk may appear after the guest has looked for it.
+        guest.run(["timeout", "60", "sh", "-c", "until mountpoint -q /data || mount /data; do sleep 0.5; done"])
         guest.domain.attachDeviceFlags(DIMM, libvirt.VIR_DOMAIN_AFFECT_LIVE)
         yield guest
 
