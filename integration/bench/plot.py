@@ -56,8 +56,9 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     figure.text(
         0.01,
         0.005,
-        f"bars: median of {runs[0]}" + (f" to {runs[-1]}" if runs[-1] > runs[0] else "") + " runs; lines: the longest; "
-        f"dashed: {_TARGET_MS} ms",
+        f"bars: medians; lines: the longest; runs of each: {runs[0]}"
+        + (f" to {runs[-1]}; " if runs[1:] else "; ")
+        + f"dashed: {_TARGET_MS} ms",
         fontsize=7,
         color="#666666",
     )
