@@ -22,8 +22,8 @@ def allowed() -> Iterator[None]:
     """Allow it while the block runs."""
     note = os.open(_NOTE, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
-        if _is_alone(note):
-            os.ftruncate(note, 0)
+        # A note that is there already is of somebody who was killed: the setting may still be theirs.
+        if _is_alone(note) and not os.pread(note, 8, 0):
             os.pwrite(note, SETTING.read_bytes(), 0)
         fcntl.flock(note, fcntl.LOCK_SH)
         SETTING.write_text("1")
@@ -31,6 +31,7 @@ def allowed() -> Iterator[None]:
     finally:
         if _is_alone(note):
             SETTING.write_bytes(os.pread(note, 8, 0))
+            os.ftruncate(note, 0)
         os.close(note)
 
 
