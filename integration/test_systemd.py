@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,22 @@ import pytest
 from integration.conftest import MakeGuest
 from integration.lab.domain import DiskSpec, GuestSpec
 from integration.lab.guest import LabGuest
+from integration.lab.lab import Lab
+from tests.unit.listener import Listener, listening
 
 PACKAGES = Path(__file__).parents[1] / "build" / "package"
-CONFIG = '[store]\npath = "/srv/vmsnap"\nallow_copies = true\n[daemon]\ntick = "2s"\n'
+CONFIG = """
+[store]
+path = "/srv/vmsnap"
+allow_copies = true
+[daemon]
+tick = "2s"
+[metrics]
+listen = "127.0.0.1:9642"
+textfile = "/var/lib/vmsnap.prom"
+[notifications]
+credential = "vmsnap_notifications.toml"
+"""
 
 
 def unpack(package: Path, disk: Path) -> None:
@@ -71,7 +84,14 @@ def package() -> Path:
     return found[0]
 
 
-def test_the_package_in_a_guest_with_systemd(define_guest: MakeGuest, package: Path) -> None:
+@pytest.fixture
+def listener(lab: Lab) -> Iterator[Listener]:
+    """Where the guest sends notifications and pings, on the production network."""
+    with listening(lab.gateway.split("/")[0]) as heard:
+        yield heard
+
+
+def test_the_package_in_a_guest_with_systemd(define_guest: MakeGuest, package: Path, listener: Listener) -> None:
     guest = define_guest(GuestSpec(memory_mib=512, disks=(DiskSpec(format="raw"),)))
     unpack(package, guest.disks[0].file)
     guest.start()
@@ -104,9 +124,14 @@ def test_the_package_in_a_guest_with_systemd(define_guest: MakeGuest, package: P
     host.write("/etc/vmsnap/vmsnap.toml", CONFIG)
     host.write("/etc/vmsnap/policies/db1.toml", "")
     host.write("/etc/vmsnap/credentials/dns.key", "secret")
+    host.write(
+        "/etc/vmsnap/credentials/notifications.toml",
+        f'urls = ["{listener.url()}"]\ndead_man_url = "{listener.ping_url()}"\n',
+    )
     host.sh("systemctl enable --now vmsnap.service", timeout_s=60)  # returns when it says READY
     _hardened(host)
     _tells_what_is_missing(host)
+    _tells_somebody_and_prometheus(host, listener)
     _reloads(host)
 
     host.sh("systemctl disable --now vmsnap.service", timeout_s=60)
@@ -157,6 +182,18 @@ def _tells_what_is_missing(host: Host) -> None:
     status = host.show("vmsnap.service", "StatusText")["StatusText"]
     assert status.startswith("1 guest; ")
     assert "next db1 at " in status
+
+
+def _tells_somebody_and_prometheus(host: Host, listener: Listener) -> None:
+    """From inside the hardened unit, with the URLs of its credential, a notification and pings get out."""
+    host.wait_for("a ping", lambda: bool(listener.pings))
+    failures = [message for message in listener.messages if "db1: backup failed" in message["message"]]
+    assert len(failures) == 1
+    assert "What to do: install and start it" in failures[0]["message"]
+    scrape = "from urllib.request import *; print(urlopen('http://127.0.0.1:9642/metrics').read().decode())"
+    for text in (host.guest.run(["python3", "-c", scrape]), host.sh("cat /var/lib/vmsnap.prom")):
+        assert 'vmsnap_guest_failed_attempts{guest="db1"} 1.0' in text
+    assert "t0ken" not in host.journal("vmsnap.service")
 
 
 def _reloads(host: Host) -> None:
