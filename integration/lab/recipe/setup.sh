@@ -7,6 +7,7 @@ export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sb
 # --- the system -----------------------------------------------------------------------------------------------------
 : >/etc/hostname
 echo '127.0.0.1 localhost' >/etc/hosts
+mkdir -p /data # a folder of the recipe's that has no file would not be in a checkout
 printf '/dev/vda / ext4 rw,noatime 0 0\nLABEL=labdata /data ext4 rw,noatime,noauto 0 0\n' >/etc/fstab
 passwd --delete root
 
