@@ -22,7 +22,12 @@ fcntl.ioctl(watch, 0xC018AA06, struct.pack("QQQ", start, 1 << 20, 1))
 print("protected", flush=True)
 memory[0] = 2
 print("written", flush=True)
-os.close(watch)
+# Another watch can be set up only where the first is not on this memory any more, though it is still open.
+another = libc.syscall(323, 0)
+fcntl.ioctl(another, 0xC018AA3F, struct.pack("QQQ", 0xAA, 1, 0))
+input()
+fcntl.ioctl(another, 0xC020AA00, struct.pack("QQQQ", start, 1 << 20, 2, 0))
+print("watched again", flush=True)
 input()
 """
 
@@ -35,8 +40,12 @@ def test_a_process_that_waits_for_nobody_is_let_go_on() -> None:
             assert unprotect.is_permitted()
             assert unprotect.let_go_on(waiter.pid, seconds=10)
             assert waiter.stdout.readline() == "written\n"
-            # What has no userfaultfd, or is gone, is left alone.
-            assert unprotect.let_go_on(waiter.pid, seconds=0)
+            assert waiter.stdin is not None
+            waiter.stdin.write("\n")
+            waiter.stdin.flush()
+            assert waiter.stdout.readline() == "watched again\n"
+            assert unprotect.let_go_on(waiter.pid, seconds=10)
         finally:
             waiter.kill()
+    # What is gone is content.
     assert unprotect.let_go_on(waiter.pid, seconds=0)

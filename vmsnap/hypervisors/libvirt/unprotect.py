@@ -1,9 +1,9 @@
 """Letting a guest go on that waits for a background snapshot which has failed.
 
-QEMU 7.2 takes the protection off the guest's memory in its main thread, after the snapshot's own thread has ended. Where the
-main thread, or a vCPU, waits at that moment for a page to be saved, nobody saves it any more, and the guest stands still for
-ever. It was seen each time a stream was cut under load. So the protection is taken off from outside, through QEMU's own
-userfaultfd (Linux, Documentation/admin-guide/mm/userfaultfd.rst; pidfd_getfd(2)), until QEMU has closed it.
+QEMU 7.2 leaves the guest's memory protected when its stream is cut, and whoever waits then for a page to be saved, a vCPU or
+the main thread, waits for ever. So the protection is taken off from outside, through QEMU's own userfaultfd (Linux,
+Documentation/admin-guide/mm/userfaultfd.rst; pidfd_getfd(2)), as long as the snapshot's thread is there, which may protect
+more. Then the memory is unregistered: QEMU 7.2 keeps the userfaultfd open, and would refuse every later background snapshot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _PIDFD_GETFD = 438  # the same number on every architecture
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 # linux/userfaultfd.h: _IOWR(0xAA, 0x06, struct uffdio_writeprotect). Mode 0 takes protection off, and wakes who waits.
 _WRITEPROTECT = 0xC018AA06
-_RANGE = struct.Struct("QQQ")
+_WRITEPROTECT_RANGE = struct.Struct("QQQ")
+# _IOR(0xAA, 0x01, struct uffdio_range)
+_UNREGISTER = 0x8010AA01
+_RANGE = struct.Struct("QQ")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 _PROTECTED = "uw"
 _POLL_SECONDS = 0.02
@@ -45,16 +48,16 @@ def is_permitted() -> bool:
 
 
 def let_go_on(pid: int, *, seconds: float) -> bool:
-    """Take the protection off until the process has ended its snapshot. Returns whether it came to that in time.
+    """Take the protection off until no snapshot goes on and none is left. Returns whether it came to that in time.
 
     One that has not protected anything yet may still do so, and then fail; its thread tells.
     Whatever snapshot of its memory goes on is spoiled by it. May be repeated. Raises OSError where it is not permitted.
     """
     until = time.monotonic() + seconds
-    while (descriptors := _userfaultfds(pid)) or _takes_a_snapshot(pid):
-        _take_off(pid, descriptors)
+    while (busy := _takes_a_snapshot(pid)) or any(_protected(pid)):
+        _take_off(pid, _userfaultfds(pid), for_good=not busy)
         if time.monotonic() > until:
-            return False
+            return not _takes_a_snapshot(pid) and not any(_protected(pid))
         time.sleep(_POLL_SECONDS)
     return True
 
@@ -78,7 +81,7 @@ def _takes_a_snapshot(pid: int) -> bool:
     return False
 
 
-def _take_off(pid: int, descriptors: list[int]) -> None:
+def _take_off(pid: int, descriptors: list[int], *, for_good: bool) -> None:
     with suppress(FileNotFoundError, ProcessLookupError):
         process = os.pidfd_open(pid)
         try:
@@ -91,8 +94,12 @@ def _take_off(pid: int, descriptors: list[int]) -> None:
                     continue
                 try:
                     for start, end in _protected(pid):
+                        # A range of another userfaultfd, or one that is gone meanwhile, is refused.
                         with suppress(OSError):
-                            fcntl.ioctl(copy, _WRITEPROTECT, _RANGE.pack(start, end - start, 0))
+                            # First, because unregistering does not wake who waits to write (fs/userfaultfd.c).
+                            fcntl.ioctl(copy, _WRITEPROTECT, _WRITEPROTECT_RANGE.pack(start, end - start, 0))
+                            if for_good:
+                                fcntl.ioctl(copy, _UNREGISTER, _RANGE.pack(start, end - start))
                 finally:
                     os.close(copy)
         finally:
@@ -100,9 +107,13 @@ def _take_off(pid: int, descriptors: list[int]) -> None:
 
 
 def _protected(pid: int) -> Iterator[tuple[int, int]]:
-    """Return the ranges of a process' memory whose writing is watched (proc(5), smaps)."""
+    """Return the ranges of a process' memory whose writing is watched (proc(5), smaps); none of one that is gone."""
     start = end = 0
-    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        text = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for line in text.splitlines():
         if mapping := _MAPPING.match(line):
             start, end = int(mapping[1], 16), int(mapping[2], 16)
         elif line.startswith("VmFlags:") and _PROTECTED in line.split():
