@@ -39,7 +39,7 @@ def converging(monkeypatch: pytest.MonkeyPatch, *, downtime_ms: int, gives_up: b
 
 def fails(lab: Lab, guest: LabGuest, settings: CaptureSettings, *, cancel: Cancel | None = None) -> VmsnapError | None:
     """Capture, and expect that the guest runs on its own disks afterwards; returns why it was given up, if it was."""
-    before = definitions(guest)
+    before = definitions(guest), guest.domain.migrateGetMaxDowntime()
     failure = None
     with run_of(lab, guest, settings) as run:
         run.prepare()
@@ -50,8 +50,7 @@ def fails(lab: Lab, guest: LabGuest, settings: CaptureSettings, *, cancel: Cance
         else:
             run.driver.release(run.driver.memory_resource(run.plan), deadline=DEADLINE)
         run.release()
-    assert definitions(guest) == before
-    assert guest.domain.migrateGetMaxDowntime() == 300
+    assert (definitions(guest), guest.domain.migrateGetMaxDowntime()) == before
     return failure
 
 

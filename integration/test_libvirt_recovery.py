@@ -86,18 +86,25 @@ def everything_of(run: DriverRun) -> None:
 
 def test_killed_in_mid_capture(lab: Lab, guest: LabGuest) -> None:
     before = definitions(guest)
-    with memory_writer(guest), run_of(lab, guest) as run, killed_at(run, guest, stage="capturing"):
+    max_downtime_ms = guest.domain.migrateGetMaxDowntime()
+    with memory_writer(guest), run_of(lab, guest) as run:
+        # Noted before anything is made, as the journal does.
         everything_of(run)
-        run.release(driver=new_driver(lab))
-        assert is_running(guest)
-        assert definitions(guest) == before
-        assert guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
-        assert run.overlay_files() == []
+        run.resources.insert(0, run.network.resource(run.fence))
+        with killed_at(run, guest, stage="capturing"):
+            run.release(driver=new_driver(lab))
+            assert is_running(guest)
+            assert definitions(guest) == before
+            assert guest.domain.migrateGetMaxDowntime() == max_downtime_ms
+            assert guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
+            assert run.overlay_files() == []
 
 
 def test_killed_right_after_the_capture(lab: Lab, guest: LabGuest) -> None:
     before = definitions(guest)
+    max_downtime_ms = guest.domain.migrateGetMaxDowntime()
     with run_of(lab, guest) as run, killed_at(run, guest, stage="captured"):
+        run.resources.append(run.network.resource(run.fence))
         write_file(guest, MEANWHILE, "written while the run was dead")
         # Without a journal: what is found by names and tags alone is enough.
         fresh = new_driver(lab)
@@ -112,6 +119,8 @@ def test_killed_right_after_the_capture(lab: Lab, guest: LabGuest) -> None:
         assert is_running(guest)
         assert definitions(guest) == before
         assert read_file_from_disk(guest, MEANWHILE) == "written while the run was dead"
+    # What QEMU was allowed before is in the journal alone.
+    guest.domain.migrateSetMaxDowntime(max_downtime_ms)
 
 
 @pytest.mark.parametrize("stage", ["restoring", "restored"])
