@@ -98,7 +98,7 @@ def test_an_operators_pause_is_left_alone(domain: FakeDomain) -> None:
 
 def test_a_claimed_pause_is_the_agents_and_the_next_one_is_not(domain: FakeDomain) -> None:
     watching = guardian(domain)
-    watching.claimed()
+    watching.claimed(now_on=True)
     domain.states = BY_USER
     watching.look(now=0.0)
     assert domain.calls == []
@@ -112,9 +112,22 @@ def test_a_claimed_pause_is_the_agents_and_the_next_one_is_not(domain: FakeDomai
     assert domain.calls == ["resume"]
 
 
+def test_after_the_claimed_pause_an_operators_is_left_alone(domain: FakeDomain) -> None:
+    """The claimed one may be too short to be seen."""
+    watching = guardian(domain, limit_seconds=1)
+    watching.claimed(now_on=True)
+    watching.claimed(now_on=False)
+    domain.states = BY_USER
+    watching.look(now=0.0)
+    watching.look(now=100.0)
+    watching.orphaned(now=100.0)
+    watching.look(now=100.1)
+    assert domain.calls == []
+
+
 def test_a_claimed_pause_has_the_limit_too(domain: FakeDomain) -> None:
     watching = guardian(domain, limit_seconds=1)
-    watching.claimed()
+    watching.claimed(now_on=True)
     domain.states = BY_USER
     for now in (0.0, 1.0):
         watching.look(now=now)

@@ -122,6 +122,7 @@ class InstantCapture:
                 switched = self._stop_before_it_begins(domain, stream=stream, watchdog=watchdog)
             pause = self._pause(recorder, switched=switched)
             self._stopped_here = False
+            watchdog.pause_is_over()
             info = self._watch(monitor, stream=stream, receiver=receiver, until=until, cancel=cancel)
         return self._capture(pause, switched=switched, info=info, started=started), receiver
 

@@ -54,12 +54,15 @@ def let_go_on(pid: int, *, seconds: float) -> bool:
     Whatever snapshot of its memory goes on is spoiled by it. May be repeated. Raises OSError where it is not permitted.
     """
     until = time.monotonic() + seconds
-    while (busy := _takes_a_snapshot(pid)) or any(_protected(pid)):
-        _take_off(pid, _userfaultfds(pid), for_good=not busy)
+    while True:
+        busy, descriptors = _takes_a_snapshot(pid), _userfaultfds(pid)
+        # The kernel has to walk all of the guest's memory for its ranges, so they are asked for last.
+        if not busy and not (descriptors and any(_protected(pid))):
+            return True
+        _take_off(pid, descriptors, for_good=not busy)
         if time.monotonic() > until:
-            return not _takes_a_snapshot(pid) and not any(_protected(pid))
+            return False
         time.sleep(_POLL_SECONDS)
-    return True
 
 
 def _userfaultfds(pid: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 It is started before the capture, and told at its end (a line on its standard input) that it is not needed any more. Where
 that input ends without the line, the agent is dead. It ends by itself in any case. A pause that libvirt puts down to its
-operator is none of its business, unless the agent said beforehand (another line) that it will be the agent's own.
+operator is none of its business, but for one that the agent claims beforehand, until the agent says that it is over.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vmsnap.errors import DriverError
 
 _DONE = b"done\n"
 _CLAIM = b"claim\n"
+_OVER = b"over\n"
 _ARMED = "armed\n"
 _START_SECONDS = 20.0
 _POLL_SECONDS = 0.25
@@ -84,6 +85,11 @@ class Watchdog:
             raise DriverError(
                 "the watchdog that lets the guest go on is gone, so the guest is not stopped", remedy="start a new run"
             ) from error
+
+    def pause_is_over(self) -> None:
+        """Say that the claimed pause is over: from now on the reason 'user' means the operator again."""
+        with contextlib.suppress(OSError):
+            self._say(_OVER)
 
     def _say(self, word: bytes) -> None:
         assert self._process is not None  # noqa: S101 - only in the block
@@ -147,9 +153,9 @@ class Guardian:
         self._aborted_at: float | None = None
         self._claimed = False
 
-    def claimed(self) -> None:
-        """Note that the next pause with the reason 'user' is the agent's."""
-        self._claimed = True
+    def claimed(self, *, now_on: bool) -> None:
+        """Note whether a pause with the reason 'user' is the agent's from now on."""
+        self._claimed = now_on
 
     def orphaned(self, *, now: float) -> None:
         """Note that the agent is dead."""
@@ -216,9 +222,9 @@ def _watch(uri: str, uuid: str, limit_seconds: float, folder: Path) -> None:
             said = os.read(standard_input, 64)
             if _DONE in said:
                 return
-            if _CLAIM in said:
-                guardian.claimed()
-            else:
+            for word in said.splitlines(keepends=True):
+                guardian.claimed(now_on=word == _CLAIM)
+            if not said:
                 listening = False
                 guardian.orphaned(now=time.monotonic())
         elif not listening:
