@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.contract.dying import work_and_die
 from tests.contract.test_state_contract import FixedClock
 from vmsnap.errors import PreconditionError
 from vmsnap.model.alarms import Ledger
@@ -28,15 +27,7 @@ class FileWorld:
     locks: Locks
 
     def run_and_die(self, work: Callable[[AlarmsWorld], None]) -> None:
-        child = os.fork()
-        if child == 0:
-            try:
-                work(self)
-                os.kill(os.getpid(), signal.SIGKILL)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the work itself failed"
+        work_and_die(lambda: work(self))
 
 
 @dataclass(frozen=True)

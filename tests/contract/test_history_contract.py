@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.contract.dying import work_and_die
 from vmsnap.ports.history import HistoryBook
 from vmsnap.state.history import SqliteHistory
 from vmsnap.testing.history_contract import HistoryContract, HistoryWorld
@@ -19,15 +18,7 @@ class FileWorld:
     history: HistoryBook
 
     def run_and_die(self, work: Callable[[HistoryBook], None]) -> None:
-        child = os.fork()
-        if child == 0:
-            try:
-                work(self.history)
-                os.kill(os.getpid(), signal.SIGKILL)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the work itself failed"
+        work_and_die(lambda: work(self.history))
 
 
 @dataclass(frozen=True)

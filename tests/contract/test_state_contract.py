@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.dying import work_and_die
 from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.state.admissions import FileAdmissions
 from vmsnap.state.attempts import FileAttemptBook
@@ -55,15 +54,7 @@ class FileWorld:
         )
 
     def run_and_die(self, work: Callable[[StateWorld], None]) -> None:
-        child = os.fork()
-        if child == 0:
-            try:
-                work(self)
-                os.kill(os.getpid(), signal.SIGKILL)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the work itself failed"
+        work_and_die(lambda: work(self))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,6 +93,13 @@ def invoke(lab: FakeWorld, work: Work, *faults: Fault) -> Outcome:
     return Outcome(
         result=result, error=error, calls=tuple(going_wrong.calls), hit=tuple(going_wrong.hit), held=held, alive=alive
     )
+
+
+def names_of_calls(lab: FakeWorld, work: Work) -> list[str]:
+    """Return the names of the port calls of work that must succeed, in their order."""
+    outcome = invoke(lab, work)
+    assert outcome.error is None
+    return [call.name for call in outcome.calls]
 
 
 def succeed(lab: FakeWorld, work: Work) -> Outcome:
@@ -237,6 +244,22 @@ class Trial:
         if not name.endswith((".exit", ".close", "journals.begin", "journals.reopen", ".enter")):
             wrong += [f"still held: {what}" for what in (*outcome.held, *outcome.alive)]
         return wrong
+
+
+def problems_of_faults(
+    trial: Trial, *, folder: Path, names: Sequence[str], numbers: Iterable[int], mode: Mode
+) -> list[str]:
+    """Let each of these calls fail, in a world of its own, and reconcile; return what is wrong then. ``names``: all calls'."""
+    problems = []
+    for number in numbers:
+        lab = trial.prepare(folder / f"{number}")
+        outcome = invoke(lab, trial.work, Fault(call=number, mode=mode))
+        if not outcome.hit:
+            assert mode not in DEATHS  # a place inside a driver's operation
+            continue
+        wrong = [*trial.judge(lab, outcome, mode=mode), *recovers(lab)]
+        problems += [f"{names[number]} {mode}: {text}" for text in wrong]
+    return problems
 
 
 def _is_clean_up(outcome: Outcome) -> bool:

@@ -7,24 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import Trial, backup, invoke, order, recovers, succeed
+from tests.workflow.invocations import (
+    Trial,
+    backup,
+    invoke,
+    names_of_calls,
+    order,
+    problems_of_faults,
+    succeed,
+)
 from vmsnap.errors import DeadlineError, IsolationError
 from vmsnap.model.capture import CaptureChoice, Detach
 from vmsnap.model.command import CommandResult
 from vmsnap.model.policy import CapturePolicy, ClonePolicy, Policy
 from vmsnap.model.report import BackupReport
-from vmsnap.testing.faults import DEATHS, Fault, Mode
+from vmsnap.testing.faults import Mode
 from vmsnap.testing.world import FakeWorld
 
 BOOT = Policy(guest="db", capture=CapturePolicy(mode=CaptureChoice.BOOT))
 BOOT_AT_ONCE = Policy(guest="db", capture=CapturePolicy(mode=CaptureChoice.BOOT, detach=Detach.REFLINK))
 SYSTEMD = ("systemctl", "is-system-running")
-
-
-def names(policy: Policy, lab: FakeWorld) -> list[str]:
-    outcome = invoke(lab, backup(policy))
-    assert outcome.error is None
-    return [call.name for call in outcome.calls]
 
 
 def test_the_manifest_says_that_memory_was_not_captured(tmp_path: Path) -> None:
@@ -44,7 +46,9 @@ def test_the_manifest_says_that_memory_was_not_captured(tmp_path: Path) -> None:
 
 def test_no_place_for_memory_is_made(tmp_path: Path) -> None:
     assert not [
-        name for name in names(BOOT, FakeWorld(tmp_path)) if "prepare_memory" in name or "release memory" in name
+        name
+        for name in names_of_calls(FakeWorld(tmp_path), backup(BOOT))
+        if "prepare_memory" in name or "release memory" in name
     ]
 
 
@@ -82,15 +86,7 @@ def test_the_boot_has_to_be_over_before_databases_are_looked_for(tmp_path: Path)
 def test_any_fault_until_its_databases_are_found(tmp_path: Path, mode: Mode) -> None:
     """From there on, the run is as any other."""
     trial = Trial(prepare=FakeWorld, work=backup(BOOT_AT_ONCE))
-    good = names(BOOT_AT_ONCE, FakeWorld(tmp_path / "good"))
+    good = names_of_calls(FakeWorld(tmp_path / "good"), backup(BOOT_AT_ONCE))
     first, last = good.index("hypervisor.settle"), good.index("engine_for")
-    problems = []
-    for number in range(first, last + 25):
-        lab = trial.prepare(tmp_path / f"{number}")
-        outcome = invoke(lab, trial.work, Fault(call=number, mode=mode))
-        if not outcome.hit:
-            assert mode not in DEATHS  # a place inside a driver's operation
-            continue
-        wrong = [*trial.judge(lab, outcome, mode=mode), *recovers(lab)]
-        problems += [f"{good[number]} {mode}: {text}" for text in wrong]
-    assert problems == []
+    numbers = range(first, last + 25)
+    assert problems_of_faults(trial, folder=tmp_path, names=good, numbers=numbers, mode=mode) == []

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import Trial, backup, invoke, order, recovers, succeed
+from tests.workflow.invocations import (
+    Trial,
+    backup,
+    invoke,
+    names_of_calls,
+    order,
+    problems_of_faults,
+    succeed,
+)
 from vmsnap.errors import PreconditionError
 from vmsnap.model.capture import Detach, DiskSnapshot
 from vmsnap.model.policy import CapturePolicy, Policy
 from vmsnap.model.report import BackupReport
-from vmsnap.testing.faults import DEATHS, Fault, Mode
+from vmsnap.testing.faults import DEATHS, Mode
 from vmsnap.testing.world import FakeWorld
 
 AT_ONCE = Policy(guest="db", capture=CapturePolicy(detach=Detach.REFLINK))
@@ -19,15 +27,9 @@ STORAGE = Policy(guest="db", capture=CapturePolicy(disk_snapshot=DiskSnapshot.ST
 AUTO = Policy(guest="db", capture=CapturePolicy(detach=Detach.AUTO))
 
 
-def names(policy: Policy, lab: FakeWorld) -> list[str]:
-    outcome = invoke(lab, backup(policy))
-    assert outcome.error is None
-    return [call.name for call in outcome.calls]
-
-
 def test_production_is_home_before_the_clone_is_made(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path, disks=2)
-    calls = names(AT_ONCE, lab)
+    calls = names_of_calls(lab, backup(AT_ONCE))
     home = calls.index("hypervisor.release source-overlays")
     assert calls.index("hypervisor.capture") < home < calls.index("hypervisor.restore_clone")
     assert calls.count("hypervisor.release source-overlays") == 1
@@ -39,9 +41,9 @@ def test_production_is_home_before_the_clone_is_made(tmp_path: Path) -> None:
 
 def test_auto_follows_the_file_system(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
-    assert "hypervisor.prepare_copies" in names(AUTO, lab)
+    assert "hypervisor.prepare_copies" in names_of_calls(lab, backup(AUTO))
     lab.host.has_reflinks = False
-    calls = names(AUTO, lab)
+    calls = names_of_calls(lab, backup(AUTO))
     assert "hypervisor.prepare_copies" not in calls
     assert calls.index("store.publish") < calls.index("hypervisor.release source-overlays")
     assert [item.manifest.capture.on_overlay_seconds is None for item in lab.store.snapshots("db")] == [False, True]
@@ -63,7 +65,7 @@ def test_the_operator_is_told(tmp_path: Path) -> None:
 
 def test_with_storage_snapshots_production_never_leaves_its_disks(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path, disks=2)
-    calls = names(STORAGE, lab)
+    calls = names_of_calls(lab, backup(STORAGE))
     assert calls.index("hypervisor.capture") < calls.index("hypervisor.release source-overlays")
     assert calls.index("hypervisor.release clone") < calls.index("hypervisor.release disk-copies")
     (snapshot,) = lab.store.snapshots("db")
@@ -77,15 +79,7 @@ def test_any_fault_up_to_the_clone_and_at_the_end(tmp_path: Path, mode: Mode, po
     """In between, the run is as any other."""
     disks = 2 if mode in DEATHS else 1
     trial = Trial(prepare=lambda folder: FakeWorld(folder, disks=disks), work=backup(policy))
-    good = names(policy, FakeWorld(tmp_path / "good", disks=disks))
+    good = names_of_calls(FakeWorld(tmp_path / "good", disks=disks), backup(policy))
     first, clone, stored = (good.index(f"hypervisor.{name}") for name in ("settle", "resume_clone", "release clone"))
-    problems = []
-    for number in (*range(first, clone + 1), *range(stored, len(good))):
-        lab = trial.prepare(tmp_path / f"{number}")
-        outcome = invoke(lab, trial.work, Fault(call=number, mode=mode))
-        if not outcome.hit:
-            assert mode not in DEATHS  # a place inside a driver's operation
-            continue
-        wrong = [*trial.judge(lab, outcome, mode=mode), *recovers(lab)]
-        problems += [f"{good[number]} {mode}: {text}" for text in wrong]
-    assert problems == []
+    numbers = (*range(first, clone + 1), *range(stored, len(good)))
+    assert problems_of_faults(trial, folder=tmp_path, names=good, numbers=numbers, mode=mode) == []

@@ -6,19 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import Trial, backup, invoke, recovers, succeed
+from tests.workflow.invocations import Trial, backup, names_of_calls, problems_of_faults, succeed
 from vmsnap.model.capture import CaptureChoice, CaptureMode
 from vmsnap.model.policy import CapturePolicy, Policy
-from vmsnap.testing.faults import DEATHS, Fault, Mode
+from vmsnap.testing.faults import Mode
 from vmsnap.testing.world import FakeWorld
 
 INSTANT = Policy(guest="db", capture=CapturePolicy(mode=CaptureChoice.INSTANT))
-
-
-def names(lab: FakeWorld) -> list[str]:
-    outcome = invoke(lab, backup(INSTANT))
-    assert outcome.error is None
-    return [call.name for call in outcome.calls]
 
 
 @pytest.mark.parametrize(
@@ -41,15 +35,7 @@ def test_the_manifest_says_which_mode_and_why(
 def test_any_fault_until_the_clone_runs(tmp_path: Path, mode: Mode) -> None:
     """From there on, the run is as any other."""
     trial = Trial(prepare=FakeWorld, work=backup(INSTANT))
-    good = names(FakeWorld(tmp_path / "good"))
+    good = names_of_calls(FakeWorld(tmp_path / "good"), backup(INSTANT))
     first, last = good.index("hypervisor.settle"), good.index("hypervisor.resume_clone")
-    problems = []
-    for number in range(first, last + 2):
-        lab = trial.prepare(tmp_path / f"{number}")
-        outcome = invoke(lab, trial.work, Fault(call=number, mode=mode))
-        if not outcome.hit:
-            assert mode not in DEATHS  # a place inside a driver's operation
-            continue
-        wrong = [*trial.judge(lab, outcome, mode=mode), *recovers(lab)]
-        problems += [f"{good[number]} {mode}: {text}" for text in wrong]
-    assert problems == []
+    numbers = range(first, last + 2)
+    assert problems_of_faults(trial, folder=tmp_path, names=good, numbers=numbers, mode=mode) == []
