@@ -152,6 +152,20 @@ class GuestUnreachableError(DriverError):
     transient = True
 
 
+class ObjectNotFoundError(DriverError):
+    """An object store has no object of that name."""
+
+
+class ObjectConflictError(DriverError):
+    """An object was there already, or is not the one that was to be replaced."""
+
+
+class StoreUnreachableError(DriverError):
+    """An object store did not answer, or not to the end. Whether a change was made is not known."""
+
+    transient = True
+
+
 class CleanupError(VmsnapError):
     """Something a run made could not be removed. ``vmsnap reconcile`` tries again."""
 
