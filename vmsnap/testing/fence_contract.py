@@ -18,6 +18,7 @@ from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import BEFORE_IT_RUNS, FencePlan, IsolationProof, ProofKind
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.network import Fence
+from vmsnap.testing.threads import no_thread_left
 
 DEADLINE = timedelta(seconds=20)
 
@@ -230,12 +231,10 @@ class FenceContract:
         self, harness: FenceHarness, change: str
     ) -> None:
         plan = fence_plan()
-        threads = threading.active_count()
-        with _proven(harness, plan=plan) as proof:
+        with no_thread_left(), _proven(harness, plan=plan) as proof:
             getattr(harness, change)(plan)
             with pytest.raises(IsolationError):
                 harness.fence.watch(plan, proof=proof, alarm=lambda _: None)
-        assert threading.active_count() == threads
 
     def test_a_clone_that_is_gone_is_no_alarm(self, harness: FenceHarness) -> None:
         plan = fence_plan()
@@ -256,10 +255,8 @@ class FenceContract:
     def test_the_connector_reaches_nobody_in_an_empty_fence(self, harness: FenceHarness) -> None:
         plan = fence_plan()
         harness.fence.build(plan)
-        threads = threading.active_count()
-        with pytest.raises(GuestUnreachableError):
+        with no_thread_left(), pytest.raises(GuestUnreachableError):
             harness.fence.connector(plan)("198.18.0.10", 22, timedelta(seconds=0.2))
-        assert threading.active_count() == threads
         harness.fence.release(harness.fence.resource(plan), deadline=DEADLINE)
 
 
