@@ -175,6 +175,20 @@ def test_once_its_memory_is_taken_nothing_is_given_up(events: Events) -> None:
     assert watch.look() is None
 
 
+def test_nothing_is_asked_of_qemu_for_the_pass_that_was_made_while_the_guest_stood_still(events: Events) -> None:
+    domain = Domain(now=OWN_STOP)
+    watch = watch_of(events, domain)
+    events.passes(2)
+    assert watch.look() is None
+    events.send("STOP")
+    events.passes(3)
+    events.send("MIGRATION", data={"status": "completed"})
+    assert watch.look() is None
+    events.send("RESUME")
+    assert watch.look() is None
+    assert domain.downtimes == []
+
+
 def test_whoever_suspended_the_guest_is_obeyed(events: Events) -> None:
     watch = watch_of(events, Domain(now=SUSPENDED))
     events.send("STOP")

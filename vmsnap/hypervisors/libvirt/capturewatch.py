@@ -73,6 +73,9 @@ class CaptureWatch:
         left = self._seconds_left()
         if left is not None:
             return self._standing_still(left)
+        if self._recorder.memory_taken():
+            # The guest still stands still, and whatever QEMU or the disks are asked for now makes it stand longer.
+            return None
         self._seen_stopped = False
         if self._slowed_until is not None and time.monotonic() > self._slowed_until:
             return self._not_converging()

@@ -108,6 +108,11 @@ class PauseRecorder:
                 stopped = None
         return stopped
 
+    def memory_taken(self) -> bool:
+        """Tell whether QEMU has written all memory and device state: what is left is libvirt's work, in the pause."""
+        with self._changed:
+            return any(event.status == "completed" for event in self._events)
+
     def pause(self, *, timeout_seconds: float) -> Pause | None:
         """Return the pause from the first STOP to the last RESUME, waiting for the latter; None where one is missing."""
         with self._changed:
