@@ -26,7 +26,9 @@ from vmsnap.model.policy import (
     EnvironmentPolicy,
     IsolationPolicy,
     Policy,
+    ReplicaPolicy,
     SshPolicy,
+    VerifyPolicy,
 )
 from vmsnap.model.retention_policy import Counting, RetentionPolicy
 from vmsnap.model.schedule_policy import SchedulePolicy
@@ -185,6 +187,13 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
         ),
         ("[retention]\nmin_age = '99999999999999w'", '2: retention.min_age: given "99999999999999w"; a duration may'),
         ("[retention]\ncounting = 'inturn'", '2: retention.counting: given "inturn"; allowed: '),
+        ("[verify]\nshare_per_day = 1.5", "2: verify.share_per_day: given 1.5; must be at most 1"),
+        ("[verify]\nshare_per_day = 0.0001", "1: verify: share_per_day: must be 0 or at least 0.001"),
+        ("[replica]\nenabled = 1", "2: replica.enabled: given 1; allowed: true or false"),
+        (
+            "[replica.retention]\nkeep_last = 0",
+            "1: replica.retention: every keep_* is 0, so each snapshot would go as soon as",
+        ),
         ("time_zone = 'Europe/Berlim'", '1: time_zone: given "Europe/Berlim"; this system knows no such time zone; '),
         (
             "time_zone = '../../etc/passwd'",
@@ -316,6 +325,12 @@ policies = st.builds(
         max_age=st.none() | durations.map(lambda one: one + timedelta(days=9)),
     )
     | st.builds(RetentionPolicy, replace_on_next=st.just(True)),
+    replica=st.builds(
+        ReplicaPolicy,
+        enabled=st.booleans(),
+        retention=st.none() | st.builds(RetentionPolicy, keep_daily=st.integers(1, 9)),
+    ),
+    verify=st.builds(VerifyPolicy, every=durations, share_per_day=st.sampled_from([0.0, 0.001, 0.05, 1.0])),
     environment=st.builds(EnvironmentPolicy, ttl=durations, vcpus=st.none() | st.integers(1, 64)),
 )
 

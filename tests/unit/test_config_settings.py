@@ -12,6 +12,8 @@ from vmsnap.config.keylines import KeyPath, key_lines
 from vmsnap.config.settings import load_settings, settings_path
 from vmsnap.errors import ConfigError
 
+REPLICA = '[store]\npath = "/a"\n[replica]\n'
+
 
 def write(folder: Path, text: str | bytes) -> Path:
     path = folder / "vmsnap.toml"
@@ -70,6 +72,24 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         remind_after = "never"
         at_most_every = "10m"
         timeout = "5s"
+        [replica]
+        kind = "s3"
+        bucket = "backups.example"
+        prefix = "site-a/x"
+        endpoint = "https://s3.example.org:9000"
+        region = "eu-central-1"
+        ca_file = "/f/ca.pem"
+        path_style = false
+        checksums = true
+        storage_class = "STANDARD_IA"
+        kms_key = "arn:aws:kms:x"
+        object_lock = "compliance"
+        credential = "s3"
+        encryption_credential = "/g"
+        bandwidth_mib_s = 50
+        connections = 4
+        timeout = "30s"
+        retry_for = "1h"
         """
     settings = load_settings(write(tmp_path, text))
     assert settings.model_dump(mode="json") == {
@@ -91,8 +111,34 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
             "at_most_every": "10m",
             "timeout": "5s",
         },
+        "replica": {
+            "kind": "s3",
+            "path": None,
+            "bucket": "backups.example",
+            "prefix": "site-a/x",
+            "endpoint": "https://s3.example.org:9000",
+            "region": "eu-central-1",
+            "ca_file": "/f/ca.pem",
+            "path_style": False,
+            "checksums": True,
+            "storage_class": "STANDARD_IA",
+            "kms_key": "arn:aws:kms:x",
+            "object_lock": "compliance",
+            "credential": "s3",
+            "encryption_credential": "/g",
+            "bandwidth_mib_s": 50,
+            "connections": 4,
+            "timeout": "30s",
+            "retry_for": "1h",
+        },
     }
     assert "secret" not in repr(settings)
+
+
+def test_a_folder_is_a_replica_in_two_lines(tmp_path: Path) -> None:
+    replica = load_settings(write(tmp_path, REPLICA + 'kind = "directory"\npath = "/mnt/nas"\n')).replica
+    assert replica is not None
+    assert replica.path == Path("/mnt/nas")
 
 
 def test_the_file_is_named_by_option_then_environment_then_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +188,24 @@ def test_the_file_is_named_by_option_then_environment_then_default(monkeypatch: 
             '[store]\npath = "/a"\n[notifications]\nat_most_every = "1s"\n',
             ':4: notifications.at_most_every: given "1s"; must be at least 1m',
         ),
+        (REPLICA + 'kind = "nfs"\n', ":4: replica.kind: given \"nfs\"; allowed: 's3' or 'directory'"),
+        (REPLICA + 'kind = "s3"\n', ':3: replica: kind = "s3" needs the key bucket'),
+        (REPLICA + 'kind = "directory"\n', ':3: replica: kind = "directory" needs the key path'),
+        (REPLICA + 'kind = "s3"\nbucket = "abc"\npath = "/a"\n', ':3: replica: kind = "s3" has no path'),
+        (
+            REPLICA + 'kind = "directory"\npath = "/a"\nbucket = "abc"\ncredential = "/b"\n',
+            ':3: replica: kind = "directory" has no bucket, credential',
+        ),
+        (REPLICA + 'kind = "s3"\nbucket = "No"\n', ':5: replica.bucket: given "No"; the name of a bucket is allowed: '),
+        (REPLICA + 'kind = "s3"\nprefix = "a//b"\n', ':5: replica.prefix: given "a//b"; letters, digits, '),
+        (REPLICA + 'kind = "s3"\nprefix = "../a"\n', ':5: replica.prefix: given "../a"; letters, digits, '),
+        (REPLICA + 'kind = "s3"\nendpoint = "host"\n', ':5: replica.endpoint: given "host"; an URL without a path is'),
+        (
+            REPLICA + 'kind = "s3"\nbucket = "abc"\nendpoint = "http://h"\nca_file = "/a"\n',
+            ":3: replica: ca_file is of no use with an endpoint that begins with http:",
+        ),
+        (REPLICA + 'kind = "s3"\nretry_for = "2d"\n', ':5: replica.retry_for: given "2d"; must be at most 1d'),
+        (REPLICA + 'kind = "s3"\nsecret_key = "x"\n', ":5: replica.secret_key: unknown key"),
     ],
 )
 def test_an_error_names_file_line_key_and_what_is_allowed(tmp_path: Path, text: str | bytes, said: str) -> None:

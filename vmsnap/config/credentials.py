@@ -1,4 +1,4 @@
-"""Where notifications go: URLs from ``vmsnap.toml``, and from a file or a systemd credential that only its owner may read."""
+"""Secrets, from files or systemd credentials that only their owner may read: where notifications go, keys of the replica."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import hexdigits
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from vmsnap.config.problems import validate
-from vmsnap.config.settings import NotificationSettings
+from vmsnap.config.settings import NotificationSettings, ReplicaSettings
 from vmsnap.config.toml import read_toml
 from vmsnap.errors import ConfigError
 
@@ -18,11 +20,29 @@ CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 """Set by systemd for units with LoadCredential= or LoadCredentialEncrypted= (systemd.exec(5))."""
 
 
-class _CredentialFile(BaseModel):
+SecretText = Annotated[SecretStr, Field(min_length=1)]
+
+
+class _SecretFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class _Addresses(_SecretFile):
     urls: tuple[SecretStr, ...] = ()
     dead_man_url: SecretStr | None = None
+
+
+class _S3File(_SecretFile):
+    access_key: SecretText
+    secret_key: SecretText
+    session_token: SecretText | None = None
+
+
+class _EncryptionFile(_SecretFile):
+    encryption_key: SecretStr
+
+
+FileT = TypeVar("FileT", bound=_SecretFile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +53,23 @@ class Addressees:
     dead_man_url: str | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class S3Keys:
+    """Keys of an S3 server. All are secrets, and shown by no ``repr``."""
+
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+
 def addressees_of(settings: NotificationSettings) -> Addressees:
     """Return who is told. Raises ConfigError where the credential cannot be read, or may be read by others."""
     given = [settings.urls]
     ping = settings.dead_man_url
     if settings.credential is not None:
-        path = _path(settings.credential)
-        if "/" in settings.credential:
-            _refuse_if_readable(path)  # systemd looks after its own
-        file = read_toml(path, remedy_if_missing='write it (urls = ["..."]), with mode 0600')
-        found = validate(_CredentialFile, file, data=file.data)
+        found = _read(
+            _Addresses, settings.credential, key="notifications.credential", remedy='write it (urls = ["..."])'
+        )
         given.append(found.urls)
         ping = ping or found.dead_man_url
     return Addressees(
@@ -51,20 +78,65 @@ def addressees_of(settings: NotificationSettings) -> Addressees:
     )
 
 
-def _path(credential: str) -> Path:
+def s3_keys_of(settings: ReplicaSettings) -> S3Keys | None:
+    """Return the keys of the replica's server as they are now; None: boto3 knows where to look.
+
+    Raises ConfigError where the credential cannot be read, or may be read by others.
+    """
+    if settings.credential is None:
+        return None
+    remedy = 'write it (access_key = "...", secret_key = "...", and session_token where there is one)'
+    found = _read(_S3File, settings.credential, key="replica.credential", remedy=remedy)
+    token = found.session_token
+    return S3Keys(
+        access_key=found.access_key.get_secret_value(),
+        secret_key=found.secret_key.get_secret_value(),
+        session_token=None if token is None else token.get_secret_value(),
+    )
+
+
+def encryption_key_of(settings: ReplicaSettings) -> bytes | None:
+    """Return the 32 bytes that encrypt the replica; None: it is not encrypted.
+
+    Raises ConfigError where the credential cannot be read, may be read by others, or is no key.
+    """
+    if settings.encryption_credential is None:
+        return None
+    name = "replica.encryption_credential"
+    remedy = "write it (encryption_key = \"...\", 64 hexadecimal digits as 'openssl rand -hex 32' prints them)"
+    found = _read(_EncryptionFile, settings.encryption_credential, key=name, remedy=remedy)
+    text = found.encryption_key.get_secret_value()
+    if len(text) != 64 or not set(text) <= set(hexdigits):
+        raise ConfigError(
+            f"{name}: what '{settings.encryption_credential}' holds as encryption_key is no key",
+            remedy="64 hexadecimal digits are allowed, as 'openssl rand -hex 32' prints them",
+        )
+    return bytes.fromhex(text)
+
+
+def _read(model: type[FileT], credential: str, *, key: str, remedy: str) -> FileT:
+    """Read the file of a credential that the setting ``key`` names."""
+    path = _path(credential, key=key)
+    if "/" in credential:
+        _refuse_if_readable(path)  # systemd looks after its own
+    file = read_toml(path, remedy_if_missing=f"{remedy}, with mode 0600")
+    return validate(model, file, data=file.data)
+
+
+def _path(credential: str, *, key: str) -> Path:
     """Return the file of a credential: itself, where it is a path; else that of the systemd credential of its name."""
     if "/" in credential:
         path = Path(credential)
         if not path.is_absolute():
             raise ConfigError(
-                f"notifications.credential: '{credential}' is neither an absolute path nor a name",
+                f"{key}: '{credential}' is neither an absolute path nor a name",
                 remedy="give a path that begins with a slash, or the name of a credential of the unit",
             )
         return path
     folder = os.environ.get(CREDENTIALS_VARIABLE)
     if folder is None:
         raise ConfigError(
-            f"notifications.credential: this process was given no systemd credential '{credential}'",
+            f"{key}: this process was given no systemd credential '{credential}'",
             remedy=f"set LoadCredential={credential}:/PATH in the unit; a command in a shell can only use an absolute path",
         )
     return Path(folder) / credential

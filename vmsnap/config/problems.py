@@ -20,7 +20,7 @@ from vmsnap.model.durations import format_duration
 
 _LONGEST_GIVEN = 60
 ModelT = TypeVar("ModelT", bound=BaseModel)
-SECRET_KEYS = frozenset({"urls", "dead_man_url"})
+SECRET_KEYS = frozenset({"urls", "dead_man_url", "access_key", "secret_key", "session_token", "encryption_key"})
 """Keys whose values are secrets: no message shows them."""
 
 

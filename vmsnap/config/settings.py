@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 from vmsnap.config.problems import validate
 from vmsnap.config.toml import read_toml
@@ -152,6 +162,89 @@ class NotificationSettings(_Section):
     timeout: Annotated[PositiveDuration, Field(le=timedelta(minutes=1))] = timedelta(seconds=20)
 
 
+def _bucket(name: str) -> str:
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name) is None:
+        msg = "the name of a bucket is allowed: 3 to 63 lower-case letters, digits, hyphens and dots"
+        raise ValueError(msg)
+    return name
+
+
+def _prefix(prefix: str) -> str:
+    if prefix and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*", prefix) is None:
+        msg = 'letters, digits, "-", "_" and "." are allowed, with slashes between and none at the ends: "site-a/db"'
+        raise ValueError(msg)
+    return prefix
+
+
+def _endpoint(url: str) -> str:
+    if re.fullmatch(r"https?://[A-Za-z0-9.:_\[\]-]+/?", url) is None:
+        msg = 'an URL without a path is allowed, such as "https://s3.example.org:9000"'
+        raise ValueError(msg)
+    return url
+
+
+class ReplicaSettings(_Section):
+    """Where copies of snapshots go: a bucket of an S3 server, or a folder, such as one of a mounted file server.
+
+    ``endpoint`` None: AWS. ``path_style`` None: only with an endpoint, and so are the new checksums of AWS left out with one
+    where ``checksums`` is None. ``credential`` and ``encryption_credential`` name files, or systemd credentials; without the
+    former, keys come from where boto3 looks for them, without the latter nothing is encrypted.
+    ``bandwidth_mib_s`` bounds sending and receiving, each. ``retry_for``: how long a call that fails is made again.
+    """
+
+    kind: Literal["s3", "directory"]
+    path: AbsolutePath | None = None
+    bucket: Annotated[str, AfterValidator(_bucket)] | None = None
+    prefix: Annotated[str, AfterValidator(_prefix)] = ""
+    endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
+    region: str | None = Field(default=None, min_length=1)
+    ca_file: AbsolutePath | None = None
+    path_style: bool | None = None
+    checksums: bool | None = None
+    storage_class: str | None = Field(default=None, min_length=1)
+    kms_key: str | None = Field(default=None, min_length=1)
+    object_lock: Literal["off", "compliance", "governance"] = "off"
+    credential: str | None = Field(default=None, min_length=1, max_length=4096)
+    encryption_credential: str | None = Field(default=None, min_length=1, max_length=4096)
+    bandwidth_mib_s: int | None = Field(default=None, ge=1)
+    connections: int = Field(default=16, ge=1, le=256)
+    timeout: Annotated[PositiveDuration, Field(le=timedelta(minutes=10))] = timedelta(minutes=1)
+    retry_for: Annotated[PositiveDuration, Field(le=timedelta(days=1))] = timedelta(minutes=5)
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> ReplicaSettings:
+        needed = "bucket" if self.kind == "s3" else "path"
+        if getattr(self, needed) is None:
+            msg = f'kind = "{self.kind}" needs the key {needed}'
+            raise ValueError(msg)
+        only = ("path",) if self.kind == "s3" else _OF_S3
+        given = [key for key in only if key in self.model_fields_set]
+        if given:
+            msg = f'kind = "{self.kind}" has no {", ".join(given)}'
+            raise ValueError(msg)
+        if self.ca_file is not None and (self.endpoint or "https:").startswith("http:"):
+            msg = "ca_file is of no use with an endpoint that begins with http:, which is not encrypted"
+            raise ValueError(msg)
+        return self
+
+
+_OF_S3 = (
+    "bucket",
+    "prefix",
+    "endpoint",
+    "region",
+    "ca_file",
+    "path_style",
+    "checksums",
+    "storage_class",
+    "kms_key",
+    "object_lock",
+    "credential",
+    "timeout",
+    "retry_for",
+)
+
+
 class Settings(_Section):
     """Everything ``vmsnap.toml`` says. ``policies`` is absolute once loaded; in the file it may be relative to it."""
 
@@ -164,6 +257,7 @@ class Settings(_Section):
     daemon: DaemonSettings = DaemonSettings()
     metrics: MetricsSettings = MetricsSettings()
     notifications: NotificationSettings = NotificationSettings()
+    replica: ReplicaSettings | None = None
     policies: Path = Path("policies")
 
 

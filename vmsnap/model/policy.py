@@ -248,9 +248,33 @@ class EnvironmentPolicy(_Section):
 
 
 class VerifyPolicy(_Section):
-    """When a stored snapshot is read again and compared with its digests: so long after the last time, or ``"never"``."""
+    """When a stored snapshot is read again and compared with its digests: so long after the last time, or ``"never"``.
+
+    ``share_per_day``: in addition, such a part of each snapshot is read every day, here and at the replica, another one each
+    day, so that all is read in ``1 / share_per_day`` days. 0: none.
+    """
 
     every: TimeToLive = timedelta(days=30)
+    share_per_day: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _ends_some_day(self) -> VerifyPolicy:
+        if 0.0 < self.share_per_day < 0.001:
+            msg = "share_per_day: must be 0 or at least 0.001, which takes 1000 days"
+            raise ValueError(msg)
+        return self
+
+
+class ReplicaPolicy(_Section):
+    """Copies of this guest's snapshots at the replica of ``vmsnap.toml``. ``retention`` None: the rules of ``[retention]``.
+
+    ``enabled``: it has some, and they are kept in order there; ``after_backup``: each snapshot is copied as soon as it is
+    made, otherwise only by command.
+    """
+
+    enabled: bool = False
+    after_backup: bool = True
+    retention: RetentionPolicy | None = None
 
 
 class Policy(_Section):
@@ -266,5 +290,6 @@ class Policy(_Section):
     database: DatabasePolicy = DatabasePolicy()
     schedule: SchedulePolicy = SchedulePolicy()
     retention: RetentionPolicy = RetentionPolicy()
+    replica: ReplicaPolicy = ReplicaPolicy()
     verify: VerifyPolicy = VerifyPolicy()
     environment: EnvironmentPolicy = EnvironmentPolicy()
