@@ -1,0 +1,1 @@
+"""Hyper-V over PowerShell remoting: the only code that knows Hyper-V."""

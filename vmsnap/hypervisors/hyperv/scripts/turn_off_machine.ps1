@@ -1,0 +1,12 @@
+# End a clone or an environment that is thrown away. Refuses any VM without the tag and outside the folder of its run.
+param(
+    [Parameter(Mandatory)] [string] $Id,
+    [Parameter(Mandatory)] [string] $Tag,
+    [Parameter(Mandatory)] [string] $Folder
+)
+$ErrorActionPreference = 'Stop'
+$vm = Get-VM -Id $Id
+$tagged = ([string]$vm.Notes).StartsWith($Tag, [System.StringComparison]::Ordinal)
+$inside = ([string]$vm.Path).StartsWith("$Folder\", [System.StringComparison]::OrdinalIgnoreCase)
+if (-not ($tagged -or $inside)) { throw 'VmsnapNotOurs' }
+Stop-VM -VM $vm -TurnOff -Confirm:$false
