@@ -146,6 +146,19 @@ class GuestCommandError(DriverError):
     """A command in a guest failed, or its answer made no sense."""
 
 
+class HostUnreachableError(DriverError):
+    """The hypervisor's host does not answer, or refused for want of room. What was asked of it was not done."""
+
+    transient = True
+
+
+class UnknownOutcomeError(DriverError):
+    """The line to a host broke after it had been asked to do something: it may have been done, or not, or may go on.
+
+    Never repeated blindly: look for what bears the run's id.
+    """
+
+
 class GuestUnreachableError(DriverError):
     """The guest's agent or SSH server does not answer."""
 
