@@ -8,12 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
-
-PlainValue = (
-    str | int | float | bool | bytes | None | Sequence["PlainValue"] | Mapping[str, "PlainValue"] | "Secret" | "Credential"
-)
-"""A value as it crosses the wire. Everything that a script may take or give is one of these."""
+from typing import Protocol, TypeAlias
 
 COR_E_EXCEPTION = -2146233088
 """HRESULT of an exception that sets none (0x80131500, corerror.h)."""
@@ -32,6 +27,12 @@ class Credential:
 
     user: str
     secret: Secret
+
+
+PlainValue: TypeAlias = (
+    "str | int | float | bool | bytes | Secret | Credential | Sequence[PlainValue] | Mapping[str, PlainValue] | None"
+)
+"""A value as it crosses the wire. Everything that a script may take or give is one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
