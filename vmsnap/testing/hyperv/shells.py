@@ -13,7 +13,7 @@ from psrpcore import types
 
 from vmsnap.testing.hyperv.dispatch import Dispatcher, PlainValue, PowerShellError, StoppedError
 from vmsnap.testing.hyperv.soap import MAX_COMMANDS, UNEXPECTED_SELECTORS, WsmanFaultError
-from vmsnap.testing.hyperv.values import category, exception, invocation, record, remote
+from vmsnap.testing.hyperv.wirevalues import category, exception, invocation, record, remote
 
 _NO_COMMAND = "Der Befehl mit dieser Kennung ist nicht vorhanden."
 _TOO_MANY = "Die maximale Anzahl gleichzeitiger Befehle pro Shell wurde überschritten."
