@@ -158,7 +158,7 @@ def sample(
                 new_bytes=300 << 20,
             ),
         ),
-        store=StoreRecord(logical_bytes=8 << 30, new_bytes=300 << 20, seconds=4.2),
+        store=StoreRecord(logical_bytes=8 << 30, new_bytes=300 << 20, seconds=4.2, read_bytes=5 << 30),
         steps=(StepRecord(name="capture", seconds=3.25), StepRecord(name="drain", seconds=6.75)),
         vmsnap_version="0.1.0",
     )

@@ -119,7 +119,12 @@ def test_backup_in_json_has_the_promised_keys_and_silence_on_stderr(program: Pro
     assert [item["instance"] for item in document["drain"]["instances"]] == ["15/main", "15/two"]
     assert document["clean"]["engine"] == "postgresql"
     assert document["clean"]["evidence"]["instances"][0]["observed"] == {"Database cluster state": "shut down"}
-    assert document["store"] == {"logical_bytes": 8 << 30, "new_bytes": 300 << 20, "seconds": 4.2}
+    assert document["store"] == {
+        "logical_bytes": 8 << 30,
+        "new_bytes": 300 << 20,
+        "seconds": 4.2,
+        "read_bytes": 5 << 30,
+    }
     assert document["steps"] == [{"name": "capture", "seconds": 3.25}, {"name": "drain", "seconds": 6.75}]
 
 

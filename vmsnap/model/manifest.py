@@ -111,11 +111,29 @@ class CleanRecord(_Record):
     file_systems: tuple[FileSystemRecord, ...] = Field(min_length=1)
 
 
+class ReadRecord(_Record):
+    """How much of a clone's disk was read to store it.
+
+    ``since``: the snapshot since which a hint told what can have changed, and only that was read; None: all was read, for
+    the reason ``full_because``. ``sampled_blocks`` were read although the hint called them unchanged; ``mismatch`` says where
+    one had changed nevertheless. ``hinted_in_a_row``: how many snapshots in a row, this one included, were stored by hints.
+    """
+
+    read_bytes: int = Field(ge=0)
+    since: SnapshotId | None = None
+    full_because: str | None = None
+    sampled_blocks: int = Field(default=0, ge=0)
+    mismatch: str | None = None
+    hinted_in_a_row: int = Field(default=0, ge=0)
+
+
 class DiskRecord(_Record):
     """One stored disk. ``image`` and ``digests`` are file names in the snapshot's folder.
 
     ``digests_sha256`` is the SHA-256 of the digests file, so that the manifest vouches for every block.
     ``new_bytes`` were written for this snapshot; the rest is shared with the previous one.
+    ``written`` is the file that lists where the clone wrote: the next snapshot needs it to be stored by hints. Older snapshots
+    and such as came from elsewhere have none, nor ``read``.
     """
 
     target: str
@@ -126,6 +144,9 @@ class DiskRecord(_Record):
     data_bytes: int = Field(ge=0)
     new_bytes: int = Field(ge=0)
     block_bytes: Literal[65536] = 65536
+    written: str | None = None
+    written_sha256: str | None = None
+    read: ReadRecord | None = None
 
 
 class MachineRecord(_Record):
@@ -144,11 +165,15 @@ class MachineRecord(_Record):
 
 
 class StoreRecord(_Record):
-    """What storing cost. ``logical_bytes`` is the size of all disks, ``new_bytes`` what was written."""
+    """What storing cost. ``logical_bytes`` is the size of all disks, ``new_bytes`` what was written.
+
+    ``read_bytes`` is what was read of the clone's disks; older manifests do not say.
+    """
 
     logical_bytes: int
     new_bytes: int
     seconds: float
+    read_bytes: int | None = None
 
 
 class StepRecord(_Record):
@@ -163,6 +188,7 @@ class Manifest(_Record):
 
     ``clock_doubt_seconds``: how much of the time before it is in doubt, by the clock of its host (``model.doubt``).
     ``made_after``: when its parent was captured, where the clock had gone back since and said less.
+    ``hints_distrusted``: why hints of what changed are not believed any more for this guest; None while they are.
     """
 
     format_version: Literal[1] = 1
@@ -182,6 +208,7 @@ class Manifest(_Record):
     vmsnap_version: str
     clock_doubt_seconds: float = Field(default=0.0, ge=0.0)
     made_after: AwareDatetime | None = None
+    hints_distrusted: str | None = None
 
     @property
     def captured(self) -> datetime:

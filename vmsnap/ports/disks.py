@@ -42,6 +42,12 @@ class DiskView(Protocol):
     def extents(self) -> Iterator[Extent]:
         """Yield extents that cover the disk, in order, without gaps or overlaps."""
 
+    def written(self) -> Iterator[tuple[int, int]]:
+        """Yield the stretches (offset, length) that the image itself holds, in order: not what it stands on.
+
+        They may be too many, never too few: elsewhere the disk is what the image stands on. All of it where that is nothing.
+        """
+
 
 class DiskExport(Owner, Protocol):
     """Makes views of images, whatever their format and chain."""

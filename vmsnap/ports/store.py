@@ -12,6 +12,7 @@ from typing import Protocol
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.guest import Finding
+from vmsnap.model.hints import DiskHint
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import Resource
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
@@ -48,8 +49,20 @@ class SnapshotStore(Owner, Protocol):
     def stage(self, run: RunId, *, guest: str) -> Staging:
         """Begin a snapshot, over the guest's newest one where there is one."""
 
-    def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
-        """Store one disk: blocks that differ from the previous snapshot's are written, zeroes become holes."""
+    def write_disk(
+        self,
+        staging: Staging,
+        *,
+        view: DiskView,
+        progress: ByteProgress,
+        cancel: Cancel,
+        hint: DiskHint | None = None,
+    ) -> DiskRecord:
+        """Store one disk: blocks that differ from the previous snapshot's are written, zeroes become holes.
+
+        With a hint since that very snapshot, only blocks that can have changed are read, and a few others: where one of those
+        has changed, the hint is wrong, and all is read. The record tells what was done and why.
+        """
 
     def add_file(self, staging: Staging, *, name: str, source: Path) -> None:
         """Store a small file (firmware variables) beside the disks."""

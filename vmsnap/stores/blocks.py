@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vmsnap.errors import DriverError
+from vmsnap.model.hints import BlockSet
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import Extent
 from vmsnap.ports.store import ByteProgress
@@ -136,15 +137,23 @@ def file_digest(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def for_each(work: Iterable[Stretch], *, scope: Scope, task: Callable[[Stretch, memoryview], None]) -> None:
+def stretches_of(blocks: BlockSet, *, data: bool) -> Iterator[Stretch]:
+    """Cut a set of blocks into stretches, all of data or all of holes."""
+    for first, count in blocks.runs():
+        yield from _cut(first, end=first + count, step=_DATA_BLOCKS if data else _HOLE_BLOCKS, data=data)
+
+
+def for_each(
+    work: Iterable[Stretch], *, scope: Scope, task: Callable[[Stretch, memoryview], None], done_bytes: int = 0
+) -> None:
     """Run ``task`` on every stretch in a few threads, each with a buffer that is large enough for a stretch of data.
 
-    Stops at the first error, or when the run is cancelled, and raises it once all threads have ended.
+    ``done_bytes`` of the disk are not among the stretches. Stops at the first error, or when the run is cancelled, and raises
+    it once all threads have ended.
     """
     todo = iter(work)
     lock = threading.Lock()
     stop = threading.Event()
-    done_bytes = 0
 
     def next_stretch() -> Stretch | None:
         with lock:

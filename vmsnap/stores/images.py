@@ -16,6 +16,7 @@ from vmsnap.linux.reflink import can_reflink
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.hints import DiskHint
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
@@ -128,12 +129,20 @@ class ImagesStore:
             self._publisher.stage(run, guest=guest)
             return Staging(run=run, guest=guest, previous=usable_base(self.snapshots(guest), now=self._now()))
 
-    def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
+    def write_disk(
+        self,
+        staging: Staging,
+        *,
+        view: DiskView,
+        progress: ByteProgress,
+        cancel: Cancel,
+        hint: DiskHint | None = None,
+    ) -> DiskRecord:
         """Store one disk: blocks that differ from the previous snapshot's are written, zeroes become holes."""
         with self._translated(f"store disk {view.target} of {staging.guest!r}"):
             base = self._base(staging) if self._probe() else None
             scope = Scope(size_bytes=view.size_bytes, progress=progress, cancel=cancel)
-            return self._publisher.write_disk(staging, view=view, base=base, scope=scope)
+            return self._publisher.write_disk(staging, view=view, base=base, scope=scope, hint=hint)
 
     def add_file(self, staging: Staging, *, name: str, source: Path) -> None:
         """Store a small file (firmware variables) beside the disks."""

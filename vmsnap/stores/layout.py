@@ -1,7 +1,7 @@
 """Where things lie in a store of images, and how they get onto the disk for good. ``docs/formats.md`` is the description.
 
 STORE/GUEST/SNAPSHOT/manifest.json    the snapshot exists if and only if this does
-STORE/GUEST/SNAPSHOT/DISK.raw         and DISK.digests, marks.json, holds/RUN, small files
+STORE/GUEST/SNAPSHOT/DISK.raw         and DISK.digests, DISK.written, marks.json, holds/RUN, small files
 STORE/GUEST/.staging-RUN/             a snapshot in the making
 STORE/GUEST/.lock
 """
@@ -25,6 +25,7 @@ MARKS = "marks.json"
 HOLDS = "holds"
 LOCK = ".lock"
 STAGING_PREFIX = ".staging-"
+DISK_SUFFIXES = (".raw", ".digests", ".written")
 
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -119,6 +120,11 @@ def image_name(target: str) -> str:
 def digests_name(target: str) -> str:
     """Return the file name of a disk's digests."""
     return f"{folder_name(target)}.digests"
+
+
+def written_name(target: str) -> str:
+    """Return the name of the file that lists where a disk's clone wrote."""
+    return f"{folder_name(target)}.written"
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from vmsnap.errors import BugError, ConfigError, SafetyError
 from vmsnap.model.drain import CleanShutdown
+from vmsnap.model.hints import BlockSet, DiskHint, may_differ, why_full
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.manifest import DiskRecord, Manifest, Snapshot
+from vmsnap.model.manifest import DiskRecord, Manifest, ReadRecord, Snapshot
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import Staging
 from vmsnap.stores.blocks import DIGEST_BYTES, Scope, block_count, file_digest
+from vmsnap.stores.hinted import own_blocks, read_blocks, write_blocks
 from vmsnap.stores.layout import (
+    DISK_SUFFIXES,
     HOLDS,
     MANIFEST,
     MARKS,
@@ -28,9 +31,10 @@ from vmsnap.stores.layout import (
     make_folder,
     sync_folder,
     write_new_file,
+    written_name,
 )
 from vmsnap.stores.references import not_ahead
-from vmsnap.stores.writer import DiskFiles, write_disk
+from vmsnap.stores.writer import Base, DiskFiles, Written, write_disk
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +60,30 @@ class Publisher:
                 f"run {run} has a staging folder already: {folder}", remedy="run 'vmsnap reconcile'"
             ) from None
 
-    def write_disk(self, staging: Staging, *, view: DiskView, base: Snapshot | None, scope: Scope) -> DiskRecord:
+    def write_disk(
+        self, staging: Staging, *, view: DiskView, base: Snapshot | None, scope: Scope, hint: DiskHint | None
+    ) -> DiskRecord:
         """Write one disk over ``base``, where that has the disk and is sound, and return its record."""
         folder = self._folder(staging)
         files = DiskFiles(image=folder / image_name(view.target), digests=folder / digests_name(view.target))
-        base_files = None if base is None else self._sound_base(base, target=view.target)
-        written = write_disk(view, files=files, base=base_files, scope=scope)
+        own = own_blocks(view)
+        before = None if base is None else self._sound_base(base, target=view.target)
+        reason = why_full(
+            hint,
+            base=None if base is None else base.id,
+            before=None if before is None else before.record,
+            size_bytes=scope.size_bytes,
+        )
+        may_differ_in = None
+        if reason is None and hint is not None and hint.written is not None and before is not None:
+            previous = before.own_blocks()
+            if previous is None:
+                reason = f"{before.record.written}, which says where the clone before wrote, is missing or damaged"
+            else:
+                may_differ_in = may_differ(by_guest=hint.written, by_clone=own, by_previous_clone=previous)
+        over = None if before is None else before.base(may_differ_in)
+        written = write_disk(view, files=files, base=over, scope=scope)
+        list_name = written_name(view.target)
         return DiskRecord(
             target=view.target,
             image=files.image.name,
@@ -70,11 +92,14 @@ class Publisher:
             size_bytes=scope.size_bytes,
             data_bytes=written.data_bytes,
             new_bytes=written.new_bytes,
+            written=list_name,
+            written_sha256=write_blocks(folder / list_name, blocks=own),
+            read=_read_record(written, since=None if base is None else base.id, before=before, reason=reason),
         )
 
     def add_file(self, staging: Staging, *, name: str, source: Path) -> None:
         """Copy a small file into the staging folder."""
-        if not _FILE_NAME.match(name) or name in _RESERVED or name.endswith((".raw", ".digests")):
+        if not _FILE_NAME.match(name) or name in _RESERVED or name.endswith(DISK_SUFFIXES):
             raise ConfigError(f"{name!r} cannot be the name of a file in a snapshot", remedy="use letters and digits")
         target = self._folder(staging) / name
         with source.open("rb") as data:
@@ -101,7 +126,7 @@ class Publisher:
             raise BugError(f"run {staging.run} has no staging folder", remedy="report it")
         return folder
 
-    def _sound_base(self, base: Snapshot, *, target: str) -> DiskFiles | None:
+    def _sound_base(self, base: Snapshot, *, target: str) -> _Before | None:
         """Return the disk in the snapshot before, or None where it is new or its digests are not to be trusted."""
         record = next((disk for disk in base.manifest.disks if disk.target == target), None)
         if record is None:
@@ -125,7 +150,44 @@ class Publisher:
                 *(target, base.id, reason, base.id),
             )
             return None
-        return files
+        return _Before(record=record, folder=folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """A disk in the snapshot before, found sound."""
+
+    record: DiskRecord
+    folder: Path
+
+    def base(self, may_differ: BlockSet | None) -> Base:
+        files = DiskFiles(image=self.folder / self.record.image, digests=self.folder / self.record.digests)
+        return Base(files=files, data_bytes=self.record.data_bytes, may_differ=may_differ)
+
+    def own_blocks(self) -> BlockSet | None:
+        if self.record.written is None:
+            return None
+        path = self.folder / self.record.written
+        return read_blocks(path, sha256=self.record.written_sha256, size_bytes=self.record.size_bytes)
+
+
+def _read_record(
+    written: Written, *, since: SnapshotId | None, before: _Before | None, reason: str | None
+) -> ReadRecord:
+    look = written.look
+    if look is None:
+        return ReadRecord(read_bytes=written.read_bytes, full_because=reason)
+    if look.mismatch is not None:
+        return ReadRecord(
+            read_bytes=written.read_bytes,
+            full_because=f"the hint since {since} is wrong: {look.mismatch}",
+            sampled_blocks=look.sampled_blocks,
+            mismatch=f"{look.mismatch} since {since}",
+        )
+    row = 0 if before is None or before.record.read is None else before.record.read.hinted_in_a_row
+    return ReadRecord(
+        read_bytes=written.read_bytes, since=since, sampled_blocks=look.sampled_blocks, hinted_in_a_row=row + 1
+    )
 
 
 def _check_evidence(staging: Staging, *, manifest: Manifest, clean: CleanShutdown) -> None:
@@ -142,7 +204,8 @@ def _check_disks(folder: Path, *, manifest: Manifest) -> None:
     staged = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
     listed = {disk.image: disk.size_bytes for disk in manifest.disks}
     listed |= {disk.digests: block_count(disk.size_bytes) * DIGEST_BYTES for disk in manifest.disks}
-    images = {name: size for name, size in staged.items() if name.endswith((".raw", ".digests"))}
+    listed |= {disk.written: staged.get(disk.written, 0) for disk in manifest.disks if disk.written is not None}
+    images = {name: size for name, size in staged.items() if name.endswith(DISK_SUFFIXES)}
     if images != listed:
         raise SafetyError(
             f"the manifest of snapshot {manifest.id} does not list the disks that were stored",

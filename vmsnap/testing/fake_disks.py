@@ -24,11 +24,15 @@ _STEP = 64 * 1024
 
 
 class FakeDiskView:
-    """A view of a file. Holes in the file are told as holes."""
+    """A view of a file. Holes in the file are told as holes.
 
-    def __init__(self, path: Path, *, target: str = "vda") -> None:
+    ``own``: the stretches (offset, length) that the image holds itself; None: all of it.
+    """
+
+    def __init__(self, path: Path, *, target: str = "vda", own: tuple[tuple[int, int], ...] | None = None) -> None:
         self._path = path
         self._target = target
+        self._own = own
 
     @staticmethod
     def make(path: Path, *, content: Mapping[int, bytes], size_bytes: int, target: str = "vda") -> FakeDiskView:
@@ -67,6 +71,10 @@ class FakeDiskView:
                 if end > start:
                     yield Extent(offset=start, length=end - start, data=True)
                 position = end
+
+    def written(self) -> Iterator[tuple[int, int]]:
+        """Yield what the image holds itself."""
+        yield from ((0, self.size_bytes),) if self._own is None else self._own
 
 
 class FakeDiskExport:

@@ -13,9 +13,10 @@ from vmsnap.errors import BugError, BusyError, HeldError, NoSpaceError, SafetyEr
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.guest import Finding, Severity
+from vmsnap.model.hints import BlockSet, DiskHint, may_differ, why_full
 from vmsnap.model.ids import RunId, SnapshotId, folder_name
 from vmsnap.model.journal import Resource, ResourceKind
-from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, ReadRecord, Snapshot
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import ByteProgress, Staging
@@ -28,6 +29,7 @@ _BLOCK = 64 * 1024
 class _Disk:
     size_bytes: int
     blocks: dict[int, bytes] = field(default_factory=dict)
+    own: BlockSet | None = None
 
     def digests(self) -> dict[int, bytes]:
         return {index: hashlib.sha256(block).digest() for index, block in self.blocks.items()}
@@ -46,6 +48,20 @@ class _Kept:
     manifest: Manifest | None = None
     marks: Marks = field(default_factory=Marks)
     holders: set[RunId] = field(default_factory=set)
+
+
+def _read_by_hint(disk: _Disk, *, old: _Disk, hint: DiskHint) -> ReadRecord:
+    """Take over what cannot have changed, unless it has; here all of it is looked at."""
+    if hint.written is None or disk.own is None or old.own is None:
+        raise BugError("a hint without blocks was found usable")
+    changed = may_differ(by_guest=hint.written, by_clone=disk.own, by_previous_clone=old.own)
+    same = [index for first, count in (~changed).runs() for index in range(first, first + count)]
+    wrong = next((index for index in same if disk.blocks.get(index) != old.blocks.get(index)), None)
+    if wrong is not None:
+        reason = f"the hint since {hint.since} is wrong: block {wrong} changed"
+        return ReadRecord(read_bytes=disk.size_bytes, full_because=reason, mismatch=f"block {wrong} changed")
+    read_bytes = sum(len(disk.blocks.get(index, b"")) for index, flag in enumerate(changed.flags) if flag)
+    return ReadRecord(read_bytes=read_bytes, since=hint.since, hinted_in_a_row=1)
 
 
 def _utc_now() -> datetime:
@@ -92,13 +108,21 @@ class MemoryStore:
         mine = self.snapshots(guest)
         return Staging(run=run, guest=guest, previous=not_ahead(mine, now=self._now())[-1].id if mine else None)
 
-    def write_disk(self, staging: Staging, *, view: DiskView, progress: ByteProgress, cancel: Cancel) -> DiskRecord:
+    def write_disk(
+        self,
+        staging: Staging,
+        *,
+        view: DiskView,
+        progress: ByteProgress,
+        cancel: Cancel,
+        hint: DiskHint | None = None,
+    ) -> DiskRecord:
         """Keep the blocks that are not zero."""
         kept = self._staging(staging)
-        before: dict[int, bytes] = {}
-        if staging.previous in self._published and view.target in self._published[staging.previous].disks:
-            before = self._published[staging.previous].disks[view.target].blocks
-        disk = _Disk(size_bytes=view.size_bytes)
+        past = self._published.get(staging.previous) if staging.previous is not None else None
+        old, record = (None, None) if past is None else (past.disks.get(view.target), past.records.get(view.target))
+        before = {} if old is None else old.blocks
+        disk = _Disk(size_bytes=view.size_bytes, own=BlockSet.of(view.written(), size_bytes=view.size_bytes))
         with view.path.open("rb") as file:
             for extent in view.extents():
                 cancel.check()
@@ -109,6 +133,12 @@ class MemoryStore:
                     if block.count(0) != len(block):
                         disk.blocks[index] = block
                 progress(extent.offset + extent.length, view.size_bytes)
+        read = ReadRecord(read_bytes=sum(extent.length for extent in view.extents() if extent.data))
+        reason = why_full(hint, base=staging.previous, before=record, size_bytes=view.size_bytes)
+        if reason is None and hint is not None and old is not None:
+            read = _read_by_hint(disk, old=old, hint=hint)
+        else:
+            read = read.model_copy(update={"full_because": reason})
         new_bytes = sum(len(block) for index, block in disk.blocks.items() if before.get(index) != block)
         if self.capacity_bytes is not None and self._used_bytes() + new_bytes > self.capacity_bytes:
             raise NoSpaceError(f"the store has no room for {new_bytes} bytes", remedy="prune snapshots")
@@ -121,6 +151,8 @@ class MemoryStore:
             size_bytes=view.size_bytes,
             data_bytes=sum(len(block) for block in disk.blocks.values()),
             new_bytes=new_bytes,
+            written=f"{folder_name(view.target)}.written",
+            read=read,
         )
         kept.records[view.target] = record
         return record

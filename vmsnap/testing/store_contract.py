@@ -22,6 +22,7 @@ from vmsnap.errors import BusyError, CancelledError, HeldError, SafetyError, Sna
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.drain import CleanShutdown, FileSystemState, InstanceEvidence
 from vmsnap.model.guest import Severity
+from vmsnap.model.hints import BlockSet, DiskHint
 from vmsnap.model.ids import RunId, SnapshotId, new_run_id
 from vmsnap.model.isolation import Rung
 from vmsnap.model.manifest import (
@@ -134,9 +135,17 @@ class StoreContract:
         """Return a maker of views: content by offset, size in bytes, target."""
         counter = iter(range(1000))
 
-        def make(content: Mapping[int, bytes], *, size_bytes: int = 64 * BLOCK, target: str = "vda") -> FakeDiskView:
+        def make(
+            content: Mapping[int, bytes],
+            *,
+            size_bytes: int = 64 * BLOCK,
+            target: str = "vda",
+            own: tuple[int, ...] | None = None,
+        ) -> FakeDiskView:
             path = tmp_path / f"source-{next(counter)}"
-            return FakeDiskView.make(path, content=content, size_bytes=size_bytes, target=target)
+            FakeDiskView.make(path, content=content, size_bytes=size_bytes)
+            stretches = None if own is None else tuple((number * BLOCK, BLOCK) for number in own)
+            return FakeDiskView(path, target=target, own=stretches)
 
         return make
 
@@ -283,6 +292,96 @@ class StoreContract:
         first = self.save(store, make_view(blocks(1)))
         assert store.stage(new_run_id(), guest=GUEST).previous == first.id
         assert store.stage(new_run_id(), guest="another").previous is None
+
+    # A hint of what changed saves reading; it is never believed blindly.
+
+    def save_by_hint(
+        self, store: SnapshotStore, view: FakeDiskView, *, written: tuple[int, ...], since: Snapshot | None
+    ) -> Snapshot:
+        """Store a snapshot with the hint that the guest wrote these blocks since that one."""
+        hint = DiskHint(
+            target="vda",
+            since=None if since is None else since.id,
+            written=BlockSet.of(((number * BLOCK, BLOCK) for number in written), size_bytes=view.size_bytes),
+        )
+        staging = store.stage(new_run_id(), guest=GUEST)
+        record = store.write_disk(staging, view=view, progress=no_progress, cancel=NeverCancelled(), hint=hint)
+        later = NOON + SECOND * (1 + len(store.snapshots()))
+        manifest = sample_manifest(staging.run, disks=(record,), captured=later)
+        return store.publish(staging, manifest=manifest, clean=sample_clean(staging.run))
+
+    def test_with_a_hint_what_changed_is_stored(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], shares_blocks: bool
+    ) -> None:
+        first = self.save(store, make_view(blocks(*range(40)), own=(5,)))
+        # The guest wrote 7 and trimmed 8, the clone wrote 50; and where the clone before wrote, the guest's own is back.
+        content = {**blocks(*range(8)), **blocks(*range(9, 40)), **blocks(5, 7, 50, seed=1)}
+        view = make_view(content, own=(50,))
+        second = self.save_by_hint(store, view, written=(7, 8), since=first)
+        assert self.read(store, second) == view.path.read_bytes()
+        self.assert_sound(store, second)
+        (record,) = second.manifest.disks
+        assert (record.data_bytes, record.new_bytes) == (40 * BLOCK, (3 if shares_blocks else 40) * BLOCK)
+        assert record.read is not None
+        assert (record.read.since, record.read.mismatch) == (first.id if shares_blocks else None, None)
+        assert (record.read.full_because is None) == shares_blocks
+
+    def test_a_hint_that_says_too_little_is_found_out_and_all_is_read(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], shares_blocks: bool
+    ) -> None:
+        for content in ({**blocks(*range(40)), **blocks(7, 9, seed=1)}, blocks(*range(39)), blocks(*range(41))):
+            later = NOON + SECOND * (1 + len(store.snapshots()))
+            first = self.save(store, make_view(blocks(*range(40)), own=()), captured=later)
+            view = make_view(content, own=())
+            second = self.save_by_hint(store, view, written=(7,), since=first)
+            assert self.read(store, second) == view.path.read_bytes()
+            self.assert_sound(store, second)
+            (record,) = second.manifest.disks
+            assert record.read is not None
+            assert record.read.since is None
+            assert record.data_bytes == len([one for one in content if one < view.size_bytes]) * BLOCK
+            assert (record.read.mismatch is not None) == shares_blocks
+
+    def test_a_hint_since_another_snapshot_is_of_no_use(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        first = self.save(store, make_view(blocks(*range(40)), own=()))
+        changed = {**blocks(*range(40)), **blocks(7, seed=1)}
+        self.save_by_hint(store, make_view(changed, own=()), written=(7,), since=first)
+        for since in (first, None):
+            view = make_view(blocks(*range(40)), own=())
+            again = self.save_by_hint(store, view, written=(), since=since)
+            assert self.read(store, again) == view.path.read_bytes()
+            (record,) = again.manifest.disks
+            assert record.read is not None
+            assert (record.read.since, record.read.mismatch) == (None, None)
+            assert record.read.full_because
+
+    def test_a_hint_of_a_disk_of_another_size_is_of_no_use(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        first = self.save(store, make_view(blocks(*range(40)), own=()))
+        view = make_view(blocks(*range(40), 70), size_bytes=80 * BLOCK, own=())
+        second = self.save_by_hint(store, view, written=(), since=first)
+        assert self.read(store, second) == view.path.read_bytes()
+
+    def test_without_a_hint_the_reason_is_told(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        self.save(store, make_view(blocks(1)))
+        staging = store.stage(new_run_id(), guest=GUEST)
+        record = store.write_disk(
+            staging,
+            view=make_view(blocks(1)),
+            progress=no_progress,
+            cancel=NeverCancelled(),
+            hint=DiskHint(target="vda", reason="the guest was started anew"),
+        )
+        assert record.read is not None
+        assert record.read.full_because in (
+            "the guest was started anew",
+            "there is no earlier snapshot of this disk to build upon",
+        )
 
     # It exists whole or not at all.
 

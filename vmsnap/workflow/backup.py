@@ -429,6 +429,7 @@ class Backup:
                 logical_bytes=sum(disk.size_bytes for disk in disks),
                 new_bytes=sum(disk.new_bytes for disk in disks),
                 seconds=round(store_seconds, 3),
+                read_bytes=sum(disk.read.read_bytes for disk in disks if disk.read is not None),
             ),
             steps=run.steps,
             vmsnap_version=__version__,
