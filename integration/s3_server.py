@@ -1,0 +1,141 @@
+"""A real S3 server, SeaweedFS, on the loopback of whoever starts it, with keys that may write and keys that may only read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_PATIENCE_SECONDS = 90.0
+_PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
+_OFF = ("webdav", "admin.ui", "s3.iam", "master.telemetry", "s3.autoCreateBucket")
+_GRPC_DISTANCE = 10000
+
+
+class S3Server:
+    """One server with its data in ``folder``, which outlives it. It can be killed and started again on the same ports."""
+
+    access_key, secret_key = "vmsnap-test", "secret-of-the-writer"
+    reader_access_key, reader_secret_key = "vmsnap-reader", "secret-of-the-reader"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self._process: subprocess.Popen[bytes] | None = None
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "identities.json").write_text(json.dumps(_identities()))
+
+    def __enter__(self) -> S3Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def port(self) -> int:
+        """Return the port of S3 on 127.0.0.1."""
+        return self._ports["s3.port"]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start the server and wait until it answers S3."""
+        weed = Path(sys.executable).with_name("weed")
+        command = [
+            str(weed),
+            "-logdir",
+            str(self._folder),
+            "mini",
+            f"-dir={self._folder / 'data'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-s3.config={self._folder / 'identities.json'}",
+            f"-s3.localSocket={self._folder / 's3.sock'}",
+            f"-filer.localSocket={self._folder / 'filer.sock'}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            *(f"-{name}={port}" for name, port in self._ports.items()),
+            *(f"-{name}.grpc={port + _GRPC_DISTANCE}" for name, port in self._ports.items()),
+            *(f"-{name}=false" for name in _OFF),
+        ]
+        # Keys of the environment would make a further identity.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, env=environment
+            )
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not self._answers():
+            assert self._process.poll() is None, (self._folder / "weed.log").read_text()[-4000:]
+            assert time.monotonic() < until, (self._folder / "weed.log").read_text()[-4000:]
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End the server at once, as a power cut would."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        """Tell whether S3 knows who asks: anonymous listing is refused, in S3's own words."""
+        with suppress(OSError):
+            try:
+                urllib.request.urlopen(f"{self.endpoint}/", timeout=2).close()  # noqa: S310 - loopback
+            except urllib.error.HTTPError as error:
+                return b"AccessDenied" in error.read()
+        return False
+
+
+def _identities() -> dict[str, object]:
+    def one(name: str, *, access_key: str, secret_key: str, actions: list[str]) -> dict[str, object]:
+        credentials = [{"accessKey": access_key, "secretKey": secret_key}]
+        return {"name": name, "credentials": credentials, "actions": actions}
+
+    writer = one(
+        "writer",
+        access_key=S3Server.access_key,
+        secret_key=S3Server.secret_key,
+        actions=["Admin", "Read", "List", "Tagging", "Write"],
+    )
+    reader = one(
+        "reader",
+        access_key=S3Server.reader_access_key,
+        secret_key=S3Server.reader_secret_key,
+        actions=["Read", "List"],
+    )
+    return {"identities": [writer, reader]}
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that are free, and so are those of gRPC that belong to them."""
+    found: list[int] = []
+    port = 20000 + os.getpid() % 5000 * 4
+    while len(found) < count:
+        port += 1
+        if _is_free(port) and _is_free(port + _GRPC_DISTANCE):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
