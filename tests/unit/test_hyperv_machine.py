@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.unit.hyperv_hosts import DISK_BYTES, EXPORTS, add_guest, clone, expor
 from vmsnap.testing.hyperv.cmdlets import CMDLETS, HYPER_V, UnknownCmdletError, check_call, snake_case
 from vmsnap.testing.hyperv.failures import CmdletError, Language, ModuleGeneration, Speech
 from vmsnap.testing.hyperv.machine import HyperVHost
-from vmsnap.testing.hyperv.values import SwitchType, VirtualMachine, VMState
+from vmsnap.testing.hyperv.values import Silent, SwitchType, VirtualMachine, VMState
 
 FAILED = "OperationFailed,Microsoft.HyperV.PowerShell.Commands."
 
@@ -294,3 +295,48 @@ def test_other_awkward_names_are_names(host: HyperVHost, name: str) -> None:
     add_guest(host, name)
     clone(host, name=name)
     assert host.violations == []
+
+
+def test_what_was_planned_and_never_made_stays_until_it_is_destroyed(host: HyperVHost) -> None:
+    path = export(host)
+    report = host.compare_vm(path=path, copy=True, generate_new_id=True)
+    host.remove_item(literal_path=path[: path.index("\\db")], recurse=True)
+    assert host.leftovers() == ["planned VM db"]
+    service, planned = (
+        host.get_cim_instance(class_name=f"Msvm_{name}", namespace="root/virtualization/v2")[0]
+        for name in ("VirtualSystemManagementService", "PlannedComputerSystem")
+    )
+    assert planned.properties["Name"] == report.vm.id.upper()
+    answer = host.invoke_cim_method(
+        input_object=service, method_name="DestroySystem", arguments={"AffectedSystem": planned}
+    )
+    assert answer == 0
+    assert host.leftovers() == []
+
+
+def test_others_may_call_while_an_export_goes_on(host: HyperVHost) -> None:
+    host.step_seconds = 0.05
+    states: list[str] = []
+    watcher = threading.Thread(target=lambda: states.extend(host.get_vm(name="db")[0].status for _ in range(3)))
+    host.between = lambda place: watcher.start() if place == "Export-VM: disk 0" else None
+    host.export_vm(name="db", path=f"{EXPORTS}\\x")
+    watcher.join()
+    assert states[0] == "export of db"
+
+
+def test_a_guest_that_does_not_obey_runs_on(tmp_path: Path) -> None:
+    host = make_host(tmp_path)
+    host.vm("db").truth.inside = Stubborn()
+    vm = clone(host)
+    host.start_vm(vm=vm)
+    assert shut_down(host, vm) == 0
+    assert [host.get_vm(id=vm.id)[0].state for _ in range(5)] == [VMState.RUNNING] * 5
+    host.stop_vm(vm=vm, turn_off=True)
+    assert host.get_vm(id=vm.id)[0].state is VMState.OFF
+
+
+class Stubborn(Silent):
+    obeys = False
+
+    def captured(self) -> Stubborn:
+        return Stubborn()

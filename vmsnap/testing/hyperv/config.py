@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from vmsnap.testing.hyperv import failures
-from vmsnap.testing.hyperv.failures import Code, Reason
-from vmsnap.testing.hyperv.files import BadPathError
+from vmsnap.testing.hyperv.failures import Reason
+from vmsnap.testing.hyperv.hardware import Hardware
 from vmsnap.testing.hyperv.host import cmdlet
 from vmsnap.testing.hyperv.inventory import VMCX_BYTES
-from vmsnap.testing.hyperv.network import Network, plug
+from vmsnap.testing.hyperv.network import plug
 from vmsnap.testing.hyperv.values import (
     Controller,
-    HardDiskDrive,
     VirtualMachine,
     VMNetworkAdapter,
     VMState,
 )
-from vmsnap.testing.hyperv.vhd import NotAVhdError, read_facts
 
 _START_ACTIONS = frozenset({"Nothing", "StartIfRunning", "Start"})
 _STOP_ACTIONS = frozenset({"TurnOff", "Save", "ShutDown"})
 _CHECKPOINTS = frozenset({"Disabled", "Production", "ProductionOnly", "Standard"})
 
 
-class Config(Network):
+class Config(Hardware):
     """Making, changing and removing."""
 
     # VMs
@@ -47,7 +45,7 @@ class Config(Network):
         vm = VirtualMachine(name=name, generation=generation, memory_startup=memory_startup_bytes)
         if vhd_path is not None:
             kind = Controller.IDE if generation == 1 else Controller.SCSI
-            vm.hard_drives.append(self._drive("New-VM", vm=vm, path=vhd_path, kind=kind))
+            vm.hard_drives.append(self.drive_for("New-VM", vm=vm, path=vhd_path, kind=kind))
         vm.network_adapters.append(VMNetworkAdapter(mac_address="000000000000"))
         if switch is not None:
             plug(vm.network_adapters[0], switch=switch)
@@ -135,54 +133,3 @@ class Config(Network):
         """Remove checkpoints of a VM. What merges on the disks is not played here."""
         for one in self.chosen("Remove-VMSnapshot", vm=vm, name=None):
             one.snapshots = [snapshot for snapshot in one.snapshots if name is not None and snapshot.name != name]
-
-    # Disks of VMs
-
-    @cmdlet("Add-VMHardDiskDrive")
-    def add_vm_hard_disk_drive(
-        self,
-        *,
-        path: str,
-        vm: VirtualMachine | None = None,
-        vm_name: str | None = None,
-        controller_type: Controller | None = None,
-        controller_number: int | None = None,
-        controller_location: int | None = None,
-    ) -> None:
-        """Attach a disk: by SCSI at any time, by IDE (generation 1 alone) while the VM is off."""
-        for one in self.chosen("Add-VMHardDiskDrive", vm=vm, name=vm_name):
-            kind = controller_type or (Controller.IDE if one.generation == 1 else Controller.SCSI)
-            if one.state is VMState.SAVED or (kind is Controller.IDE and one.state is not VMState.OFF):
-                self.wrong_state("Add-VMHardDiskDrive", vm=one)
-            if kind is Controller.IDE and one.generation == 2:
-                self.bad_argument("Add-VMHardDiskDrive", "ControllerType")
-            drive = self._drive("Add-VMHardDiskDrive", vm=one, path=path, kind=kind)
-            if controller_number is not None:
-                drive.controller_number = controller_number
-            if controller_location is not None:
-                drive.controller_location = controller_location
-            if any(_slot(other) == _slot(drive) for other in one.hard_drives):
-                self.bad_argument("Add-VMHardDiskDrive", "ControllerLocation")
-            one.hard_drives.append(drive)
-            self.bind(adapter_of=one)
-
-    def _drive(self, cmdlet: str, *, vm: VirtualMachine, path: str, kind: Controller) -> HardDiskDrive:
-        try:
-            facts = read_facts(self.files.local(path))
-        except (OSError, BadPathError):
-            self.refuse(
-                cmdlet, text=failures.NO_FILE, about=(path,), reason=Reason.INVALID_PARAMETER, code=Code.FILE_NOT_FOUND
-            )
-        except NotAVhdError:
-            self.refuse(
-                cmdlet, text=failures.NOT_A_VHD, about=(path,), reason=Reason.OPERATION_FAILED, code=Code.CORRUPT
-            )
-        if vm.generation == 2 and facts.vhd_format == "VHD":
-            self.bad_argument(cmdlet, "VHD")
-        taken = {_slot(drive) for drive in vm.hard_drives}
-        free = next(place for place in range(64) if (kind, 0, place) not in taken)
-        return HardDiskDrive(controller_type=kind, controller_location=free, path=path)
-
-
-def _slot(drive: HardDiskDrive) -> tuple[Controller, int, int]:
-    return (drive.controller_type, drive.controller_number, drive.controller_location)

@@ -17,9 +17,10 @@ class Folders(Transfer):
     """The host's file system. ``path`` takes wildcards, ``literal_path`` none."""
 
     @cmdlet("Test-Path")
-    def test_path(self, *, path: str | None = None, literal_path: str | None = None) -> bool:
-        """Tell whether there is such a file or folder."""
-        return any(self.files.exists(one) for one in self._meant(path, literal_path))
+    def test_path(self, *, path: str | None = None, literal_path: str | None = None, path_type: str = "Any") -> bool:
+        """Tell whether there is such a file (Leaf) or folder (Container)."""
+        found = [self.files.item(one) for one in self._meant(path, literal_path) if self.files.exists(one)]
+        return any(path_type in ("Any", "Container" if item.is_container else "Leaf") for item in found)
 
     def _meant(self, path: str | None, literal_path: str | None) -> list[str]:
         return [literal_path] if literal_path is not None else self.files.matches(path or "")

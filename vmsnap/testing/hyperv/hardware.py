@@ -1,127 +1,58 @@
-"""Cmdlets on firmware and devices of VMs, and what WMI knows besides: planned VMs, which no cmdlet lists."""
+"""Cmdlets on processors, firmware, controllers and disks of VMs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmsnap.testing.hyperv import failures
-from vmsnap.testing.hyperv.folders import Folders
-from vmsnap.testing.hyperv.host import COMPUTER, cmdlet
-from vmsnap.testing.hyperv.looking import CimInstance, VolumeInformation
-from vmsnap.testing.hyperv.values import (
-    CompatibilityReport,
-    HardDiskDrive,
-    ReturnValue,
-    VirtualMachine,
-    VMNetworkAdapter,
-    VMState,
-)
+from vmsnap.testing.hyperv.failures import Code, Reason
+from vmsnap.testing.hyperv.files import BadPathError
+from vmsnap.testing.hyperv.host import cmdlet
+from vmsnap.testing.hyperv.network import Network
+from vmsnap.testing.hyperv.values import Controller, HardDiskDrive, VirtualMachine, VMState
+from vmsnap.testing.hyperv.vhd import NotAVhdError, read_facts
 
-_PLANNED = "Msvm_PlannedComputerSystem"
-_SETTINGS = "Msvm_VirtualSystemSettingData"
-_MANAGEMENT = "Msvm_VirtualSystemManagementService"
-_MOST_SCSI = 4
-
-
-@dataclass(kw_only=True)
-class Firmware:
-    """``Get-VMFirmware``, and ``Get-VMSecurity``. ``devices`` and ``fibre_channel``: how many of those there are."""
-
-    secure_boot: str = "On"
-    secure_boot_template: str = "MicrosoftWindows"
-    tpm_enabled: bool = False
-    first_boot_device: HardDiskDrive | None = None
-    scsi_controllers: int = 1
-    devices: int = 0
-    fibre_channel: int = 0
+_IDE_PLACES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostAdapter:
-    """``Get-VMNetworkAdapter -ManagementOS``: the host itself on one of its switches."""
+class VMFirmware:
+    """``Get-VMFirmware``. ``secure_boot`` is On or Off."""
 
-    mac_address: str
-    switch_name: str
-    switch_id: str
+    secure_boot: str
+    secure_boot_template: str
 
 
-class Hardware(Folders):
-    """What VMs are made of. ``firmware`` is by the id of a VM."""
+@dataclass(frozen=True, kw_only=True)
+class VMSecurity:
+    """``Get-VMSecurity``."""
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        speech: failures.Speech | None = None,
-        volumes: dict[str, int] | None = None,
-        memory_bytes: int = 64 << 30,
-    ) -> None:
-        super().__init__(root, speech=speech, volumes=volumes, memory_bytes=memory_bytes)
-        self.firmware: dict[str, Firmware] = {}
-        self.planned: list[VirtualMachine] = []
+    tpm_enabled: bool
+    shielded: bool
 
-    def leftovers(self) -> list[str]:
-        """Return everything on the host that was not there when the test began."""
-        return super().leftovers() + [f"planned VM {vm.name}" for vm in self.planned_now()]
 
-    def planned_now(self) -> list[VirtualMachine]:
-        """Return the VMs that are planned and no more."""
-        return [vm for vm in self.planned if vm.truth.planned]
+@dataclass(frozen=True, kw_only=True)
+class VMScsiController:
+    """``Get-VMScsiController``."""
 
-    def hardware_of(self, vm: VirtualMachine) -> Firmware:
-        """Return a VM's firmware, which a test may change."""
-        return self.firmware.setdefault(vm.id, Firmware())
+    controller_number: int
 
-    @cmdlet("Compare-VM")
-    def compare_vm(
-        self,
-        *,
-        path: str | None = None,
-        compatibility_report: CompatibilityReport | None = None,
-        copy: bool = False,
-        register: bool = False,
-        generate_new_id: bool = False,
-        virtual_machine_path: str | None = None,
-        snapshot_file_path: str | None = None,
-        smart_paging_file_path: str | None = None,
-        vhd_destination_path: str | None = None,
-    ) -> CompatibilityReport:
-        """Plan an import. The plan stays in the host until it is made real or destroyed, whatever becomes of the client."""
-        report = super().compare_vm(
-            path=path,
-            compatibility_report=compatibility_report,
-            copy=copy,
-            register=register,
-            generate_new_id=generate_new_id,
-            virtual_machine_path=virtual_machine_path,
-            snapshot_file_path=snapshot_file_path,
-            smart_paging_file_path=smart_paging_file_path,
-            vhd_destination_path=vhd_destination_path,
-        )
-        if report.vm not in self.planned:
-            self.planned.append(report.vm)
-            self.between("Compare-VM: planned")
-        return report
 
-    @cmdlet("Get-VMNetworkAdapter")
-    def get_all_network_adapters(self) -> list[VMNetworkAdapter | HostAdapter]:
-        """Return the adapters of all VMs, and of the host (``-All``)."""
-        self.need_rights("Get-VMNetworkAdapter")
-        own: list[VMNetworkAdapter | HostAdapter] = [
-            HostAdapter(mac_address=f"00155DFFFF{index:02X}", switch_name=switch.name, switch_id=switch.id)
-            for index, switch in enumerate(self.switches)
-            if switch.allow_management_os
-        ]
-        return own + [adapter for vm in self.vms for adapter in vm.network_adapters]
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """``Get-VMAssignableDevice`` and ``Get-VMFibreChannelHba``: that there is one is all that is asked."""
+
+    instance_id: str
+
+
+class Hardware(Network):
+    """What a VM is made of."""
 
     @cmdlet("Get-VMFirmware")
-    def get_vm_firmware(self, *, vm: VirtualMachine) -> Firmware:
-        """Describe the firmware of a VM of generation 2."""
-        (one,) = self.chosen("Get-VMFirmware", vm=vm, name=None)
-        if one.generation != 2:
-            self.bad_argument("Get-VMFirmware", "VM")
-        return self.hardware_of(one)
+    def get_vm_firmware(self, *, vm: VirtualMachine) -> VMFirmware:
+        """Return the firmware of a VM of generation 2; the first generation has none."""
+        self._need_second("Get-VMFirmware", vm)
+        return VMFirmware(secure_boot="On" if vm.secure_boot else "Off", secure_boot_template=vm.secure_boot_template)
 
     @cmdlet("Set-VMFirmware")
     def set_vm_firmware(
@@ -133,105 +64,137 @@ class Hardware(Folders):
         first_boot_device: HardDiskDrive | None = None,
     ) -> None:
         """Change the firmware of a VM of generation 2 that is off."""
-        firmware = self.get_vm_firmware(vm=vm)
-        if vm.state is not VMState.OFF:
-            self.wrong_state("Set-VMFirmware", vm=vm)
-        firmware.secure_boot = enable_secure_boot or firmware.secure_boot
-        firmware.secure_boot_template = secure_boot_template or firmware.secure_boot_template
-        firmware.first_boot_device = first_boot_device or firmware.first_boot_device
+        self._need_second("Set-VMFirmware", vm)
+        self._need_off("Set-VMFirmware", vm)
+        if enable_secure_boot not in (None, "On", "Off"):
+            self.bad_argument("Set-VMFirmware", "EnableSecureBoot")
+        if first_boot_device is not None and first_boot_device not in vm.hard_drives:
+            self.bad_argument("Set-VMFirmware", "FirstBootDevice")
+        vm.secure_boot = vm.secure_boot if enable_secure_boot is None else enable_secure_boot == "On"
+        vm.secure_boot_template = secure_boot_template or vm.secure_boot_template
+        if first_boot_device is not None:
+            vm.first_boot_device = first_boot_device.path
+
+    def _need_second(self, cmdlet: str, vm: VirtualMachine) -> None:
+        self.chosen(cmdlet, vm=vm, name=None)
+        if vm.generation != 2:
+            self.bad_argument(cmdlet, "Generation")
+
+    def _need_off(self, cmdlet: str, vm: VirtualMachine) -> None:
+        if vm.state is not VMState.OFF or self.is_busy(vm):
+            self.wrong_state(cmdlet, vm=vm)
 
     @cmdlet("Get-VMSecurity")
-    def get_vm_security(self, *, vm: VirtualMachine) -> Firmware:
-        """Tell whether a VM has a virtual TPM."""
-        (one,) = self.chosen("Get-VMSecurity", vm=vm, name=None)
-        return self.hardware_of(one)
-
-    @cmdlet("Get-VMAssignableDevice")
-    def get_vm_assignable_device(self, *, vm: VirtualMachine) -> list[str]:
-        """Return the devices of the host that a VM has."""
-        return [f"PCI {index}" for index in range(self.hardware_of(vm).devices)]
-
-    @cmdlet("Get-VMFibreChannelHba")
-    def get_vm_fibre_channel_hba(self, *, vm: VirtualMachine) -> list[str]:
-        """Return the virtual Fibre Channel adapters of a VM."""
-        return [f"HBA {index}" for index in range(self.hardware_of(vm).fibre_channel)]
+    def get_vm_security(self, *, vm: VirtualMachine) -> VMSecurity:
+        """Return what protects a VM of generation 2."""
+        self._need_second("Get-VMSecurity", vm)
+        return VMSecurity(tpm_enabled=vm.tpm_enabled, shielded=vm.shielded)
 
     @cmdlet("Set-VMProcessor")
     def set_vm_processor(self, *, vm: VirtualMachine, count: int) -> None:
-        """Give a VM that is off a number of processors."""
-        if vm.state is not VMState.OFF:
-            self.wrong_state("Set-VMProcessor", vm=vm)
+        """Give a VM that is off another number of processors."""
+        self.chosen("Set-VMProcessor", vm=vm, name=None)
+        self._need_off("Set-VMProcessor", vm)
+        if not 1 <= count <= 240:
+            self.bad_argument("Set-VMProcessor", "Count")
         vm.processor_count = count
 
+    @cmdlet("Get-VMAssignableDevice")
+    def get_vm_assignable_device(self, *, vm: VirtualMachine) -> list[Device]:
+        """Return the devices of the host that are assigned to a VM."""
+        self.chosen("Get-VMAssignableDevice", vm=vm, name=None)
+        return [Device(instance_id=f"PCIP\\{index}") for index in range(vm.assigned_devices)]
+
+    @cmdlet("Get-VMFibreChannelHba")
+    def get_vm_fibre_channel_hba(self, *, vm: VirtualMachine) -> list[Device]:
+        """Return the virtual Fibre Channel adapters of a VM."""
+        self.chosen("Get-VMFibreChannelHba", vm=vm, name=None)
+        return [Device(instance_id=f"FC\\{index}") for index in range(vm.fibre_channel)]
+
     @cmdlet("Get-VMScsiController")
-    def get_vm_scsi_controller(self, *, vm: VirtualMachine) -> list[int]:
-        """Return the SCSI controllers of a VM by number."""
-        return list(range(self.hardware_of(vm).scsi_controllers))
+    def get_vm_scsi_controller(self, *, vm: VirtualMachine) -> list[VMScsiController]:
+        """Return the SCSI controllers of a VM."""
+        self.chosen("Get-VMScsiController", vm=vm, name=None)
+        return [VMScsiController(controller_number=number) for number in range(vm.scsi_controllers)]
 
     @cmdlet("Add-VMScsiController")
     def add_vm_scsi_controller(self, *, vm: VirtualMachine) -> None:
-        """Give a VM that is off another SCSI controller."""
-        hardware = self.hardware_of(vm)
-        if vm.state is not VMState.OFF or hardware.scsi_controllers >= _MOST_SCSI:
-            self.wrong_state("Add-VMScsiController", vm=vm)
-        hardware.scsi_controllers += 1
+        """Add a SCSI controller to a VM that is off: four at most."""
+        self.chosen("Add-VMScsiController", vm=vm, name=None)
+        self._need_off("Add-VMScsiController", vm)
+        if vm.scsi_controllers == 4:
+            self.bad_argument("Add-VMScsiController", "VM")
+        vm.scsi_controllers += 1
 
-    @cmdlet("Get-Volume")
-    def get_volume_of(self, *, file_path: str) -> VolumeInformation:
-        """Return the volume that a file or folder is on (``-FilePath``)."""
-        volume = self.files.volumes.get(file_path[:1].upper())
-        if volume is None or not self.files.exists(file_path):
-            raise failures.CmdletError(
-                f"No MSFT_Volume objects found for '{file_path}'",
-                error_id="StorageWMI 4,Get-Volume",
-                category=failures.Category.OBJECT_NOT_FOUND,
-                exception_type="Microsoft.PowerShell.Cmdletization.Cim.CimJobException",
-                target=file_path,
-            )
-        return VolumeInformation(drive_letter=volume.letter, size=volume.size_bytes, size_remaining=volume.free_bytes)
-
-    @cmdlet("Get-CimInstance")
-    def get_cim_instance(
+    @cmdlet("Get-VMHardDiskDrive")
+    def get_vm_hard_disk_drive(
         self,
         *,
-        class_name: str,
-        namespace: str = "root/cimv2",
-        filter: str | None = None,  # noqa: A002
-    ) -> list[CimInstance]:
-        """Return objects of WMI: planned VMs and the service that destroys them besides those of the cmdlets."""
-        if class_name == _PLANNED:
-            return [
-                CimInstance(class_name=_PLANNED, properties={"Name": vm.id.upper(), "ElementName": vm.name})
-                for vm in self.planned_now()
-            ]
-        if class_name == _MANAGEMENT:
-            return [CimInstance(class_name=_MANAGEMENT, properties={"Name": "vmms"})]
-        found = super().get_cim_instance(class_name=class_name, namespace=namespace, filter=filter)
-        for instance in found:
-            if class_name == "Win32_OperatingSystem":
-                instance.properties["CSName"] = COMPUTER
-        return found
-
-    @cmdlet("Get-CimAssociatedInstance")
-    def get_cim_associated_instance(self, *, input_object: CimInstance, result_class_name: str) -> list[CimInstance]:
-        """Return the settings of a planned VM."""
-        if (input_object.class_name, result_class_name) != (_PLANNED, _SETTINGS):
-            raise NotImplementedError(result_class_name)
+        vm: VirtualMachine | None = None,
+        vm_name: str | None = None,
+        controller_type: Controller | None = None,
+        controller_number: int | None = None,
+        controller_location: int | None = None,
+    ) -> list[HardDiskDrive]:
+        """Return the disks of a VM: all, or those in a place."""
         return [
-            CimInstance(class_name=_SETTINGS, properties={"ConfigurationDataRoot": vm.path, "Notes": vm.notes})
-            for vm in self.planned_now()
-            if vm.id.upper() == input_object.properties["Name"]
+            one
+            for vm in self.chosen("Get-VMHardDiskDrive", vm=vm, name=vm_name)
+            for one in vm.hard_drives
+            if controller_type in (None, one.controller_type)
+            and controller_number in (None, one.controller_number)
+            and controller_location in (None, one.controller_location)
         ]
 
-    @cmdlet("Invoke-CimMethod")
-    def destroy_planned_system(self, *, input_object: CimInstance, affected_system: CimInstance) -> ReturnValue:
-        """Destroy a planned VM (``DestroySystem`` of the management service)."""
-        if input_object.class_name != _MANAGEMENT or affected_system.class_name != _PLANNED:
-            raise NotImplementedError(affected_system.class_name)
-        gone = affected_system.properties["Name"]
-        for vm in self.planned_now():
-            if vm.id.upper() == gone:
-                if self.is_busy(vm):
-                    return ReturnValue.INVALID_STATE
-                self.planned.remove(vm)
-        return ReturnValue.DONE
+    @cmdlet("Add-VMHardDiskDrive")
+    def add_vm_hard_disk_drive(
+        self,
+        *,
+        path: str,
+        vm: VirtualMachine | None = None,
+        vm_name: str | None = None,
+        controller_type: Controller | None = None,
+        controller_number: int | None = None,
+        controller_location: int | None = None,
+    ) -> None:
+        """Attach a disk: by SCSI at any time, by IDE (generation 1 alone) while the VM is off."""
+        for one in self.chosen("Add-VMHardDiskDrive", vm=vm, name=vm_name):
+            kind = controller_type or (Controller.IDE if one.generation == 1 else Controller.SCSI)
+            if one.state is VMState.SAVED or (kind is Controller.IDE and one.state is not VMState.OFF):
+                self.wrong_state("Add-VMHardDiskDrive", vm=one)
+            if kind is Controller.IDE and one.generation == 2:
+                self.bad_argument("Add-VMHardDiskDrive", "ControllerType")
+            drive = self.drive_for("Add-VMHardDiskDrive", vm=one, path=path, kind=kind)
+            if controller_number is not None:
+                drive.controller_number = controller_number
+            if controller_location is not None:
+                drive.controller_location = controller_location
+            missing = kind is Controller.SCSI and drive.controller_number >= one.scsi_controllers
+            if missing or any(_slot(other) == _slot(drive) for other in one.hard_drives):
+                self.bad_argument("Add-VMHardDiskDrive", "ControllerLocation")
+            one.hard_drives.append(drive)
+            self.bind(adapter_of=one)
+
+    def drive_for(self, cmdlet: str, *, vm: VirtualMachine, path: str, kind: Controller) -> HardDiskDrive:
+        """Return a new drive of a VM for a disk, in the first free place."""
+        try:
+            facts = read_facts(self.files.local(path))
+        except (OSError, BadPathError):
+            self.refuse(
+                cmdlet, text=failures.NO_FILE, about=(path,), reason=Reason.INVALID_PARAMETER, code=Code.FILE_NOT_FOUND
+            )
+        except NotAVhdError:
+            self.refuse(
+                cmdlet, text=failures.NOT_A_VHD, about=(path,), reason=Reason.OPERATION_FAILED, code=Code.CORRUPT
+            )
+        if vm.generation == 2 and facts.vhd_format == "VHD":
+            self.bad_argument(cmdlet, "VHD")
+        taken = {_slot(drive) for drive in vm.hard_drives}
+        wide = _IDE_PLACES if kind is Controller.IDE else 64
+        places = ((number, location) for number in range(4) for location in range(wide))
+        number, location = next((one, two) for one, two in places if (kind, one, two) not in taken)
+        return HardDiskDrive(controller_type=kind, controller_number=number, controller_location=location, path=path)
+
+
+def _slot(drive: HardDiskDrive) -> tuple[Controller, int, int]:
+    return (drive.controller_type, drive.controller_number, drive.controller_location)

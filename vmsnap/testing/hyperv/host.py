@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ COMPUTER = "HV-HOST"
 class Job:
     """Something that goes on in the host whoever began it: its client may die, and it ends all the same.
 
-    ``left`` are its further steps; one is made at each call to the host. ``holds`` are folders whose files it has open.
+    ``left`` are its further steps: made one after another where a client waits (``watched``), else one at each call to the
+    host. ``holds`` are folders whose files it has open.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Job:
     left: list[tuple[str, Callable[[], None]]]
     holds: tuple[str, ...]
     undo: Callable[[], None]
+    watched: bool = False
 
 
 @dataclass(kw_only=True)
@@ -54,11 +57,12 @@ def cmdlet(name: str) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Con
     def decorate(function: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
         @functools.wraps(function)
         def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-            self.begin(name)
-            try:
-                return function(self, *args, **kwargs)
-            finally:
-                self.look()
+            with self.turn:
+                self.begin(name)
+                try:
+                    return function(self, *args, **kwargs)
+                finally:
+                    self.look()
 
         return call
 
@@ -70,6 +74,7 @@ class HostState(Inventory):
 
     ``between`` is called with the name of a place inside an operation that takes long: the client may die there, by an
     exception, and the operation goes on in the host. ``rights`` False: the account may not use Hyper-V.
+    ``step_seconds``: how long each step of such an operation takes, during which others may call.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class HostState(Inventory):
         self.exports: dict[str, Exported] = {}
         self.calls: list[str] = []
         self.jobs: list[Job] = []
+        self.turn = threading.Condition(threading.RLock())
+        self.step_seconds = 0.0
         self.between: Callable[[str], None] = _nothing
         self.rights = True
         self.is_clustered_host = False
@@ -101,7 +108,8 @@ class HostState(Inventory):
         """Begin a cmdlet: what goes on in the host comes a step further."""
         self.calls.append(name)
         for job in tuple(self.jobs):
-            self._step(job)
+            if not job.watched:
+                self._step(job)
         for vm in tuple(self.vms):
             self._come_down(vm)
         self.look()
@@ -125,9 +133,14 @@ class HostState(Inventory):
     def run_job(self, job: Job) -> None:
         """Do a job to its end, its client watching; where the client dies meanwhile, the host does the rest by itself."""
         self.jobs.append(job)
-        while job in self.jobs:
-            self.between(job.left[0][0])
-            self._step(job, raising=True)
+        job.watched = True
+        try:
+            while job in self.jobs:
+                self.turn.wait(self.step_seconds)
+                self.between(job.left[0][0])
+                self._step(job, raising=True)
+        finally:
+            job.watched = False
 
     def _step(self, job: Job, *, raising: bool = False) -> None:
         _, work = job.left.pop(0)

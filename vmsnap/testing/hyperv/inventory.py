@@ -34,6 +34,7 @@ class Inventory:
     def __init__(self, files: HostFiles) -> None:
         self.files = files
         self.vms: list[VirtualMachine] = []
+        self.planned: list[VirtualMachine] = []
         self.switches: list[VMSwitch] = []
         self.violations: list[str] = []
         self.default_folder = DEFAULT_FOLDER
@@ -166,6 +167,7 @@ class Inventory:
         """Return everything on the host that was not there when the test began."""
         mine = [before.vm for before in self._production]
         left = [f"VM {vm.name}" for vm in self.vms if vm not in mine]
+        left += [f"planned VM {vm.name}" for vm in self.planned]
         left += [f"switch {one.name}" for one in self.switches if one.id not in self._production_switches]
         there = {self.files.windows(path) for path in self.files.root.rglob("*") if self._is_on_a_volume(path)}
         return left + sorted(there - self._given)

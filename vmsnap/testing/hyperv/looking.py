@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import dataclass
 
 from vmsnap.testing.hyperv import failures
@@ -11,8 +10,6 @@ from vmsnap.testing.hyperv.failures import Code, Language, ModuleGeneration, Rea
 from vmsnap.testing.hyperv.files import BadPathError
 from vmsnap.testing.hyperv.host import COMPUTER, HostState, cmdlet
 from vmsnap.testing.hyperv.values import (
-    ALIVE,
-    HardDiskDrive,
     IntegrationService,
     SwitchType,
     VirtualHardDisk,
@@ -34,8 +31,6 @@ _SERVICES = {
     "5CED1297-4598-4915-A5FC-AD21BB4D02A4": ("VSS", "VSS"),
     "6C09BB55-D683-4DA0-8931-C9BF705F6480": ("Guest Service Interface", "Gastdienstschnittstelle"),
 }
-_WQL = re.compile(r"""\s*(?P<name>\w+)\s*=\s*(?P<quote>['"])(?P<value>[^'"]*)(?P=quote)\s*\Z""")
-_CLASSES = ("Msvm_ComputerSystem", "Msvm_ShutdownComponent", "Msvm_HeartbeatComponent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,33 +42,6 @@ class VMHost:
     logical_processor_count: int
     virtual_machine_path: str
     virtual_hard_disk_path: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class CimInstance:
-    """An object of WMI: its class, and the properties that scripts ask for."""
-
-    class_name: str
-    properties: dict[str, str | int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterGroup:
-    """``Get-ClusterGroup``."""
-
-    name: str
-    state: str = "Online"
-    group_type: str = "VirtualMachine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class VolumeInformation:
-    """``Get-Volume``. Sizes in bytes."""
-
-    drive_letter: str
-    size: int
-    size_remaining: int
-    file_system: str = "NTFS"
 
 
 class Looking(HostState):
@@ -123,17 +91,30 @@ class Looking(HostState):
 
     @cmdlet("Get-VMNetworkAdapter")
     def get_vm_network_adapter(
-        self, *, vm: VirtualMachine | None = None, vm_name: str | None = None
+        self,
+        *,
+        vm: VirtualMachine | None = None,
+        vm_name: str | None = None,
+        all: bool = False,  # noqa: A002
     ) -> list[VMNetworkAdapter]:
-        """Return the adapters of a VM."""
-        return [one for vm in self.chosen("Get-VMNetworkAdapter", vm=vm, name=vm_name) for one in vm.network_adapters]
-
-    @cmdlet("Get-VMHardDiskDrive")
-    def get_vm_hard_disk_drive(
-        self, *, vm: VirtualMachine | None = None, vm_name: str | None = None
-    ) -> list[HardDiskDrive]:
-        """Return the disks of a VM."""
-        return [one for vm in self.chosen("Get-VMHardDiskDrive", vm=vm, name=vm_name) for one in vm.hard_drives]
+        """Return the adapters of a VM, planned ones too; or all of the host, its own among them."""
+        if not all:
+            return [
+                one for vm in self.chosen("Get-VMNetworkAdapter", vm=vm, name=vm_name) for one in vm.network_adapters
+            ]
+        self.need_rights("Get-VMNetworkAdapter")
+        own = [
+            VMNetworkAdapter(
+                name=switch.name,
+                mac_address="00155DFFFF00",
+                switch_name=switch.name,
+                switch_id=switch.id,
+                is_management_os=True,
+            )
+            for switch in self.switches
+            if switch.allow_management_os
+        ]
+        return own + [adapter for vm in self.vms for adapter in vm.network_adapters]
 
     @cmdlet("Get-VMSnapshot")
     def get_vm_snapshot(self, *, vm: VirtualMachine | None = None, vm_name: str | None = None) -> list[VMSnapshot]:
@@ -241,65 +222,3 @@ class Looking(HostState):
                     code=Code.IDENTIFIERS_MISMATCH,
                 )
         return True
-
-    @cmdlet("Get-ClusterGroup")
-    def get_cluster_group(self, *, vm_id: str) -> list[ClusterGroup]:
-        """Return the cluster's group of a VM. A host without the cluster's tools knows no such cmdlet."""
-        if not self.is_clustered_host:
-            raise failures.CmdletError(
-                "The term 'Get-ClusterGroup' is not recognized as the name of a cmdlet",
-                error_id="CommandNotFoundException",
-                category=failures.Category.OBJECT_NOT_FOUND,
-                exception_type="System.Management.Automation.CommandNotFoundException",
-                target="Get-ClusterGroup",
-            )
-        return [ClusterGroup(name=vm.name) for vm in self.vms if vm.id == vm_id.lower() and vm.is_clustered]
-
-    @cmdlet("Get-Volume")
-    def get_volume(self, *, drive_letter: str | None = None) -> list[VolumeInformation]:
-        """Return the host's volumes."""
-        return [
-            VolumeInformation(drive_letter=letter, size=volume.size_bytes, size_remaining=volume.free_bytes)
-            for letter, volume in self.files.volumes.items()
-            if drive_letter is None or letter == drive_letter.upper()
-        ]
-
-    @cmdlet("Get-CimInstance")
-    def get_cim_instance(
-        self,
-        *,
-        class_name: str,
-        namespace: str = "root/cimv2",
-        filter: str | None = None,  # noqa: A002
-    ) -> list[CimInstance]:
-        """Return objects of WMI. A filter compares one property with one quoted text."""
-        if class_name == "Win32_OperatingSystem":
-            free = (self.memory_bytes - sum(vm.memory_assigned for vm in self.vms)) >> 10
-            return [
-                CimInstance(
-                    class_name=class_name,
-                    properties={"FreePhysicalMemory": free, "TotalVisibleMemorySize": self.memory_bytes >> 10},
-                )
-            ]
-        known = class_name in _CLASSES and namespace.replace("\\", "/").lower() == "root/virtualization/v2"
-        wanted = _WQL.match(filter) if filter is not None else None
-        if not known or (filter is not None and wanted is None):
-            raise failures.CmdletError(
-                f"Invalid class or query {class_name} {filter}",
-                error_id="HRESULT 0x80041017,Microsoft.Management.Infrastructure.CimCmdlets.GetCimInstanceCommand",
-                category=failures.Category.INVALID_ARGUMENT,
-                exception_type="Microsoft.Management.Infrastructure.CimException",
-                target=class_name,
-            )
-        if not self.rights:
-            return []
-        found = [
-            {"SystemName" if class_name != _CLASSES[0] else "Name": vm.id.upper(), "ElementName": vm.name}
-            for vm in self.vms
-            if class_name == _CLASSES[0] or (vm.state in ALIVE and SHUTDOWN not in vm.disabled_services)
-        ]
-        return [
-            CimInstance(class_name=class_name, properties=dict(properties))
-            for properties in found
-            if wanted is None or properties.get(wanted["name"], "").casefold() == wanted["value"].casefold()
-        ]

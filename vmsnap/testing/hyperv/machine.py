@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vmsnap.testing.hyperv.hardware import Hardware
+from vmsnap.testing.hyperv.folders import Folders
 
 
-class HyperVHost(Hardware):
+class HyperVHost(Folders):
     """Everything that vmsnap's scripts can do on a host. See ``host.HostState`` for what tests set and ask.
 
     Cmdlets raise ``CmdletError``. A parameter that a method does not have is one that nobody has looked into yet.

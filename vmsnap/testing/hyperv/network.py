@@ -6,13 +6,13 @@ import uuid
 from typing import NoReturn
 
 from vmsnap.testing.hyperv import failures
+from vmsnap.testing.hyperv.cim import Cim
 from vmsnap.testing.hyperv.failures import Reason
 from vmsnap.testing.hyperv.host import cmdlet
-from vmsnap.testing.hyperv.power import Power
 from vmsnap.testing.hyperv.values import ALIVE, SwitchType, VirtualMachine, VMNetworkAdapter, VMState, VMSwitch
 
 
-class Network(Power):
+class Network(Cim):
     """Virtual cables."""
 
     @cmdlet("Connect-VMNetworkAdapter")

@@ -7,10 +7,9 @@ from typing import NoReturn
 from vmsnap.testing.hyperv import failures
 from vmsnap.testing.hyperv.failures import Code, Reason
 from vmsnap.testing.hyperv.host import cmdlet
-from vmsnap.testing.hyperv.looking import SHUTDOWN, CimInstance, Looking
+from vmsnap.testing.hyperv.looking import SHUTDOWN, Looking
 from vmsnap.testing.hyperv.values import (
     ALIVE,
-    ReturnValue,
     SavedState,
     VirtualMachine,
     VMState,
@@ -163,32 +162,6 @@ class Power(Looking):
             if one.state is not VMState.SAVED:
                 self.wrong_state("Remove-VMSavedState", vm=one)
             one.truth.saved, one.state = None, VMState.OFF
-
-    @cmdlet("Invoke-CimMethod")
-    def invoke_cim_method(
-        self, *, input_object: CimInstance, method_name: str, arguments: dict[str, object]
-    ) -> ReturnValue:
-        """Call a method of WMI: ``InitiateShutdown`` of ``Msvm_ShutdownComponent``. It returns before the guest obeys."""
-        known = (input_object.class_name, method_name) == ("Msvm_ShutdownComponent", "InitiateShutdown")
-        if not known or set(arguments) != {"Force", "Reason"}:
-            raise failures.CmdletError(
-                f"Invalid method {method_name}",
-                error_id="HRESULT 0x8004102F,Microsoft.Management.Infrastructure.CimCmdlets.InvokeCimMethodCommand",
-                category=failures.Category.INVALID_ARGUMENT,
-                exception_type="Microsoft.Management.Infrastructure.CimException",
-                target=method_name,
-            )
-        if not self.rights:
-            return ReturnValue.ACCESS_DENIED
-        vm = next((one for one in self.vms if one.id.upper() == input_object.properties["SystemName"]), None)
-        if vm is None or vm.state is not VMState.RUNNING or self.is_busy(vm):
-            return ReturnValue.INVALID_STATE
-        if not vm.truth.inside.heartbeat:
-            return ReturnValue.FAILED
-        if vm.truth.inside.obeys:
-            vm.truth.shutdown_left = vm.truth.inside.shutdown_takes
-            vm.state = VMState.STOPPING
-        return ReturnValue.DONE
 
 
 def saved_state(vm: VirtualMachine) -> SavedState:

@@ -156,6 +156,7 @@ class Transfer(Config):
             folders=(virtual_machine_path, vhd_destination_path),
         )
         self._look_at(report)
+        self.between("Compare-VM: planned")
         return report
 
     def _plan(
@@ -191,6 +192,7 @@ class Transfer(Config):
             match = [one for one in self.switches if one.name == adapter.switch_name]
             adapter.switch_id = match[0].id if match else ""
         self.bind(adapter_of=vm)
+        self.planned.append(vm)
         return CompatibilityReport(vm=vm, vhds=vhds, exported=path, copy=copy)
 
     def _look_at(self, report: CompatibilityReport) -> None:
@@ -261,6 +263,7 @@ class Transfer(Config):
 
         def realise() -> None:
             vm.truth.planned = False
+            self.planned.remove(vm)
             vm.truth.files = (file, saved) if vm.truth.saved is not None else (file,)
             self.bind(adapter_of=vm)
             self.vms.append(vm)

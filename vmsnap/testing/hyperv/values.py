@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -75,6 +76,7 @@ class ReturnValue(IntEnum):
     ACCESS_DENIED = 32769
     NOT_SUPPORTED = 32770
     INVALID_STATE = 32775
+    NOT_READY = 32780
 
 
 class Inside(Protocol):
@@ -138,6 +140,7 @@ class VMSwitch:
     notes: str = ""
     allow_management_os: bool = False
     iov_enabled: bool = False
+    net_adapter_interface_descriptions: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -154,6 +157,7 @@ class VMNetworkAdapter:
     ip_addresses: tuple[str, ...] = ()
     iov_weight: int = 0
     vlan_id: int | None = None
+    is_management_os: bool = False
     vm_name: str = ""
     vm_id: str = ""
 
@@ -235,6 +239,13 @@ class VirtualMachine:
     memory_startup: int = 1 << 30
     dynamic_memory_enabled: bool = False
     processor_count: int = 1
+    secure_boot: bool = True
+    secure_boot_template: str = "MicrosoftWindows"
+    tpm_enabled: bool = False
+    scsi_controllers: int = 1
+    first_boot_device: str = ""
+    assigned_devices: int = 0
+    fibre_channel: int = 0
     notes: str = ""
     path: str = ""
     configuration_location: str = ""
@@ -258,9 +269,9 @@ class VirtualMachine:
         return self.memory_startup if self.state in ALIVE else 0
 
     @property
-    def uptime_seconds(self) -> int:
-        """Return how long it runs."""
-        return 3600 if self.state in ALIVE else 0
+    def uptime_ms(self) -> float:
+        """Return how long it runs: on the clock of this machine, as if it had started with it."""
+        return time.monotonic() * 1000 if self.state in ALIVE else 0.0
 
     @property
     def heartbeat(self) -> str | None:
