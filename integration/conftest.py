@@ -22,6 +22,7 @@ from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import HOW_TO, Lab
 from integration.lab.leaks import Belongings, left_behind, look
+from integration.s3_server import S3Server
 
 MakeGuest = Callable[[GuestSpec], LabGuest]
 
@@ -153,3 +154,10 @@ def vmsnap(lab: Lab, store_dir: Path) -> Iterator[Installation]:
     for folder in (installation.folder, installation.runtime):
         # A file system that a run left mounted stays, and the leak check names it.
         subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server for all tests of the session. What a test puts there goes into a bucket of its own."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

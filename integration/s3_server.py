@@ -14,6 +14,15 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import boto3
+from botocore.config import Config
+
+from vmsnap.model.objects import S3Keys
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 _PATIENCE_SECONDS = 90.0
 _PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
@@ -30,11 +39,12 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        self._buckets: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / "identities.json").write_text(json.dumps(_identities()))
 
-    def __enter__(self) -> S3Server:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -51,6 +61,33 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def keys(self) -> S3Keys:
+        """Return the keys that may write."""
+        return S3Keys(access_key=self.access_key, secret_key=self.secret_key)
+
+    def reader_keys(self) -> S3Keys:
+        """Return keys that may only read."""
+        return S3Keys(access_key=self.reader_access_key, secret_key=self.reader_secret_key)
+
+    def client(self) -> S3Client:
+        """Return an administrator's client."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(s3={"addressing_style": "path"}),
+        )
+
+    def bucket(self, *, object_lock: bool = False) -> str:
+        """Return a bucket for all tests, each of which has a prefix of its own: a bucket takes several files of the server."""
+        name = "vmsnap-locked" if object_lock else "vmsnap-plain"
+        if name not in self._buckets:
+            self.client().create_bucket(Bucket=name, ObjectLockEnabledForBucket=object_lock)
+            self._buckets.add(name)
+        return name
 
     def start(self) -> None:
         """Start the server and wait until it answers S3."""

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.config.credentials import S3Keys, encryption_key_of, s3_keys_of
+from vmsnap.config.credentials import encryption_key_of, s3_keys_of
 from vmsnap.config.settings import ReplicaSettings
 from vmsnap.errors import ConfigError
+from vmsnap.model.objects import S3Keys
 
 KEY = "00112233445566778899aabbccddeeff" * 2
 

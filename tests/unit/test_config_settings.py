@@ -204,6 +204,10 @@ def test_the_file_is_named_by_option_then_environment_then_default(monkeypatch: 
             REPLICA + 'kind = "s3"\nbucket = "abc"\nendpoint = "http://h"\nca_file = "/a"\n',
             ":3: replica: ca_file is of no use with an endpoint that begins with http:",
         ),
+        (
+            REPLICA + 'kind = "s3"\nstorage_class = "DEEP_ARCHIVE"\n',
+            ':5: replica.storage_class: given "DEEP_ARCHIVE"; a cl',
+        ),
         (REPLICA + 'kind = "s3"\nretry_for = "2d"\n', ':5: replica.retry_for: given "2d"; must be at most 1d'),
         (REPLICA + 'kind = "s3"\nsecret_key = "x"\n', ":5: replica.secret_key: unknown key"),
     ],

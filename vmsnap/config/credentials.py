@@ -15,6 +15,7 @@ from vmsnap.config.problems import validate
 from vmsnap.config.settings import NotificationSettings, ReplicaSettings
 from vmsnap.config.toml import read_toml
 from vmsnap.errors import ConfigError
+from vmsnap.model.objects import S3Keys
 
 CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 """Set by systemd for units with LoadCredential= or LoadCredentialEncrypted= (systemd.exec(5))."""
@@ -51,15 +52,6 @@ class Addressees:
 
     urls: tuple[str, ...] = field(default=(), repr=False)
     dead_man_url: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class S3Keys:
-    """Keys of an S3 server. All are secrets, and shown by no ``repr``."""
-
-    access_key: str = field(repr=False)
-    secret_key: str = field(repr=False)
-    session_token: str | None = field(default=None, repr=False)
 
 
 def addressees_of(settings: NotificationSettings) -> Addressees:

@@ -23,6 +23,7 @@ from pydantic import (
 from vmsnap.config.problems import validate
 from vmsnap.config.toml import read_toml
 from vmsnap.model.durations import PositiveDuration
+from vmsnap.model.objects import ARCHIVE_CLASSES, ObjectLock
 
 DEFAULT_FILE = Path("/etc/vmsnap/vmsnap.toml")
 ENVIRONMENT_VARIABLE = "VMSNAP_CONFIG"
@@ -183,6 +184,13 @@ def _endpoint(url: str) -> str:
     return url
 
 
+def _storage_class(name: str) -> str:
+    if not name or name in ARCHIVE_CLASSES:
+        msg = 'a class whose objects are read at once is allowed, such as "STANDARD_IA" or "GLACIER_IR"'
+        raise ValueError(msg)
+    return name
+
+
 class ReplicaSettings(_Section):
     """Where copies of snapshots go: a bucket of an S3 server, or a folder, such as one of a mounted file server.
 
@@ -201,9 +209,9 @@ class ReplicaSettings(_Section):
     ca_file: AbsolutePath | None = None
     path_style: bool | None = None
     checksums: bool | None = None
-    storage_class: str | None = Field(default=None, min_length=1)
+    storage_class: Annotated[str, AfterValidator(_storage_class)] | None = None
     kms_key: str | None = Field(default=None, min_length=1)
-    object_lock: Literal["off", "compliance", "governance"] = "off"
+    object_lock: ObjectLock = ObjectLock.OFF
     credential: str | None = Field(default=None, min_length=1, max_length=4096)
     encryption_credential: str | None = Field(default=None, min_length=1, max_length=4096)
     bandwidth_mib_s: int | None = Field(default=None, ge=1)

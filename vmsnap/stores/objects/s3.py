@@ -1,0 +1,315 @@
+"""``ObjectStore`` in a bucket of an S3 server, through boto3. API: Amazon S3 API Reference, version 2006-03-01.
+
+Needs conditional writes, which ``findings`` tries. With Object Lock the bucket keeps versions, so an object is removed by
+removing every version of it. Calls are made once: ``RetryingObjects`` makes them again. boto3 is loaded at the first call.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from vmsnap.errors import (
+    DriverError,
+    HeldError,
+    ObjectConflictError,
+    ObjectNotFoundError,
+    PreconditionError,
+    StoreUnreachableError,
+    VmsnapError,
+)
+from vmsnap.model.guest import Finding
+from vmsnap.model.objects import ObjectLock, S3Keys, S3Place
+from vmsnap.ports.objects import ObjectInfo, StoredObject
+from vmsnap.stores.objects import s3_errors, s3_findings
+from vmsnap.stores.objects.ordering import in_order
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_LARGE_BYTES = 128 << 10
+"""The cheaper storage classes bill smaller objects as if they had this size, so those stay in the standard one."""
+_BUCKET_SEEN_SECONDS = 60.0
+_NOISY = ("boto3", "botocore", "s3transfer", "urllib3")
+
+
+def _no_keys() -> S3Keys | None:
+    return None
+
+
+class S3Objects:
+    """Keeps objects in a bucket.
+
+    ``keys`` is asked for the keys when the first call is made, and again when the server says that they have expired; None:
+    boto3 looks for them itself. ``page`` is how many objects a listing asks for at a time.
+    """
+
+    def __init__(self, place: S3Place, *, keys: Callable[[], S3Keys | None] = _no_keys, page: int = 1000) -> None:
+        self._place = place
+        self._keys = keys
+        self._page = page
+        self._guard = threading.Lock()
+        self._made: tuple[S3Client, S3Keys | None] | None = None
+        self._bucket_seen = float("-inf")
+        server = urlsplit(place.endpoint).netloc if place.endpoint else "AWS"
+        self._where = s3_errors.Where(server=server, bucket=place.bucket)
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Look whether the bucket can be used. Puts an object there for a moment, to try conditional writes."""
+        return s3_findings.look(self, place=self._place, call=self._call)
+
+    def put(self, name: str, *, data: bytes, retain_until: datetime | None = None) -> ObjectInfo:
+        """Write an object, over one of that name where there is one."""
+        return self._put(name, data=data, retain_until=retain_until, condition={})
+
+    def put_new(self, name: str, *, data: bytes, retain_until: datetime | None = None) -> ObjectInfo:
+        """Write an object that must not be there yet."""
+        return self._put(name, data=data, retain_until=retain_until, condition={"IfNoneMatch": "*"})
+
+    def replace(self, name: str, *, data: bytes, version: str) -> ObjectInfo:
+        """Write an object over the one of that version."""
+        try:
+            return self._put(name, data=data, retain_until=None, condition={"IfMatch": f'"{version}"'})
+        except ObjectNotFoundError as error:  # AWS says so of one that is gone, others that the condition failed
+            raise ObjectConflictError(error.brief, details=error.details, remedy="read it again") from error
+
+    def get(self, name: str) -> StoredObject:
+        """Read a whole object."""
+        with self._call(f"read {name}") as client:
+            answer = client.get_object(Bucket=self._place.bucket, Key=self._key(name))
+            data = answer["Body"].read()
+        return StoredObject(info=_info(name, answer, size_bytes=len(data)), data=data)
+
+    def get_range(self, name: str, *, offset: int, length: int) -> bytes:
+        """Read a part of an object."""
+        if length == 0:
+            return b""
+        with self._call(f"read {name}") as client:
+            part = f"bytes={offset}-{offset + length - 1}"
+            answer = client.get_object(Bucket=self._place.bucket, Key=self._key(name), Range=part)
+            # A server that does not know ranges begins to send all of it.
+            data = answer["Body"].read(length + 1) if "ContentRange" in answer else b""
+        if len(data) != length:
+            raise DriverError(
+                f"the object {name} ends before {offset + length}, where {length} bytes from {offset} were to be read",
+                details=f"the server sent {answer.get('ContentRange', 'no range')}",
+                remedy="run 'vmsnap verify' for the snapshots that use it",
+            )
+        return data
+
+    def info(self, name: str) -> ObjectInfo:
+        """Describe an object without reading it."""
+        try:
+            with self._call(f"look at {name}") as client:
+                answer = client.head_object(Bucket=self._place.bucket, Key=self._key(name))
+        except ObjectNotFoundError:
+            self._require_bucket()  # the answer to HEAD has no words: it may as well be the bucket that is gone
+            raise
+        return _info(name, answer, size_bytes=answer["ContentLength"])
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects whose names begin so, in the order of their names."""
+        return in_order(self._listed(prefix), prefix=prefix)
+
+    def delete(self, name: str) -> None:
+        """Remove an object. Content where it is gone. Raises HeldError where it is locked."""
+        doing = f"remove {name}"
+        if self._place.object_lock is ObjectLock.OFF:
+            with self._call(doing) as client:
+                client.delete_object(Bucket=self._place.bucket, Key=self._key(name))
+            return
+        # The newest version goes last: as long as any is locked, the object is there.
+        for version in reversed(list(self._versions(name))):
+            try:
+                with self._call(doing) as client:
+                    client.delete_object(Bucket=self._place.bucket, Key=self._key(name), VersionId=version)
+            except PreconditionError as error:
+                until = self._locked_until(name, version=version)
+                if until is None:
+                    raise
+                raise HeldError(
+                    f"the object {name} is locked until {until:%Y-%m-%d %H:%M:%S} UTC",
+                    details=error.details,
+                    remedy="wait; nobody may remove it before",
+                ) from error
+
+    def retain(self, name: str, *, until: datetime) -> None:
+        """Lock an object for at least so long, never shorter than before."""
+        if self._place.object_lock is ObjectLock.OFF:
+            return
+        now = self.info(name).retained_until
+        if now is not None and now >= until.replace(microsecond=0):
+            return
+        with self._call(f"lock {name}") as client:
+            client.put_object_retention(
+                Bucket=self._place.bucket,
+                Key=self._key(name),
+                Retention={"Mode": self._lock_mode, "RetainUntilDate": until},
+            )
+
+    def _listed(self, prefix: str) -> Iterator[ObjectInfo]:
+        own = f"{self._place.prefix}/" if self._place.prefix else ""
+        after: dict[str, Any] = {}
+        while True:
+            with self._call(f"list {prefix or 'all objects'}") as client:
+                answer = client.list_objects_v2(
+                    Bucket=self._place.bucket, Prefix=own + prefix, MaxKeys=self._page, **after
+                )
+            for one in answer.get("Contents", ()):
+                name = one["Key"].removeprefix(own)
+                if not name.endswith("/"):
+                    yield ObjectInfo(name=name, size_bytes=one["Size"], version=one["ETag"].strip('"'))
+            token = answer.get("NextContinuationToken")
+            if not answer.get("IsTruncated") or not token:
+                return
+            after = {"ContinuationToken": token}
+
+    def _put(self, name: str, *, data: bytes, retain_until: datetime | None, condition: dict[str, Any]) -> ObjectInfo:
+        place = self._place
+        headers = dict(condition)
+        if place.storage_class is not None and len(data) >= _LARGE_BYTES:
+            headers["StorageClass"] = place.storage_class
+        if place.kms_key is not None:
+            headers |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": place.kms_key}
+        until = retain_until if place.object_lock is not ObjectLock.OFF else None
+        if until is not None and until <= datetime.now(UTC):
+            until = None
+        if until is not None:
+            headers |= {"ObjectLockMode": self._lock_mode, "ObjectLockRetainUntilDate": until}
+        if place.object_lock is not ObjectLock.OFF and not self._checksums:
+            # Servers want it for whatever they lock, be it only by a rule of the bucket.
+            headers["ContentMD5"] = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        with self._call(f"write {name}") as client:
+            answer = client.put_object(Bucket=place.bucket, Key=self._key(name), Body=data, **headers)
+        return ObjectInfo(name=name, size_bytes=len(data), version=answer["ETag"].strip('"'), retained_until=until)
+
+    @property
+    def _lock_mode(self) -> Any:
+        return self._place.object_lock.upper()
+
+    @property
+    def _checksums(self) -> bool:
+        return self._place.endpoint is None if self._place.checksums is None else self._place.checksums
+
+    def _key(self, name: str) -> str:
+        return f"{self._place.prefix}/{name}" if self._place.prefix else name
+
+    def _versions(self, name: str) -> Iterator[str]:
+        """Yield the versions of an object and the marks of its removals, newest first."""
+        key = self._key(name)
+        after: dict[str, Any] = {}
+        while True:
+            with self._call(f"list the versions of {name}") as client:
+                answer = client.list_object_versions(Bucket=self._place.bucket, Prefix=key, **after)
+            found: list[Any] = [*answer.get("Versions", ()), *answer.get("DeleteMarkers", ())]
+            own = [one for one in found if one["Key"] == key]
+            yield from (one["VersionId"] for one in sorted(own, key=lambda one: one["LastModified"], reverse=True))
+            if not answer.get("IsTruncated") or any(one["Key"] > key for one in found):
+                return
+            after = {"KeyMarker": answer["NextKeyMarker"], "VersionIdMarker": answer["NextVersionIdMarker"]}
+
+    def _locked_until(self, name: str, *, version: str) -> datetime | None:
+        """Return until when a version is locked; None where it is not, or not any more."""
+        with self._call(f"look at {name}") as client:
+            answer = client.head_object(Bucket=self._place.bucket, Key=self._key(name), VersionId=version)
+        until = _retained_until(answer)
+        return until if until is not None and until > datetime.now(UTC) else None
+
+    def _require_bucket(self) -> None:
+        if time.monotonic() - self._bucket_seen > _BUCKET_SEEN_SECONDS:
+            with self._call("look into the bucket") as client:
+                client.list_objects_v2(Bucket=self._place.bucket, MaxKeys=1)
+
+    @contextmanager
+    def _call(self, doing: str) -> Iterator[S3Client]:
+        """Make one call: its errors are vmsnap's, and expired keys are asked for anew."""
+        client, keys = self._client()
+        try:
+            with s3_errors.translated(doing, where=self._where):
+                yield client
+        except VmsnapError as error:
+            if isinstance(error, PreconditionError):
+                self._renew_keys(keys, error)
+            raise
+        self._bucket_seen = time.monotonic()
+
+    def _renew_keys(self, used: S3Keys | None, error: PreconditionError) -> None:
+        """Raise StoreUnreachableError, so that the call is made again, where other keys are there than were used."""
+        code = s3_errors.code_of(getattr(error.__cause__, "response", {}))
+        if used is None or code not in s3_errors.EXPIRED | s3_errors.DENIED | {"InvalidAccessKeyId"}:
+            return
+        if self._keys() == used:
+            return
+        with self._guard:
+            if self._made is not None and self._made[1] == used:
+                self._made = None
+        raise StoreUnreachableError(
+            f"the keys for {self._where.server} were changed", details=error.details, remedy="try again"
+        ) from error
+
+    def _client(self) -> tuple[S3Client, S3Keys | None]:
+        with self._guard:
+            if self._made is None:
+                keys = self._keys()
+                with s3_errors.translated("begin", where=self._where):
+                    self._made = (self._new_client(keys), keys)
+            return self._made
+
+    def _new_client(self, keys: S3Keys | None) -> S3Client:
+        from boto3.session import Session  # noqa: PLC0415 - boto3 takes long to load
+        from botocore.config import Config  # noqa: PLC0415
+
+        for name in _NOISY:
+            # Their debugging messages have headers in them, and those have session tokens.
+            logging.getLogger(name).setLevel(logging.WARNING)
+        place = self._place
+        path_style = place.endpoint is not None if place.path_style is None else place.path_style
+        checksums: Any = "when_supported" if self._checksums else "when_required"
+        seconds = place.timeout.total_seconds()
+        config = Config(
+            connect_timeout=seconds,
+            read_timeout=seconds,
+            max_pool_connections=place.connections,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            request_checksum_calculation=checksums,
+            response_checksum_validation=checksums,
+            s3={"addressing_style": "path" if path_style else "auto"},
+            user_agent_extra="vmsnap",
+            tcp_keepalive=True,
+        )
+        session = Session(
+            aws_access_key_id=keys.access_key if keys else None,
+            aws_secret_access_key=keys.secret_key if keys else None,
+            aws_session_token=keys.session_token if keys else None,
+            region_name=place.region,
+        )
+        region = session.region_name or ("us-east-1" if place.endpoint is not None else None)
+        return session.client(
+            "s3",
+            endpoint_url=place.endpoint,
+            region_name=region,
+            verify=str(place.ca_file) if place.ca_file is not None else None,
+            config=config,
+        )
+
+
+def _info(name: str, answer: Any, *, size_bytes: int) -> ObjectInfo:
+    return ObjectInfo(
+        name=name,
+        size_bytes=size_bytes,
+        version=answer["ETag"].strip('"'),
+        retained_until=_retained_until(answer),
+    )
+
+
+def _retained_until(answer: Any) -> datetime | None:
+    until = answer.get("ObjectLockRetainUntilDate")
+    return None if until is None else until.astimezone(UTC)
