@@ -1,0 +1,113 @@
+"""Serving the replica's disks to environments while their data still lies in the replica."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Protocol
+
+from vmsnap.model.capture import DiskImage
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.journal import Resource
+from vmsnap.ports.owner import Owner
+
+
+class BlockSource(Protocol):
+    """One disk as it lies in the replica, in blocks of 64 KiB. Safe to use from several threads."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the disk's size."""
+
+    @property
+    def identity(self) -> bytes:
+        """Return 32 bytes that differ wherever a disk's content, or the repository it lies in, does."""
+
+    def holes(self, first: int, count: int) -> Sequence[bool]:
+        """Tell of blocks in a row which are holes. Raises as ``read``."""
+
+    def read(self, first: int, count: int) -> bytes:
+        """Return blocks in a row, each checked against its digest; the last block of a disk may be short.
+
+        Raises StoreUnreachableError or PreconditionError where another try may help, any other VmsnapError where the data is
+        damaged or gone.
+        """
+
+
+class ExportPhase(StrEnum):
+    """How far an export has come. ``LOCAL``: the environment does not need it any more."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    HYDRATED = "hydrated"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """What an export serves. ``cache_bytes``: how much it may keep here of each disk; None: all of it.
+
+    ``hydrate``: it fetches, beside what the guest reads, everything else.
+    """
+
+    run: RunId
+    guest: str
+    snapshot: SnapshotId
+    hydrate: bool = True
+    cache_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportStatus:
+    """How an export is. ``waiting``: why the guest waits for the replica; ``damage``: what the guest cannot read.
+
+    ``data_bytes`` None: not counted yet. ``read_bytes``: how much was read of the image's data in the replica so far.
+    """
+
+    run: RunId
+    guest: str
+    snapshot: SnapshotId
+    phase: ExportPhase
+    alive: bool
+    size_bytes: int = 0
+    data_bytes: int | None = None
+    read_bytes: int = 0
+    waiting: str | None = None
+    waiting_since: datetime | None = None
+    damage: tuple[str, ...] = ()
+
+
+class ReplicaExports(Owner, Protocol):
+    """Processes of their own, one an environment, that outlive whoever started them. Owns REPLICA_EXPORT.
+
+    An export holds its snapshot in the replica as long as its environment needs it.
+    """
+
+    def resource(self, plan: ExportPlan) -> Resource:
+        """Name an export: its process, its socket and its folder with what was fetched."""
+
+    def socket(self, run: RunId) -> str:
+        """Return the path of the export's socket: the same for the same run. Raises PreconditionError for one too long."""
+
+    def begin(self, plan: ExportPlan) -> None:
+        """Begin an export without waiting for it. May be repeated: what runs goes on, what died is started again."""
+
+    def wait(self, plan: ExportPlan, *, deadline: timedelta) -> tuple[DiskImage, ...]:
+        """Return the disks as soon as they are served: images of format ``nbd`` whose path is the socket.
+
+        Raises what the export died of, DeadlineError.
+        """
+
+    def images(self, run: RunId) -> tuple[DiskImage, ...]:
+        """Return the local images of a hydrated export. Raises PreconditionError where it is not."""
+
+    def settled(self, run: RunId) -> None:
+        """End the process, and the hold: the environment is on the local images. They stay. May be repeated."""
+
+    def status(self, run: RunId) -> ExportStatus | None:
+        """Return how an export is; None where the run has none."""
+
+    def all(self) -> tuple[ExportStatus, ...]:
+        """Return all exports of this host, by run."""
