@@ -103,8 +103,7 @@ class BlockCache:
         except FileNotFoundError:
             return
         bitmap = data[_HEAD.size :]
-        expected = self._encode(bitmap) if len(bitmap) == len(self._have) else b""
-        if data != expected:
+        if len(bitmap) != len(self._have) or data != self._encode(bitmap):
             _LOG.warning("the record of the cache %s is damaged or of another disk; it begins anew", self._path)
             self._record.unlink()
             return

@@ -15,7 +15,7 @@ BLOCK_BYTES = 64 << 10
 
 @dataclass(kw_only=True)
 class MemoryBlocks:
-    """``damaged`` blocks fail; while ``unreachable`` is set everything does, and may work later. ``reads``: what was asked for."""
+    """``damaged`` blocks fail; everything does while ``unreachable`` or ``forbidden`` is set. ``reads``: what was asked for."""
 
     data: bytes
     damaged: set[int] = field(default_factory=set)
