@@ -1,11 +1,14 @@
-"""The contract of object stores, over the fake."""
+"""The contract of object stores, over the fake and over a directory."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from vmsnap.errors import StoreUnreachableError
 from vmsnap.ports.objects import ObjectStore
+from vmsnap.stores.objects.directory import DirectoryObjects
 from vmsnap.testing.memory_objects import FaultyObjects, MemoryBucket, MemoryObjects, ObjectFault
 from vmsnap.testing.memory_state import ProcessDied
 from vmsnap.testing.objects_contract import ObjectsContract
@@ -29,6 +32,22 @@ class TestMemoryObjects(ObjectsContract):
     @pytest.fixture
     def again(self, bucket: MemoryBucket) -> ObjectStore:
         return FaultyObjects(MemoryObjects(bucket))
+
+
+class TestDirectoryObjects(ObjectsContract):
+    many = 300
+
+    @pytest.fixture
+    def locks(self) -> bool:
+        return False
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ObjectStore:
+        return DirectoryObjects(tmp_path)
+
+    @pytest.fixture
+    def again(self, tmp_path: Path, store: ObjectStore) -> ObjectStore:
+        return DirectoryObjects(tmp_path)
 
 
 class TestFaults:
