@@ -46,6 +46,8 @@ class Verdict:
     user: str | None = None
     challenges: tuple[str, ...] = ()
     token: str | None = None
+    is_final: bool = False
+    """A login was refused, and the connection ends."""
 
 
 class Accounts:
@@ -59,8 +61,8 @@ class Accounts:
     @contextmanager
     def published(self) -> Iterator[None]:
         """Let pyspnego see the accounts inside the block."""
-        self._file.write_text("".join(f":{name}:{user.password}\n" for name, user in self.users.items()))
         with _variable:
+            self._file.write_text("".join(f":{name}:{user.password}\n" for name, user in self.users.items()))
             before = os.environ.get("NTLM_USER_FILE")
             os.environ["NTLM_USER_FILE"] = str(self._file)
             try:
@@ -105,9 +107,10 @@ class Authentication:
             return Verdict(user=self._user)
         return self._challenge()
 
-    def _challenge(self) -> Verdict:
+    def _challenge(self, *, is_final: bool = False) -> Verdict:
         offered = {"Basic": 'Basic realm="WSMAN"', "Negotiate": "Negotiate", "CredSSP": "CredSSP"}
-        return Verdict(challenges=tuple(text for name, text in offered.items() if name in self._mechanisms))
+        challenges = tuple(text for name, text in offered.items() if name in self._mechanisms)
+        return Verdict(challenges=challenges, is_final=is_final)
 
     def _basic(self, value: str) -> Verdict:
         name, _, password = base64.b64decode(value).decode().partition(":")
@@ -127,7 +130,7 @@ class Authentication:
                 reply = self._context.step(token)
             except spnego.exceptions.SpnegoError:
                 self._context = None
-                return self._challenge()
+                return self._challenge(is_final=True)
         answer = f"{scheme} {base64.b64encode(reply).decode('ascii')}" if reply else None
         if not self._context.complete:
             return Verdict(challenges=(answer or scheme,))

@@ -6,8 +6,10 @@ requests as a test asks. What a pipeline does is the business of a dispatcher.
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from vmsnap.testing.hyperv.service import Quotas, Service, User
 from vmsnap.testing.hyperv.soap import Request, WsmanFaultError
 from vmsnap.testing.hyperv.wirefaults import FaultPlan, Harm, WireFault
 
+_log = logging.getLogger(__name__)
 _SOAP_TYPE = "application/soap+xml;charset=UTF-8"
 EVERY_MECHANISM = frozenset({"Basic", "Negotiate", "CredSSP", "Certificate"})
 USER, PASSWORD = "vmsnap", "Gr8-Secret"
@@ -139,8 +142,11 @@ class _Server(ThreadingHTTPServer):
             self.endpoint.closed(connection)
             connection.close()
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Keep quiet: clients that hang up are what is tested."""
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        """Keep quiet of clients that hang up, which is what is tested, but not of our own faults."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            _log.error("the endpoint failed", exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -166,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         verdict = self.authentication.judge(self.headers.get("Authorization", ""))
         if verdict.user is None:
-            self._send(401, headers=[("WWW-Authenticate", text) for text in verdict.challenges])
+            ending = [("Connection", "close")] if verdict.is_final else []
+            self._send(401, headers=[*(("WWW-Authenticate", text) for text in verdict.challenges), *ending])
             return
         tokens = [("WWW-Authenticate", verdict.token)] if verdict.token else []
         if not content:
