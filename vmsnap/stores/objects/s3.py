@@ -7,6 +7,7 @@ removing every version of it. Calls are made once: ``RetryingObjects`` makes the
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import logging
 import threading
@@ -33,6 +34,7 @@ from vmsnap.stores.objects import s3_errors, s3_findings
 from vmsnap.stores.objects.ordering import in_order
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
 
 _LARGE_BYTES = 128 << 10
@@ -264,14 +266,14 @@ class S3Objects:
             return self._made
 
     def _new_client(self, keys: S3Keys | None) -> S3Client:
-        from boto3.session import Session  # noqa: PLC0415 - boto3 takes long to load
-        from botocore.config import Config  # noqa: PLC0415
+        from botocore.config import Config  # noqa: PLC0415 - boto3 takes long to load
 
         for name in _NOISY:
             # Their debugging messages have headers in them, and those have session tokens.
             logging.getLogger(name).setLevel(logging.WARNING)
         place = self._place
         path_style = place.endpoint is not None if place.path_style is None else place.path_style
+        style: Any = "path" if path_style else "auto" if place.path_style is None else "virtual"
         checksums: Any = "when_supported" if self._checksums else "when_required"
         seconds = place.timeout.total_seconds()
         config = Config(
@@ -281,24 +283,34 @@ class S3Objects:
             retries={"mode": "standard", "total_max_attempts": 1},
             request_checksum_calculation=checksums,
             response_checksum_validation=checksums,
-            s3={"addressing_style": "path" if path_style else "auto"},
+            s3={"addressing_style": style},
             user_agent_extra="vmsnap",
             tcp_keepalive=True,
         )
-        session = Session(
-            aws_access_key_id=keys.access_key if keys else None,
-            aws_secret_access_key=keys.secret_key if keys else None,
-            aws_session_token=keys.session_token if keys else None,
-            region_name=place.region,
-        )
-        region = session.region_name or ("us-east-1" if place.endpoint is not None else None)
-        return session.client(
-            "s3",
-            endpoint_url=place.endpoint,
-            region_name=region,
-            verify=str(place.ca_file) if place.ca_file is not None else None,
-            config=config,
-        )
+        with _SESSIONS:
+            session = _session()
+            region = place.region or session.region_name or ("us-east-1" if place.endpoint is not None else None)
+            return session.client(
+                "s3",
+                endpoint_url=place.endpoint,
+                region_name=region,
+                verify=str(place.ca_file) if place.ca_file is not None else None,
+                config=config,
+                aws_access_key_id=keys.access_key if keys else None,
+                aws_secret_access_key=keys.secret_key if keys else None,
+                aws_session_token=keys.session_token if keys else None,
+            )
+
+
+_SESSIONS = threading.Lock()
+
+
+@functools.cache
+def _session() -> Session:
+    """Return what knows the API of S3: reading its description takes half a second. Not for two threads at a time."""
+    from boto3.session import Session  # noqa: PLC0415 - boto3 takes long to load
+
+    return Session()
 
 
 def _info(name: str, answer: Any, *, size_bytes: int) -> ObjectInfo:

@@ -132,6 +132,10 @@ def translated(doing: str, *, where: Where) -> Iterator[None]:
         raise _of_server(error.response, doing=doing, where=where) from error
     except BotoCoreError as error:
         raise _of_client(error, doing=doing, where=where) from error
+    except RecursionError as error:  # boto3 follows a server that sends it from region to region until it falls
+        raise PreconditionError(
+            f"{where.server} names no region for '{where.bucket}'", details="PermanentRedirect", remedy=_REGION
+        ) from error
     except (HTTPError, OSError, Boto3Error) as error:
         raise _unreachable(str(error), doing=doing, where=where) from error
 
