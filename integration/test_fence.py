@@ -29,7 +29,7 @@ from integration.networld import (
     stop,
 )
 from vmsnap.errors import DeadlineError, IsolationError, PreconditionError
-from vmsnap.model.isolation import FencePlan
+from vmsnap.model.isolation import BEFORE_IT_RUNS, FencePlan, ProofKind
 from vmsnap.network import links, netns, rules
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.packets import PacketSocket
@@ -62,6 +62,16 @@ class RealHarness:
     @property
     def fence(self) -> Fence:
         return self._fence
+
+    @property
+    def shows(self) -> frozenset[ProofKind]:
+        return BEFORE_IT_RUNS
+
+    def end_of(self, plan: FencePlan) -> str:
+        return plan.ports[0].tap
+
+    def middle_of(self, plan: FencePlan) -> str:
+        return plan.ports[0].bridge
 
     def attach_clone(self, plan: FencePlan) -> None:
         self._clones[plan.run] = attach_clone(plan)

@@ -14,7 +14,7 @@ from vmsnap.model.capture import CaptureSettings, DiskImage
 from vmsnap.network.fence import NetworkFence
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import Fence
-from vmsnap.testing.hypervisor_contract import HypervisorContract, HypervisorHarness
+from vmsnap.testing.hypervisor_contract import ANSWER, HypervisorContract, HypervisorHarness, Manner
 
 IMAGE_BYTES = 1 << 30
 
@@ -29,6 +29,13 @@ class LibvirtHarness:
         self.fence: Fence = NetworkFence()
         self.guest = guest.name
         self.settings: CaptureSettings = PATIENT
+
+    @property
+    def manner(self) -> Manner:
+        return Manner()
+
+    def require_answer(self, domain: str) -> None:
+        self.hypervisor.agent(domain).send('{"execute":"guest-ping"}', timeout=ANSWER)
 
     def another_process(self) -> Hypervisor:
         driver = new_driver(self._lab)

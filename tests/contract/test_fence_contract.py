@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vmsnap
-from vmsnap.model.isolation import FencePlan
+from vmsnap.model.isolation import BEFORE_IT_RUNS, FencePlan, ProofKind
 from vmsnap.ports.network import Fence
 from vmsnap.testing.fake_network import FakeFence
 from vmsnap.testing.fence_contract import FenceContract, FenceHarness
@@ -20,6 +20,16 @@ class FakeHarness:
     @property
     def fence(self) -> Fence:
         return self._fake
+
+    @property
+    def shows(self) -> frozenset[ProofKind]:
+        return BEFORE_IT_RUNS
+
+    def end_of(self, plan: FencePlan) -> str:
+        return plan.ports[0].tap
+
+    def middle_of(self, plan: FencePlan) -> str:
+        return plan.ports[0].bridge
 
     def attach_clone(self, plan: FencePlan) -> None:
         self._fake.world.fences[plan.run].members |= {port.tap for port in plan.ports}
@@ -52,4 +62,4 @@ def test_only_the_fence_and_its_fake_make_proofs() -> None:
         and "class IsolationProof" not in path.read_text(encoding="utf-8")
     }
     outside_tests = {maker for maker in makers if not maker.startswith("testing/")}
-    assert outside_tests == {"network/fence.py"}
+    assert outside_tests == {"network/fence.py", "hypervisors/hyperv/fence.py"}

@@ -10,7 +10,14 @@ from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.testing.fake_host import DISK_BYTES
 from vmsnap.testing.fake_hypervisor import FakeHypervisor
 from vmsnap.testing.fake_network import FakeFence
-from vmsnap.testing.hypervisor_contract import BootingContract, CopyingContract, HypervisorContract, HypervisorHarness
+from vmsnap.testing.hypervisor_contract import (
+    ANSWER,
+    BootingContract,
+    CopyingContract,
+    HypervisorContract,
+    HypervisorHarness,
+    Manner,
+)
 from vmsnap.testing.world import FakeWorld
 
 
@@ -25,6 +32,13 @@ class FakeHarness:
         self.lab.network.needs_watch = False
         self.hypervisor: Hypervisor = self.another_process()
         self.fence = FakeFence(self.lab.network)
+
+    @property
+    def manner(self) -> Manner:
+        return Manner()
+
+    def require_answer(self, domain: str) -> None:
+        self.hypervisor.agent(domain).send('{"execute":"guest-ping"}', timeout=ANSWER)
 
     def another_process(self) -> Hypervisor:
         return FakeHypervisor(self.lab.host, clock=self.lab.clock)

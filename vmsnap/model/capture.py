@@ -180,6 +180,7 @@ class Capture:
     ``reason`` says why it was this mode. ``ram_bytes`` is what was copied of RAM and device state.
     ``parts`` follow one another and add up to the pause, as far as they could be told apart; empty where they could not.
     ``on_overlay_seconds``: how long production was on its overlays, where it is home already.
+    ``pause_at_most``: the hypervisor does not say how long the guest stood still; it was not longer than ``pause_ms``.
     """
 
     mode: CaptureMode
@@ -191,6 +192,7 @@ class Capture:
     seconds: float
     parts: tuple[PausePart, ...] = ()
     on_overlay_seconds: float | None = None
+    pause_at_most: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ class CaptureRecord(_Record):
     ``reason`` says why it was this mode. The oldest manifests have neither ``reason`` nor ``parts``.
     ``memory_captured`` false: disks only, and the clone booted.
     ``on_overlay_seconds``: how long production was on its overlays, where it was home before the snapshot was stored.
+    ``pause_at_most``: how long the guest stood still is not known, but that it was not longer than ``pause_ms``.
     """
 
     mode: CaptureMode
@@ -44,6 +45,7 @@ class CaptureRecord(_Record):
     reason: str = ""
     on_overlay_seconds: float | None = None
     memory_captured: bool = True
+    pause_at_most: bool = False
 
 
 class ProofRecord(_Record):

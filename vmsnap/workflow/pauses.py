@@ -25,8 +25,13 @@ def tell_pause(capture: Capture, *, promised: timedelta, progress: Progress) -> 
     """Tell the operator how long the guest stood still, and what for; return a warning where it was longer than promised."""
     parts = ", ".join(f"{part.name} {part.ms:.1f}" for part in capture.parts)
     what = "the guest stood still for" if capture.mode.takes_memory else "the guest's disks were frozen within"
+    if capture.pause_at_most:
+        what += " at most"
     progress.note(f"{what} {capture.pause_ms:.0f} ms{parts and f' ({parts})'}")
     promised_ms = promised / timedelta(milliseconds=1)
     if capture.pause_ms <= promised_ms:
         return ()
+    if capture.pause_at_most:
+        told = f"how long the guest stood still is not known: at most {capture.pause_ms:.0f} ms"
+        return (f"{told}; capture.max_pause ({promised_ms:.0f} ms) cannot be promised on this hypervisor",)
     return (f"the guest stood still for {capture.pause_ms:.0f} ms; capture.max_pause is {promised_ms:.0f} ms",)

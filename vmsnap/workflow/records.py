@@ -31,6 +31,7 @@ def capture_record(capture: Capture) -> CaptureRecord:
         parts=tuple(PausePartRecord(name=part.name, ms=round(part.ms, 3)) for part in capture.parts),
         memory_captured=capture.mode.takes_memory,
         on_overlay_seconds=None if capture.on_overlay_seconds is None else round(capture.on_overlay_seconds, 3),
+        pause_at_most=capture.pause_at_most,
     )
 
 

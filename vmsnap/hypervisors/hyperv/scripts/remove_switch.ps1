@@ -1,4 +1,5 @@
-# Remove a private switch that bears the tag. Adapters that are still on it are on none then.
+# Remove a switch that bears the tag; adapters that are still on it are on none then. One that somebody gave an uplink
+# since is left alone: hardware of the host would go with it.
 param(
     [Parameter(Mandatory)] [string] $Id,
     [Parameter(Mandatory)] [string] $Tag
@@ -6,5 +7,5 @@ param(
 $ErrorActionPreference = 'Stop'
 $switch = Get-VMSwitch -Id $Id
 if (-not ([string]$switch.Notes).StartsWith($Tag, [System.StringComparison]::Ordinal)) { throw 'VmsnapNotOurs' }
-if (([string]$switch.SwitchType) -ne 'Private') { throw 'VmsnapNotPrivate' }
+if (([string]$switch.SwitchType) -eq 'External') { throw 'VmsnapHasUplink' }
 Remove-VMSwitch -VMSwitch $switch -Force
