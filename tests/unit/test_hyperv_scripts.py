@@ -10,6 +10,10 @@ import pytest
 import tree_sitter_powershell
 from tree_sitter import Language, Parser
 
+from vmsnap.testing.hyperv.cmdlets import check_call
+from vmsnap.testing.hyperv.running import ALL
+from vmsnap.testing.hyperv.twins import TWINS, digest_of
+
 _FOLDER = files("vmsnap.hypervisors.hyperv") / "scripts"
 _SCRIPTS = {entry.name: entry.read_text(encoding="utf-8") for entry in _FOLDER.iterdir() if entry.name.endswith(".ps1")}
 
@@ -72,3 +76,16 @@ def test_what_changes_a_machine_looks_for_the_tag_first(name: str) -> None:
         text.index(word) for word in ("Start-VM", "Stop-VM -VM", "Remove-VM", "InitiateShutdown") if word in text
     )
     assert text.index("throw 'VmsnapNotOurs'") < changes
+
+
+def test_every_script_has_a_twin_that_was_written_for_it_as_it_is_now() -> None:
+    """After editing a script: look at its twin, then write the new digest there."""
+    assert ALL
+    assert {f"{name}.ps1" for name in TWINS} == set(_SCRIPTS)
+    assert {name: twin.sha256 for name, twin in TWINS.items()} == {name: digest_of(name) for name in TWINS}
+
+
+def test_scripts_use_only_cmdlets_and_parameters_that_there_are() -> None:
+    for text in _SCRIPTS.values():
+        for command, parameters in _commands(text):
+            check_call(command, parameters=[parameter for parameter in parameters if parameter.startswith("-")])
