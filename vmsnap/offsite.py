@@ -1,0 +1,55 @@
+"""The place of the replica, as ``vmsnap.toml`` describes it."""
+
+from __future__ import annotations
+
+from vmsnap.config.credentials import s3_keys_of
+from vmsnap.config.settings import ReplicaSettings
+from vmsnap.errors import BugError
+from vmsnap.model.objects import S3Place
+from vmsnap.ports.clock import Clock
+from vmsnap.ports.objects import ObjectStore
+from vmsnap.stores.objects.directory import DirectoryObjects
+from vmsnap.stores.objects.pacing import PacedObjects
+from vmsnap.stores.objects.retrying import Patience, Repeating, RetryingObjects
+from vmsnap.stores.objects.s3 import S3Objects
+
+_MIB = 1024 * 1024
+
+
+def objects_of(settings: ReplicaSettings, *, clock: Clock) -> ObjectStore:
+    """Return the object store of the replica, with its limits. Asks nothing of it yet.
+
+    Raises ConfigError for a credential that cannot be read, or may be read by others.
+    """
+    store: ObjectStore
+    if settings.kind == "directory":
+        if settings.path is None:
+            raise BugError("a replica in a directory has no path")
+        store = DirectoryObjects(settings.path)
+    else:
+        s3_keys_of(settings)  # what is wrong with them is told at once
+        store = S3Objects(_place(settings), keys=lambda: s3_keys_of(settings))
+        repeating = Repeating(clock=clock, patience=Patience(give_up_after=settings.retry_for))
+        store = RetryingObjects(store, repeating=repeating)
+    if settings.bandwidth_mib_s is not None:
+        store = PacedObjects(store, bytes_per_second=settings.bandwidth_mib_s * _MIB, clock=clock)
+    return store
+
+
+def _place(settings: ReplicaSettings) -> S3Place:
+    if settings.bucket is None:
+        raise BugError("a replica in S3 has no bucket")
+    return S3Place(
+        bucket=settings.bucket,
+        prefix=settings.prefix,
+        endpoint=settings.endpoint,
+        region=settings.region,
+        ca_file=settings.ca_file,
+        path_style=settings.path_style,
+        checksums=settings.checksums,
+        storage_class=settings.storage_class,
+        kms_key=settings.kms_key,
+        object_lock=settings.object_lock,
+        connections=settings.connections,
+        timeout=settings.timeout,
+    )
