@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
-from vmsnap.disks import btrfs, ext, fat, xfs
+from vmsnap.disks import btrfs, ext, fat, ntfs, xfs
 from vmsnap.disks.probe import AMBIVALENT, Partition, partitions, signature
 from vmsnap.disks.tools import Deadline
 from vmsnap.disks.verdict import Verdict
@@ -38,7 +38,7 @@ class _Volume:
 
 
 class OfflineInspector:
-    """``DiskInspector`` over e2fsprogs, xfsprogs, btrfs-progs and util-linux. It keeps nothing and mounts nothing."""
+    """``DiskInspector`` over e2fsprogs, xfsprogs, btrfs-progs and util-linux; FAT and NTFS it reads itself. It mounts nothing."""
 
     def file_systems(self, views: tuple[DiskView, ...], *, timeout: timedelta) -> tuple[FileSystemState, ...]:
         """Return the state of every file system found on the disks. Swap and empty partitions are left out.
@@ -102,9 +102,10 @@ def _judge(volume: _Volume, *, deadline: Deadline) -> Verdict:
         return ext.state(view.path, offset=part.offset, deadline=deadline)
     if volume.kind in _READ_ONLY_KINDS:
         return Verdict(clean=True, observed="never written to")
-    if volume.kind == fat.KIND:
+    if volume.kind in {fat.KIND, ntfs.KIND}:
+        judge = fat.state if volume.kind == fat.KIND else ntfs.state
         try:
-            return fat.state(view.path, offset=part.offset)
+            return judge(view.path, offset=part.offset)
         except OSError as error:
             raise DriverError(f"disk {view.target} cannot be read: {error.strerror}") from error
     if volume.kind in {xfs.KIND, btrfs.KIND}:
@@ -145,7 +146,9 @@ def _read(volume: _Volume, *, path: str, deadline: Deadline) -> bytes | None:
     if volume.kind == xfs.KIND:
         with window(view, offset=part.offset, length=part.length, deadline=deadline) as image:
             return xfs.read_file(image, path=path, deadline=deadline)
+    if volume.kind == ntfs.KIND:
+        return ntfs.read_file(view.path, offset=part.offset, path=path)
     raise PreconditionError(
         f"files on {volume.kind} (disk {view.target}, {part.name}) cannot be read here",
-        remedy="ext2, ext3, ext4 and XFS can; let the engine's reading inside the clone be the evidence",
+        remedy="ext2, ext3, ext4, XFS and NTFS can; let the engine's reading inside the clone be the evidence",
     )
