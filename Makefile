@@ -4,13 +4,15 @@
 # make fuzz FUZZ_SECONDS=600   atheris on what a hostile clone can send; its own environment, its corpus in build/fuzz
 # make package   a Debian package in build/package; make install DESTDIR=/x puts the same files there
 # make bench NAME=backup   measurements, printed and written to build/bench/NAME.json
-# make bench NAME=pause    how long guests stand still, and a picture of it; RAM=1024 RUNS=2 and more in integration/bench/pause.py
+# make bench NAME=pause    how long guests stand still, and a picture of it; RAM=1024 RUNS=2 and more in integration/bench/pause.py;
+#                          on Debian's backport of QEMU (integration/lab/emulator.py says why), QEMU= on the host's own
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
 # How many labs the integration tests are spread over. Guests are emulated on one core each where there is no KVM.
 LABS ?= 2
 NAME ?= backup
+QEMU ?= $(CURDIR)/build/qemu
 FUZZ_SECONDS ?= 600
 FUZZ := build/fuzz
 
@@ -43,7 +45,8 @@ integration: setup
 
 bench: setup
 	@[ $(NAME) != pause ] || bash integration/setup.sh plots
-	$(LAB) $(PYTHON) -m integration.bench $(NAME)
+	@[ $(NAME) != pause ] || [ -z "$(QEMU)" ] || bash integration/setup.sh qemu
+	$(if $(filter pause,$(NAME)),VMSNAP_LAB_QEMU="$(QEMU)") $(LAB) $(PYTHON) -m integration.bench $(NAME)
 	@[ $(NAME) != pause ] || $(PYTHON) -m integration.bench.plot build/bench/pause.json build/bench/pause.png
 
 fuzz: $(FUZZ)/venv/installed

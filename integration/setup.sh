@@ -4,6 +4,7 @@
 #   setup.sh tests    further Debian packages that only the tests need
 #   setup.sh venv     the Python environment in .venv
 #   setup.sh plots    what draws the benchmark's picture, into .venv
+#   setup.sh qemu     Debian's backport of QEMU, unpacked into build/qemu and not installed: for the lab (VMSNAP_LAB_QEMU)
 # May be repeated; does nothing where everything is there. No service is started: the lab and the tests start their own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -42,10 +43,30 @@ install_venv() {
     touch "$stamp"
 }
 
+unpack_qemu() {
+    local root=$PWD/build/qemu lists mirror codename
+    [ -e "$root/unpacked" ] && return
+    # shellcheck disable=SC1091 # every Debian has it
+    codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $codename" | head -n 1)
+    rm -rf "$root"
+    lists=$root/lists
+    mkdir -p "$lists/partial" "$root/packages"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $codename-backports main" >"$root/sources"
+    local apt=(apt-get -q -o "Dir::Etc::SourceList=$root/sources" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::Lists=$lists" -o APT::Sandbox::User=root)
+    "${apt[@]}" update
+    (cd "$root/packages" && "${apt[@]}" download qemu-system-x86 qemu-system-common qemu-system-data seabios)
+    for package in "$root"/packages/*.deb; do dpkg-deb --extract "$package" "$root"; done
+    "$root/usr/bin/qemu-system-x86_64" --version
+    touch "$root/unpacked"
+}
+
 case "${1:-}" in
     system) install_packages integration/lab/packages.txt ;;
     tests) install_packages integration/lab/packages-tests.txt ;;
     venv) install_venv ;;
     plots) .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' ;;
-    *) echo "usage: setup.sh system|tests|venv|plots" >&2; exit 2 ;;
+    qemu) unpack_qemu ;;
+    *) echo "usage: setup.sh system|tests|venv|plots|qemu" >&2; exit 2 ;;
 esac

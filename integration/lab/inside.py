@@ -75,6 +75,7 @@ def _furnish(lab: Lab) -> None:
     run(["mount", "--bind", lab.log / "libvirt", "/var/log/libvirt"])
     shutil.copy(lab.image.kernel, lab.kernel)
     shutil.copy(lab.image.initrd, lab.initrd)
+    emulator.mount_other()
     if lab.accelerator != "kvm":
         emulator.install(lab.emulator)
 

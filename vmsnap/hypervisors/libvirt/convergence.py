@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from vmsnap.model.capture import CapturePlan
 
-FIRST_DOWNTIME_MS = 10
+# A last pass of less than this is over before the rest of the pause counts; most guests converge on it.
+FIRST_DOWNTIME_MS = 5
 # What a pause costs beside the last pass where it was not measured yet: disks and resume (20 to 60 ms were seen).
 _RESERVE_MS = 60
 # How much longer than lately it may take this time.
