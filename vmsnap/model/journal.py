@@ -25,6 +25,7 @@ class ResourceKind(StrEnum):
     HOLD = "hold"
     SERVICE = "service"
     DNS_RECORD = "dns-record"
+    REPLICA_EXPORT = "replica-export"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class ExportPhase(StrEnum):
 class ExportPlan:
     """What an export serves. ``cache_bytes``: how much it may keep here of each disk; None: all of it.
 
-    ``hydrate``: it fetches, beside what the guest reads, everything else.
+    ``hydrate``: it fetches, beside what the guest reads, everything else. ``reader``: the user and group that may read it.
     """
 
     run: RunId
@@ -57,6 +57,7 @@ class ExportPlan:
     snapshot: SnapshotId
     hydrate: bool = True
     cache_bytes: int | None = None
+    reader: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class ExportStatus:
     run: RunId
     guest: str
     snapshot: SnapshotId
+    hydrate: bool
     phase: ExportPhase
     alive: bool
     size_bytes: int = 0
@@ -93,6 +95,9 @@ class ReplicaExports(Owner, Protocol):
 
     def begin(self, plan: ExportPlan) -> None:
         """Begin an export without waiting for it. May be repeated: what runs goes on, what died is started again."""
+
+    def revive(self, run: RunId) -> None:
+        """Start an export again that died. Does nothing where there is none, it lives, or nobody needs it any more."""
 
     def wait(self, plan: ExportPlan, *, deadline: timedelta) -> tuple[DiskImage, ...]:
         """Return the disks as soon as they are served: images of format ``nbd`` whose path is the socket.
