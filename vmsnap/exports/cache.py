@@ -43,6 +43,26 @@ def floor_bytes(folder: Path) -> int:
     return min(_FLOOR_MOST, int(found.f_blocks * found.f_frsize * _FLOOR_SHARE))
 
 
+def _encode(bitmap: bytes, *, size_bytes: int, identity: bytes) -> bytes:
+    rest = struct.pack("<QI32s", size_bytes, BLOCK_BYTES, identity) + bitmap
+    return _MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+def is_whole(path: Path, *, size_bytes: int, identity: bytes) -> bool:
+    """Tell whether all of a disk is in its cache, on disk too. Changes nothing, whoever uses the cache meanwhile."""
+    count = -(-size_bytes // BLOCK_BYTES)
+    bitmap = bytearray(b"\xff" * (count // 8))
+    if count % 8:
+        bitmap.append((1 << (count % 8)) - 1)
+    try:
+        record = path.with_suffix(".have").read_bytes()
+        return path.stat().st_size == size_bytes and record == _encode(bytes(bitmap), size_bytes=size_bytes, identity=identity)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DriverError(f"the cache {path} cannot be read: {error.strerror}") from error
+
+
 class BlockCache:
     """The cache of one disk. Safe to use from several threads, by one process at a time (the caller sees to that)."""
 
@@ -103,16 +123,15 @@ class BlockCache:
         except FileNotFoundError:
             return
         bitmap = data[_HEAD.size :]
-        if len(bitmap) != len(self._have) or data != self._encode(bitmap):
+        if len(bitmap) != len(self._have) or data != self._encoded(bitmap):
             _LOG.warning("the record of the cache %s is damaged or of another disk; it begins anew", self._path)
             self._record.unlink()
             return
         self._have[:] = bitmap
         self._synced = bitmap
 
-    def _encode(self, bitmap: bytes) -> bytes:
-        rest = struct.pack("<QI32s", self._size_bytes, BLOCK_BYTES, self._identity) + bitmap
-        return _MAGIC + hashlib.sha256(rest).digest() + rest
+    def _encoded(self, bitmap: bytes) -> bytes:
+        return _encode(bitmap, size_bytes=self._size_bytes, identity=self._identity)
 
     @property
     def kept_bytes(self) -> int:
@@ -238,7 +257,7 @@ class BlockCache:
             try:
                 self._sync(bitmap)
                 with draft.open("wb") as file:
-                    file.write(self._encode(bitmap))
+                    file.write(self._encoded(bitmap))
                     file.flush()
                     os.fsync(file.fileno())
                 draft.replace(self._record)

@@ -20,7 +20,7 @@ from vmsnap.errors import (
     SafetyError,
     VmsnapError,
 )
-from vmsnap.exports.cache import BlockCache
+from vmsnap.exports.cache import is_whole
 from vmsnap.exports.folder import ExportFolder, FailureRecord, translated
 from vmsnap.exports.launching import Launcher
 from vmsnap.exports.server import LONGEST_SOCKET_PATH
@@ -97,8 +97,10 @@ class ExportProcesses:
         if folder.is_alive:
             return
         # QEMU's user passes through to the socket.
-        with translated(f"make the folder {self._socket_folder(folder.run)}"):
-            self._socket_folder(folder.run).mkdir(mode=0o711, parents=True, exist_ok=True)
+        socket = Path(self.socket(folder.run))
+        with translated(f"make the folder {socket.parent}"):
+            socket.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            socket.unlink(missing_ok=True)
         if folder.disks() is None:
             folder.forget_status()
         self._launch().start(folder)
@@ -143,15 +145,11 @@ class ExportProcesses:
         found = []
         for disk in disks.disks:
             path = folder.image(disk.target)
-            cache = BlockCache(path, size_bytes=disk.size_bytes, identity=bytes.fromhex(disk.identity), floor=0)
-            try:
-                if not cache.whole:
-                    raise PreconditionError(
-                        f"disk {disk.target} has not come from the replica yet",
-                        remedy="'vmsnap env show' says how far it is",
-                    )
-            finally:
-                cache.close()
+            if not is_whole(path, size_bytes=disk.size_bytes, identity=bytes.fromhex(disk.identity)):
+                raise PreconditionError(
+                    f"disk {disk.target} has not come from the replica yet",
+                    remedy="'vmsnap env show' says how far it is",
+                )
             found.append(DiskImage(target=disk.target, path=str(path), image_format="raw", size_bytes=disk.size_bytes))
         return tuple(found)
 
@@ -169,7 +167,8 @@ class ExportProcesses:
         self._release_hold(folder)
         runtime = self._socket_folder(folder.run)
         with translated(f"remove {runtime}"):
-            shutil.rmtree(runtime, ignore_errors=False) if runtime.exists() else None
+            if runtime.exists():
+                shutil.rmtree(runtime)
             if runtime.parent.is_dir() and not any(runtime.parent.iterdir()):
                 runtime.parent.rmdir()
 

@@ -192,7 +192,7 @@ class ExportService:
                 for cached, _ in disks:
                     cached.cache.flush()
                 flushed = time.monotonic()
-            if self._stop.wait(_TICK_SECONDS):
+            if self._stop.wait(_TICK_SECONDS) or not self._folder.exists or self._folder.is_local:
                 return
 
     def _read_before(self) -> int:

@@ -26,7 +26,10 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentPlan:
-    """An environment to make. ``macs`` are new, one for each NIC of the guest, in its order."""
+    """An environment to make. ``macs`` are new, one for each NIC of the guest, in its order.
+
+    ``export_socket``: where its disks are served while their data lies in the replica; None: they are local.
+    """
 
     run: RunId
     guest: str
@@ -36,3 +39,4 @@ class EnvironmentPlan:
     network: str | None
     memory_bytes: int | None = None
     vcpus: int | None = None
+    export_socket: str | None = None

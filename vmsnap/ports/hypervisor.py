@@ -150,7 +150,10 @@ class Hypervisor(Owner, Protocol):
     def prepare_environment_disks(
         self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...], nvram: str | None
     ) -> None:
-        """Make an overlay over each stored image; nothing is copied, except ``nvram``, a path of a few hundred KiB."""
+        """Make an overlay over each stored image; nothing is copied, except ``nvram``, a path of a few hundred KiB.
+
+        An image of format ``nbd`` is served at the socket that is its path; nobody need listen there yet.
+        """
 
     def environment_resource(self, plan: EnvironmentPlan) -> Resource:
         """Name the environment."""
@@ -168,6 +171,23 @@ class Hypervisor(Owner, Protocol):
         """Create the environment's process, paused before its first instruction, so that a fence can be proven.
 
         Raises SafetyError where, fenced, it could write a disk or reach a port that is not its own.
+        """
+
+    def image_reader(self) -> tuple[int, int] | None:
+        """Return the user and group that read the images of VMs; None: whoever runs vmsnap."""
+
+    def keep_environment_reconnecting(self, name: str) -> None:
+        """See to it that a running environment waits for its export when that is away. May be repeated.
+
+        Does nothing for one that is off, or whose images are local. Raises EnvironmentNotFoundError.
+        """
+
+    def localise_environment(
+        self, name: str, *, run: RunId, images: tuple[DiskImage, ...], deadline: timedelta
+    ) -> None:
+        """Put an environment on local images that hold just what its export serves, while it runs or is off.
+
+        May be repeated, after whatever came between. When this returns, nothing of it uses the export.
         """
 
     def environment_written_bytes(self, run: RunId) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
+
 from vmsnap.errors import BugError, EnvironmentNotFoundError, PreconditionError
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.environment import EnvironmentPlan
@@ -103,6 +106,25 @@ class FakeEnvironments:
             )
             for index, mac in enumerate(machine.macs)
         )
+
+    def image_reader(self) -> tuple[int, int] | None:
+        """Return nobody: whoever runs the tests reads the images."""
+        return None
+
+    def keep_environment_reconnecting(self, name: str) -> None:
+        """Look whether it is there: a fake guest waits for its export as long as it takes."""
+        self.environment_state(name)
+
+    def localise_environment(
+        self, name: str, *, run: RunId, images: tuple[DiskImage, ...], deadline: timedelta
+    ) -> None:
+        """Put an environment's overlays over the local images."""
+        del deadline
+        self.environment_state(name)
+        for image in images:
+            path = f"/environments/{run}/{image.target}.qcow2"
+            self._host.files[path] = replace(self._host.files[path], backing=image.path)
+            self._host.between(f"disk {image.target} is local")
 
     def environment_written_bytes(self, run: RunId) -> int:
         """Return what an environment wrote: 64 KiB a write."""

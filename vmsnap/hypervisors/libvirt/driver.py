@@ -22,6 +22,7 @@ from vmsnap.hypervisors.libvirt import (
     modes,
     overlays,
     preflight,
+    served,
     vcpulimits,
 )
 from vmsnap.hypervisors.libvirt.agent import LibvirtAgentChannel
@@ -380,6 +381,20 @@ class LibvirtHypervisor:
     def start_environment(self, plan: EnvironmentPlan, *, proof: IsolationProof | None) -> None:
         """Let an environment boot."""
         self._environments.start(plan, fenced=plan.network is None, proof=proof)
+
+    def keep_environment_reconnecting(self, name: str) -> None:
+        """See to it that an environment outlives its export."""
+        self._environments.keep_reconnecting(name)
+
+    def localise_environment(
+        self, name: str, *, run: RunId, images: tuple[DiskImage, ...], deadline: timedelta
+    ) -> None:
+        """Put an environment on local images."""
+        self._environments.localise(name, run=run, images=images, deadline=deadline)
+
+    def image_reader(self) -> tuple[int, int] | None:
+        """Return the user and group of QEMU's processes."""
+        return served.reader_of(self._connection)
 
     def environment_state(self, name: str) -> GuestState:
         """Return an environment's state."""

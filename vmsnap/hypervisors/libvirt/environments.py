@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import stat
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import libvirt
 
 from vmsnap.errors import BugError, EnvironmentNotFoundError, PreconditionError
-from vmsnap.hypervisors.libvirt import audit, overlays, rewrite
+from vmsnap.hypervisors.libvirt import audit, localising, overlays, rewrite, served
 from vmsnap.hypervisors.libvirt.clones import state_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_target, nic_mac, writable_disks
@@ -38,6 +39,10 @@ class EnvironmentFolders:
         """Return the folder of an environment."""
         return self._folder / plan.run
 
+    def folder_of(self, run: str) -> Path:
+        """Return the folder of a run's environment."""
+        return self._folder / run
+
     def prepare(self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...], nvram: str | None) -> None:
         """Make the overlays. QEMU's user must be able to pass through the folder, not to list it."""
         folder = self.of(plan)
@@ -47,8 +52,8 @@ class EnvironmentFolders:
         for image in images:
             overlays.create_overlay(
                 folder / f"{image.target}.qcow2",
-                base=image.path,
-                base_format=image.image_format,
+                base=served.uri(image) if image.image_format == served.FORMAT else image.path,
+                base_format="raw" if image.image_format == served.FORMAT else image.image_format,
                 size_bytes=image.size_bytes,
             )
         if nvram is not None:
@@ -101,6 +106,9 @@ class Environments:
             self._require_network(plan.network)
         text = self.xml(plan, machine=machine, fence=fence)
         with translated(f"define the environment {plan.name!r}"):
+            if plan.export_socket is not None:
+                served.define(self._connection.get(), text, socket=plan.export_socket)
+                return
             self._connection.get().defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
     def xml(self, plan: EnvironmentPlan, *, machine: MachineRecord, fence: FencePlan | None) -> str:
@@ -154,6 +162,8 @@ class Environments:
         with translated(f"start the environment {plan.name!r}"):
             domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
             live = parse(domain.XMLDesc(0))
+        if plan.export_socket is not None:
+            served.keep_reconnecting(domain)
         if fence is None:
             for interface in devices(live).findall("interface"):
                 devices(live).remove(interface)
@@ -173,6 +183,18 @@ class Environments:
         domain = self._connection.domain(plan.name)
         with translated(f"resume the environment {plan.name!r}"):
             domain.resume()
+
+    def keep_reconnecting(self, name: str) -> None:
+        """See to it that a running environment outlives its export. Does nothing where its disks are local."""
+        domain = self.domain(name)
+        if domain.isActive():
+            served.keep_reconnecting(domain)
+
+    def localise(self, name: str, *, run: str, images: tuple[DiskImage, ...], deadline: timedelta) -> None:
+        """Put an environment on local images. See ports.hypervisor."""
+        localising.Localising(self._connection, name=name, folder=self._folders.folder_of(run), images=images).run(
+            deadline=deadline
+        )
 
     def state(self, name: str) -> GuestState:
         """Return an environment's state. Raises EnvironmentNotFoundError."""

@@ -72,6 +72,34 @@ def set_disks(domain: ET.Element, overlays: Mapping[str, str]) -> None:
         ET.SubElement(disk, "source", {"file": overlay})
 
 
+def set_served(domain: ET.Element, *, socket: str, reconnect_seconds: int | None) -> None:
+    """Say what every writable disk's overlay is over: the export of its name at an NBD socket.
+
+    libvirt would find the export in the overlay's header, but not for how long to try to reach it again when it is lost.
+    """
+    for disk in devices(domain).findall("disk"):
+        if not is_writable_disk(disk):
+            continue
+        drop(disk, "backingStore")
+        backing = ET.SubElement(disk, "backingStore", {"type": "network"})
+        ET.SubElement(backing, "format", {"type": "raw"})
+        source = ET.SubElement(backing, "source", {"protocol": "nbd", "name": disk_target(disk)})
+        ET.SubElement(source, "host", {"transport": "unix", "socket": socket})
+        if reconnect_seconds is not None:
+            ET.SubElement(source, "reconnect", {"delay": str(reconnect_seconds)})
+        ET.SubElement(backing, "backingStore")
+
+
+def set_local(disk: ET.Element, *, overlay: str, image: str) -> None:
+    """Put a disk on an overlay over a raw image."""
+    drop(disk, "source", "backingStore", "mirror")
+    ET.SubElement(disk, "source", {"file": overlay})
+    backing = ET.SubElement(disk, "backingStore", {"type": "file"})
+    ET.SubElement(backing, "format", {"type": "raw"})
+    ET.SubElement(backing, "source", {"file": image})
+    ET.SubElement(backing, "backingStore")
+
+
 def set_nics(domain: ET.Element, attachments: tuple[NicAttachment, ...]) -> None:
     """Move the NICs, in their order. Raises ValueError where the counts differ: a NIC left over would be production's."""
     interfaces = devices(domain).findall("interface")
