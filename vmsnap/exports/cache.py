@@ -56,7 +56,9 @@ def is_whole(path: Path, *, size_bytes: int, identity: bytes) -> bool:
         bitmap.append((1 << (count % 8)) - 1)
     try:
         record = path.with_suffix(".have").read_bytes()
-        return path.stat().st_size == size_bytes and record == _encode(bytes(bitmap), size_bytes=size_bytes, identity=identity)
+        return path.stat().st_size == size_bytes and record == _encode(
+            bytes(bitmap), size_bytes=size_bytes, identity=identity
+        )
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -298,6 +298,24 @@ class HyperVHypervisor:
         """Let an environment boot."""
         self._environments.start(plan, proof=proof)
 
+    def image_reader(self) -> tuple[int, int] | None:
+        """Refuse: a VM of Hyper-V has its disks on its host before it starts."""
+        raise PreconditionError(
+            "a VM of Hyper-V cannot start on disks that are still in the replica",
+            remedy="bring the snapshot here with 'vmsnap restore', then provision it",
+        )
+
+    def keep_environment_reconnecting(self, name: str) -> None:
+        """Look whether it is there: its disks are local."""
+        self._environments.find(name)
+
+    def localise_environment(
+        self, name: str, *, run: RunId, images: tuple[DiskImage, ...], deadline: timedelta
+    ) -> None:
+        """Look whether it is there: its disks are local."""
+        del run, images, deadline
+        self._environments.find(name)
+
     def environment_state(self, name: str) -> GuestState:
         """Return an environment's state."""
         return state_of(self._environments.find(name).state)
