@@ -41,6 +41,22 @@ def test_two_lines_are_enough(tmp_path: Path) -> None:
 def test_every_key_can_be_set(tmp_path: Path) -> None:
     text = """
         policies = "/elsewhere"
+        hypervisor = "hyperv"
+        [hyperv]
+        host = "hv1"
+        port = 5985
+        tls = false
+        authentication = "kerberos"
+        credential = "hv1"
+        guest_credential = "/h"
+        authority = "/i"
+        certificate = "/j"
+        key = "/k"
+        configuration = "vmsnap"
+        connect_timeout = "5s"
+        operation_timeout = "30s"
+        export_folder = 'E:\\exports'
+        export_mounted = "/l"
         [store]
         path = "/a"
         allow_copies = true
@@ -130,6 +146,23 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
             "connections": 4,
             "timeout": "30s",
             "retry_for": "1h",
+        },
+        "hypervisor": "hyperv",
+        "hyperv": {
+            "host": "hv1",
+            "port": 5985,
+            "tls": False,
+            "authentication": "kerberos",
+            "credential": "hv1",
+            "guest_credential": "/h",
+            "authority": "/i",
+            "certificate": "/j",
+            "key": "/k",
+            "configuration": "vmsnap",
+            "connect_timeout": "5s",
+            "operation_timeout": "30s",
+            "export_folder": "E:\\exports",
+            "export_mounted": "/l",
         },
     }
     assert "secret" not in repr(settings)

@@ -1,4 +1,4 @@
-"""Secrets, from files or systemd credentials that only their owner may read: where notifications go, keys of the replica."""
+"""Secrets, from files or systemd credentials that only their owner may read: where notifications go, keys, accounts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from vmsnap.config.problems import validate
-from vmsnap.config.settings import NotificationSettings, ReplicaSettings
+from vmsnap.config.settings import HypervSettings, NotificationSettings, ReplicaSettings
 from vmsnap.config.toml import read_toml
 from vmsnap.errors import ConfigError
 from vmsnap.model.objects import S3Keys
 
+_WRITE_ACCOUNT = 'write it (user = "...", password = "...")'
 CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 """Set by systemd for units with LoadCredential= or LoadCredentialEncrypted= (systemd.exec(5))."""
 
@@ -43,6 +44,17 @@ class _EncryptionFile(_SecretFile):
     encryption_key: SecretStr
 
 
+class _AccountFile(_SecretFile):
+    user: str = Field(min_length=1)
+    password: SecretText
+
+
+class _GuestAccountsFile(_SecretFile):
+    user: str | None = Field(default=None, min_length=1)
+    password: SecretText | None = None
+    guests: dict[str, _AccountFile] = Field(default_factory=dict)
+
+
 FileT = TypeVar("FileT", bound=_SecretFile)
 
 
@@ -52,6 +64,26 @@ class Addressees:
 
     urls: tuple[str, ...] = field(default=(), repr=False)
     dead_man_url: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """An account and its password, which no ``repr`` shows."""
+
+    user: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestAccounts:
+    """Accounts in guests: one for all, and those of single guests."""
+
+    common: Account | None = None
+    guests: dict[str, Account] = field(default_factory=dict)
+
+    def of(self, guest: str) -> Account | None:
+        """Return the account in a guest, or None where none is named."""
+        return self.guests.get(guest, self.common)
 
 
 def addressees_of(settings: NotificationSettings) -> Addressees:
@@ -104,6 +136,34 @@ def encryption_key_of(settings: ReplicaSettings) -> bytes | None:
             remedy="64 hexadecimal digits are allowed, as 'openssl rand -hex 32' prints them",
         )
     return bytes.fromhex(text)
+
+
+def host_account_of(settings: HypervSettings) -> Account | None:
+    """Return the account on a Hyper-V host; None: a certificate, or the ticket of this process, is enough.
+
+    Raises ConfigError where the credential cannot be read, or may be read by others.
+    """
+    if settings.credential is None:
+        return None
+    found = _read(_AccountFile, settings.credential, key="hyperv.credential", remedy=_WRITE_ACCOUNT)
+    return Account(user=found.user, password=found.password.get_secret_value())
+
+
+def guest_accounts_of(settings: HypervSettings) -> GuestAccounts:
+    """Return the accounts in the guests of a Hyper-V host. Raises ConfigError as ``host_account_of`` does."""
+    if settings.guest_credential is None:
+        return GuestAccounts()
+    found = _read(_GuestAccountsFile, settings.guest_credential, key="hyperv.guest_credential", remedy=_WRITE_ACCOUNT)
+    common = None
+    if found.user is not None and found.password is not None:
+        common = Account(user=found.user, password=found.password.get_secret_value())
+    return GuestAccounts(
+        common=common,
+        guests={
+            name: Account(user=account.user, password=account.password.get_secret_value())
+            for name, account in found.guests.items()
+        },
+    )
 
 
 def _read(model: type[FileT], credential: str, *, key: str, remedy: str) -> FileT:

@@ -253,6 +253,46 @@ _OF_S3 = (
 )
 
 
+class HypervSettings(_Section):
+    """Which Hyper-V host to talk to, over PowerShell remoting (WinRM).
+
+    ``credential`` names a file, or a systemd credential, with ``user`` and ``password``; ``guest_credential`` one with
+    those of accounts in the guests. ``authority``: certificates to trust instead of the system's. ``certificate`` and
+    ``key`` log in by themselves. ``configuration`` is a session configuration of the host (JEA). ``export_folder`` is a
+    folder of the host, on NTFS or ReFS, and ``export_mounted`` the same one as this host sees it, over SMB.
+    """
+
+    host: str = Field(min_length=1, max_length=253)
+    port: int = Field(default=5986, ge=1, le=65535)
+    tls: bool = True
+    authentication: Literal["negotiate", "kerberos", "ntlm", "certificate", "credssp", "basic"] = "negotiate"
+    credential: str | None = Field(default=None, min_length=1, max_length=4096)
+    guest_credential: str | None = Field(default=None, min_length=1, max_length=4096)
+    authority: AbsolutePath | None = None
+    certificate: AbsolutePath | None = None
+    key: AbsolutePath | None = None
+    configuration: str = Field(default="Microsoft.PowerShell", pattern=r"^[A-Za-z0-9._-]+$")
+    connect_timeout: Annotated[PositiveDuration, Field(le=timedelta(minutes=5))] = timedelta(seconds=10)
+    operation_timeout: Annotated[PositiveDuration, Field(ge=timedelta(seconds=5), le=timedelta(minutes=10))] = (
+        timedelta(seconds=60)
+    )
+    export_folder: str = Field(pattern=r"^([A-Za-z]:\\|\\\\[^\\]+\\[^\\]+\\)[^/]+$")
+    export_mounted: AbsolutePath
+
+    @model_validator(mode="after")
+    def _login_is_possible(self) -> HypervSettings:
+        if not self.tls and self.authentication in {"basic", "certificate"}:
+            msg = f'authentication = "{self.authentication}" needs tls = true: nothing else keeps the session secret'
+            raise ValueError(msg)
+        if self.authentication == "certificate" and self.certificate is None:
+            msg = 'authentication = "certificate" needs the key certificate'
+            raise ValueError(msg)
+        if self.authentication in {"basic", "credssp", "ntlm"} and self.credential is None:
+            msg = f'authentication = "{self.authentication}" needs the key credential'
+            raise ValueError(msg)
+        return self
+
+
 class Settings(_Section):
     """Everything ``vmsnap.toml`` says. ``policies`` is absolute once loaded; in the file it may be relative to it."""
 
@@ -266,7 +306,16 @@ class Settings(_Section):
     metrics: MetricsSettings = MetricsSettings()
     notifications: NotificationSettings = NotificationSettings()
     replica: ReplicaSettings | None = None
+    hypervisor: Literal["libvirt", "hyperv"] = "libvirt"
+    hyperv: HypervSettings | None = None
     policies: Path = Path("policies")
+
+    @model_validator(mode="after")
+    def _hypervisor_is_described(self) -> Settings:
+        if self.hypervisor == "hyperv" and self.hyperv is None:
+            msg = 'hypervisor = "hyperv" needs a section [hyperv] with host, export_folder and export_mounted'
+            raise ValueError(msg)
+        return self
 
 
 def settings_path(path: Path | None) -> Path:
