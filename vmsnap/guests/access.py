@@ -14,10 +14,11 @@ from paramiko.pkey import UnknownKeyType
 from vmsnap.errors import ConfigError
 from vmsnap.guests.agent import AgentControl
 from vmsnap.guests.agentfile import read_file
+from vmsnap.guests.powershell_direct import PowerShellControl
 from vmsnap.guests.ssh import SshControl, host_key_of, open_transport
 from vmsnap.model.guest import SshLogin
 from vmsnap.ports.clock import Cancel, Clock
-from vmsnap.ports.guest import AgentChannel, Connector, GuestControl
+from vmsnap.ports.guest import AgentChannel, Connector, GuestControl, HostLine
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -37,7 +38,9 @@ class Access:
         return Access(clock=self._clock, cancel=cancel)
 
     def agent(self, channel: AgentChannel, *, urgent: bool = False) -> GuestControl:
-        """Return a control over the guest agent."""
+        """Return a control over the guest agent, or over the line that the host holds instead of one."""
+        if isinstance(channel, HostLine):
+            return PowerShellControl(channel, cancel=self._cancel)
         return AgentControl(channel, clock=self._clock, cancel=self._cancel, urgent=urgent)
 
     def read_file(self, channel: AgentChannel, *, path: str, timeout: timedelta) -> bytes | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import StrEnum
 from socket import socket
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import SshLogin
@@ -28,12 +30,52 @@ class AgentChannel(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProgramEnd:
+    """How a program ended that a host ran in a guest. ``code`` is its own, or why it could not be started.
+
+    ``truncated``: it said more than it was allowed to.
+    """
+
+    outcome: ProgramOutcome
+    code: int
+    words: str = ""
+    stdout: bytes = field(default=b"", repr=False)
+    stderr: bytes = field(default=b"", repr=False)
+    truncated: bool = False
+
+
+class ProgramOutcome(StrEnum):
+    """What became of a program."""
+
+    ENDED = "ended"
+    NOT_STARTED = "not started"
+    LATE = "late"
+
+
+@runtime_checkable
+class HostLine(Protocol):
+    """A line into one guest that its host itself holds, such as PowerShell Direct: no network, and an account's password.
+
+    What offers an ``AgentChannel`` may be one of these as well; it is then used instead.
+    """
+
+    def run_program(
+        self, program: str, *, arguments: str, stdin: bytes, timeout: timedelta, cancel: Cancel | None
+    ) -> ProgramEnd:
+        """Run a program with a command line of Windows, and end it after ``timeout``.
+
+        Raises HostUnreachableError, GuestUnreachableError, PreconditionError where it was not run; UnknownOutcomeError
+        where the line broke; CancelledError.
+        """
+
+
 class GuestControl(Protocol):
     """A way to run commands in one guest."""
 
     @property
     def method(self) -> str:
-        """Return ``agent`` or ``ssh``, for manifests and messages."""
+        """Return ``agent``, ``ssh`` or ``powershell``, for manifests and messages."""
 
     def ping(self, *, timeout: timedelta) -> None:
         """Return where the guest answers. Raises GuestUnreachableError otherwise. May be repeated."""

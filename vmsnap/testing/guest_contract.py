@@ -58,7 +58,7 @@ class GuestControlContract:
         raise NotImplementedError
 
     def test_it_names_its_method(self, control: GuestControl) -> None:
-        assert control.method in {"agent", "ssh"}
+        assert control.method in {"agent", "ssh", "powershell"}
 
     def test_ping_returns_where_the_guest_answers(self, control: GuestControl) -> None:
         control.ping(timeout=QUICK)
