@@ -16,13 +16,13 @@ from vmsnap.stores.blocks import DIGEST_BYTES
 from vmsnap.stores.packs.frames import Place
 from vmsnap.stores.packs.packfile import PackIndex
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_VARIABLES = 500
 _SCHEMA = """
 CREATE TABLE packs (number INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE);
 CREATE TABLE blocks (id BLOB PRIMARY KEY, pack INTEGER NOT NULL, at INTEGER NOT NULL, length INTEGER NOT NULL,
   slot INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE leaves (digest BLOB PRIMARY KEY, ids BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE leaves (digest BLOB PRIMARY KEY, ids BLOB NOT NULL, packs BLOB NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -122,10 +122,16 @@ class BlockIndex:
             row = self._connection.execute("SELECT ids FROM leaves WHERE digest = ?", (leaf,)).fetchone()
         return None if row is None else bytes(row[0])
 
-    def remember_leaves(self, leaves: Iterable[tuple[bytes, bytes]]) -> None:
-        """Remember leaf maps: their digest and the SHA-256 of their ids."""
+    def leaf_packs(self, leaf: bytes) -> frozenset[bytes]:
+        """Return the digests of the packs that a known leaf map speaks of."""
+        with self._translated():
+            row = self._connection.execute("SELECT packs FROM leaves WHERE digest = ?", (leaf,)).fetchone()
+        return frozenset() if row is None else frozenset(ids_in(row[0]))
+
+    def remember_leaves(self, leaves: Iterable[tuple[bytes, bytes, bytes]]) -> None:
+        """Remember leaf maps: their digest, the SHA-256 of their ids, and the digests of their packs, one after another."""
         with self._translated(), self._transaction():
-            self._connection.executemany("INSERT OR REPLACE INTO leaves VALUES (?, ?)", leaves)
+            self._connection.executemany("INSERT OR REPLACE INTO leaves VALUES (?, ?, ?)", leaves)
 
     def forget_leaves(self, leaves: Iterable[bytes]) -> None:
         """Forget leaf maps, by digest."""

@@ -85,6 +85,11 @@ def upload(
     if before is not None and isinstance(before[0], PackedSnapshot):
         intents.end(repository.store, upload=means.upload)
         return Uploaded(logical_bytes=total, stored_bytes=0, packs=0, there=True)
+    if before is not None and before[0].upload == means.upload:
+        raise DriverError(
+            f"the upload {means.upload} was taken for dead, and can no longer publish",
+            remedy="begin it again with another token: what was uploaded is used where it is still there",
+        )
     record = intents.IntentRecord(
         upload=means.upload,
         guest=task.manifest.guest,
@@ -182,6 +187,7 @@ class _Sending:
         self._map_puts: deque[Future[object]] = deque()
         self._needed: set[bytes] = set()
         self._shared: set[bytes] = set()
+        self._condemned: frozenset[str] = frozenset()
         self._map_bytes = 0
 
     @property
@@ -201,7 +207,7 @@ class _Sending:
         First the tombstones are read, then the packs are listed; the intent was put before both.
         """
         store = self._repository.store
-        condemned = intents.condemned(store)
+        condemned = self._condemned = intents.condemned(store)
         sizes: dict[bytes, int] = {}
         for info in store.list(PACKS):
             digest = digest_in(info.name)
@@ -300,12 +306,25 @@ class _Sending:
         leaves = self._repository.root(bytes.fromhex(root)).leaves
         unknown = [leaf for leaf in dict.fromkeys(leaves) if leaf != HOLE and self._index.leaf_ids(leaf) is None]
 
-        def read(leaf: bytes) -> tuple[bytes, bytes]:
+        def read(leaf: bytes) -> tuple[bytes, bytes, bytes]:
             self._check()
-            return leaf, hashlib.sha256(self._repository.leaf(leaf).ids).digest()
+            found = self._repository.leaf(leaf)
+            return leaf, hashlib.sha256(found.ids).digest(), b"".join(found.packs)
 
         self._index.remember_leaves(self._packer.ahead(unknown, task=read))
-        return leaves
+        return tuple(HOLE if self._is_condemned(leaf) else leaf for leaf in leaves)
+
+    def _is_condemned(self, leaf: bytes) -> bool:
+        """Tell whether a leaf, or a pack it speaks of, has a tombstone.
+
+        Although the snapshot before needs it: that may be removed at any time, and a collector does not wait for an upload
+        that began after the tombstone was put.
+        """
+        if leaf == HOLE or not self._condemned:
+            return False
+        if map_name(leaf) in self._condemned:
+            return True
+        return any(pack_name(pack) in self._condemned for pack in self._index.leaf_packs(leaf))
 
     def _give_missing(self, source: Source, *, number: int, ids: bytes) -> int:
         """Give the blocks of a leaf that are nowhere yet; return the batch after which all of them are."""
@@ -338,7 +357,8 @@ class _Sending:
             self._needed.update(place.pack for place in found.values())
             disk.leaves[leaf.number] = stored.digest
             self._put_map(stored.digest, data=stored.data)
-            self._index.remember_leaves([(stored.digest, hashlib.sha256(leaf.ids).digest())])
+            packs = {place.pack for place in found.values()}
+            self._index.remember_leaves([(stored.digest, hashlib.sha256(leaf.ids).digest(), b"".join(packs))])
         settled = disk.waiting[0].number if disk.waiting else len(disk.leaves)
         disk.done(settled * LEAF_BLOCKS * BLOCK_BYTES)
 
