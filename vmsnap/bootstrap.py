@@ -16,7 +16,6 @@ from vmsnap.disks.filesystems import OfflineInspector
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
-from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome, PruneFailure, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
@@ -43,9 +42,6 @@ from vmsnap.model.schedule import Due
 from vmsnap.model.verification import VerifyEntry
 from vmsnap.monitoring.metrics import Metric
 from vmsnap.network.dns import DnsNames
-from vmsnap.network.fence import NetworkFence
-from vmsnap.network.ladder import NetworkAddressing
-from vmsnap.network.residence import FenceResidences
 from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
 from vmsnap.oversight import Hearing, Oversight
@@ -63,6 +59,7 @@ from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.state.starter import starter_of_process
 from vmsnap.stores.images import ImagesStore
+from vmsnap.virtual import open_virtual
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
@@ -97,17 +94,13 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
     """Make the drivers that the settings name. Opens nothing yet. ``trigger`` None: as the process itself tells."""
     clock = SystemClock()
     state = settings.state.path
-    fence = NetworkFence()
+    virtual = open_virtual(settings, clock=clock)
     return World(
-        hypervisor=LibvirtHypervisor(
-            settings.libvirt.uri,
-            folders=LibvirtFolders(runtime=settings.runtime.path, environments=settings.store.path / ".environments"),
-            clock=clock,
-        ),
-        fence=fence,
-        addressing=NetworkAddressing(clock=clock),
+        hypervisor=virtual.hypervisor,
+        fence=virtual.fence,
+        addressing=virtual.addressing,
         services=HostServices(network=settings.isolation.service_network),
-        residences=FenceResidences(),
+        residences=virtual.residences,
         names=DnsNames(),
         access=Access(clock=clock),
         direct=connect_directly,

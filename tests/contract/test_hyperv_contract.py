@@ -33,6 +33,11 @@ def connect(machine: HyperVHost) -> Host:
     return Host(TwinRunner(machine), folders=folders)
 
 
+class NoLogins:
+    def login(self, guest: str) -> None:
+        return None
+
+
 class HyperVHarness:
     """A simulated host with one guest of two disks."""
 
@@ -55,7 +60,7 @@ class HyperVHarness:
         self.fence: Fence = HyperVFence(connect(self.machine))
 
     def another_process(self) -> Hypervisor:
-        return HyperVHypervisor(connect(self.machine), clock=FakeClock())
+        return HyperVHypervisor(connect(self.machine), clock=FakeClock(), logins=NoLogins())
 
     def require_answer(self, domain: str) -> None:
         (vm,) = self.machine.get_vm(name=domain)

@@ -18,7 +18,8 @@ from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.disks import DiskView, Extent
 
 _FOLDER = "export"
-_FORMATS = frozenset({"qcow2", "raw"})
+# QEMU calls Hyper-V's older format, VHD, "vpc".
+_FORMATS = frozenset({"qcow2", "raw", "vhdx", "vpc"})
 _SETTLE = timedelta(seconds=10)
 
 
@@ -172,13 +173,13 @@ class QemuExport:
         """Make the views, in the images' order. The images must not change while they are open.
 
         Raises ToolError with QEMU's own words where an image cannot be opened or somebody may write to it,
-        DeadlineError, PreconditionError for a format that is neither qcow2 nor raw.
+        DeadlineError, PreconditionError for a format that is not read here.
         """
         for image in images:
             if image.image_format not in _FORMATS:
                 raise PreconditionError(
                     f"disk {image.target} has the format {image.image_format}, which cannot be read here",
-                    remedy="convert the guest's disk to qcow2 or raw",
+                    remedy="convert the guest's disk to qcow2 or raw, or on Hyper-V to VHDX",
                 )
         folder = self._folder(run)
         try:

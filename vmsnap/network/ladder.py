@@ -59,6 +59,9 @@ class NetworkAddressing:
             Rung.OLD_ADDRESS: OldAddressWorld(keeper=self),
         }
 
+    def require_possible(self) -> None:
+        """Return: a fence on this host always has an inside."""
+
     def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:
         """Try the rungs in order; see ``vmsnap.ports.network.Addressing``.
 

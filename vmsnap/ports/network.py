@@ -114,6 +114,9 @@ class AddressRequest:
 class Addressing(Protocol):
     """Gives a clone an address."""
 
+    def require_possible(self) -> None:
+        """Return where clones can be given addresses at all. Raises PreconditionError, before anything is touched."""
+
     def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:
         """Try the rungs in order until the clone answers at an address of its own or, last, at its old one.
 

@@ -226,6 +226,11 @@ class FakeAddressing:
     def __init__(self, outcomes: dict[Rung, RungOutcome] | None = None) -> None:
         self.outcomes = {Rung.LINK_FLAP: RungOutcome("198.18.7.10")} if outcomes is None else outcomes
         self.requests: list[AddressRequest] = []
+        self.impossible = False
+
+    def require_possible(self) -> None:
+        if self.impossible:
+            raise PreconditionError("no clone can be given an address here", remedy="this is a fake")
 
     def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:
         self.requests.append(request)

@@ -4,8 +4,8 @@ Never an address alone: a routing error would reach the original, which has the 
 answers is told by
 
 - the agent: its line is a socket of the clone's own process, by the clone's name at the hypervisor. A token written
-  through it into ``/run``, which is memory and never part of a snapshot, is read back over the line that is used, and
-  the original does not have it;
+  through it into the clone's memory (``workflow.signs``), never part of a snapshot, is read back over the line that is
+  used, and the original does not have it. PowerShell Direct is such a line too: the host's own, by the clone's id;
 - SSH where the clone's agent answers too: the token comes in by the agent and must be read back over SSH;
 - SSH alone: its connections are opened inside the fence's namespace, whose only way leads to the clone's tap (read
   back, and watched). A quarter of a megabyte asked for over the connection must be counted at that tap. The host key,
@@ -31,10 +31,10 @@ from vmsnap.model.isolation import WHILE_IT_RUNS, IsolationEvidence, ProofKind, 
 from vmsnap.ports.guest import GuestControl
 from vmsnap.ports.network import FenceWatch
 from vmsnap.workflow.run import closing
+from vmsnap.workflow.signs import BOOT_ID, Signs, signs_of
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _COMMAND_TIMEOUT = timedelta(seconds=60)
 _ASKING_TIMEOUT = timedelta(seconds=10)
 _PROBE_TIMEOUT = timedelta(seconds=3)
@@ -57,7 +57,7 @@ def know(world: World, *, guest: Guest, by_agent: bool) -> Source:
     boot_id = None
     if by_agent:
         try:
-            data = world.access.read_file(world.hypervisor.agent(guest.name), path=_BOOT_ID, timeout=_ASKING_TIMEOUT)
+            data = world.access.read_file(world.hypervisor.agent(guest.name), path=BOOT_ID, timeout=_ASKING_TIMEOUT)
             boot_id = None if data is None else data.decode("ascii", "replace").strip()
         except (GuestCommandError, GuestUnreachableError) as error:
             _LOG.info("the boot id of %r cannot be read: %s", guest.name, error.brief)
@@ -71,12 +71,13 @@ def identify(
 
     Raises IsolationError, GuestUnreachableError, DriverError.
     """
-    token = _Token(path=f"/run/vmsnap-{clone.run}", text=secrets.token_hex(16))
+    token = secrets.token_hex(16)
+    signs = signs_of(control.method, run=clone.run, token=token)
     points = (
-        *_by_token(world, clone=clone, control=control, token=token),
-        *(_by_volume(clone.run, control=control, watch=watch) if control.method != "agent" else ()),
-        _boot_point(source, control=control, booted=booted),
-        *_original_points(world, source=source, token=token),
+        *_by_token(world, clone=clone, control=control, signs=signs, token=token),
+        *(_by_volume(clone.run, control=control, watch=watch) if control.method == "ssh" else ()),
+        _boot_point(source, control=control, signs=signs, booted=booted),
+        *_original_points(world, source=source, signs=signs),
         *watch.original(),
         *watch.observed(),
     )
@@ -86,46 +87,40 @@ def identify(
     return IsolationEvidence(run=clone.run, made=world.clock.now(), points=points)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Token:
-    path: str
-    text: str
-
-
-def _by_token(world: World, *, clone: Clone, control: GuestControl, token: _Token) -> Iterator[ProofPoint]:
-    if control.method == "agent":
-        _write(control, token=token)
-    elif not _written_by_agent(world, clone=clone, token=token):
+def _by_token(world: World, *, clone: Clone, control: GuestControl, signs: Signs, token: str) -> Iterator[ProofPoint]:
+    if control.method != "ssh":
+        _write(control, signs=signs)
+    elif not _written_by_agent(world, clone=clone, signs=signs):
         return
-    found = control.run(Command(argv=("cat", token.path)), timeout=_COMMAND_TIMEOUT)
-    if found.text.strip() != token.text:
+    found = control.run(signs.read, timeout=_COMMAND_TIMEOUT)
+    if found.text.strip() != token:
         raise IsolationError(
             f"what answers by {control.method} is not the clone: it does not have the token that the clone was given",
             details=found.error_text.strip(),
             remedy=_REMEDY,
         )
     yield _identity(
-        "token", observed=f"written by the agent's line of {clone.name} itself, read back by {control.method}"
+        "token", observed=f"written by the hypervisor's line of {clone.name} itself, read back by {control.method}"
     )
 
 
-def _write(control: GuestControl, *, token: _Token) -> None:
-    written = control.run(Command(argv=("tee", token.path), stdin=token.text.encode("ascii")), timeout=_COMMAND_TIMEOUT)
+def _write(control: GuestControl, *, signs: Signs) -> None:
+    written = control.run(signs.write, timeout=_COMMAND_TIMEOUT)
     if written.exit_status != 0:
         raise IsolationError(
-            f"the clone cannot be told from the original: {token.path} cannot be written in it",
+            f"the clone cannot be told from the original: {signs.place} cannot be written in it",
             details=written.error_text.strip(),
-            remedy="the guest needs a writable /run",
+            remedy="a Linux guest needs a writable /run, a Windows guest an administrator's account",
         )
 
 
-def _written_by_agent(world: World, *, clone: Clone, token: _Token) -> bool:
+def _written_by_agent(world: World, *, clone: Clone, signs: Signs) -> bool:
     """Write the token through the clone's agent where it has one that answers and obeys."""
     agent = world.access.agent(world.hypervisor.agent(clone.name))
     with closing(agent):
         try:
             agent.ping(timeout=_PROBE_TIMEOUT)
-            _write(agent, token=token)
+            _write(agent, signs=signs)
         except (GuestCommandError, GuestUnreachableError) as error:
             _LOG.info("the clone's agent takes no token: %s", error.brief)
             return False
@@ -150,8 +145,8 @@ def _by_volume(run: RunId, *, control: GuestControl, watch: FenceWatch) -> Itera
     )
 
 
-def _boot_point(source: Source, *, control: GuestControl, booted: bool) -> ProofPoint:
-    found = control.run(Command(argv=("cat", _BOOT_ID)), timeout=_COMMAND_TIMEOUT)
+def _boot_point(source: Source, *, control: GuestControl, signs: Signs, booted: bool) -> ProofPoint:
+    found = control.run(signs.boot, timeout=_COMMAND_TIMEOUT)
     boot_id = found.text.strip()
     if source.boot_id is None:
         return _identity("boot id", observed=f"{boot_id or 'none'} in the clone; the original's could not be read")
@@ -172,7 +167,7 @@ def _boot_point(source: Source, *, control: GuestControl, booted: bool) -> Proof
     return _identity("boot id", observed=f"{boot_id}, as the original's before the capture")
 
 
-def _original_points(world: World, *, source: Source, token: _Token) -> Iterator[ProofPoint]:
+def _original_points(world: World, *, source: Source, signs: Signs) -> Iterator[ProofPoint]:
     name = source.guest.name
     now = world.hypervisor.inspect(name)
     if now.state is not GuestState.RUNNING:
@@ -190,10 +185,10 @@ def _original_points(world: World, *, source: Source, token: _Token) -> Iterator
             )
         yield _original(f"address of {before.mac}", observed=f"{', '.join(kept)}, as before")
     if source.by_agent:
-        yield from _original_by_agent(world, source=source, token=token)
+        yield from _original_by_agent(world, source=source, signs=signs)
 
 
-def _original_by_agent(world: World, *, source: Source, token: _Token) -> Iterator[ProofPoint]:
+def _original_by_agent(world: World, *, source: Source, signs: Signs) -> Iterator[ProofPoint]:
     name = source.guest.name
     channel = world.hypervisor.agent(name)
     with closing(world.access.agent(channel)) as agent:
@@ -210,7 +205,7 @@ def _original_by_agent(world: World, *, source: Source, token: _Token) -> Iterat
                     ) from error
     yield _original(f"agent of {name}", observed="answers")
     try:
-        there = world.access.read_file(channel, path=token.path, timeout=_ASKING_TIMEOUT)
+        there = world.access.read_file(channel, path=signs.place, timeout=_ASKING_TIMEOUT)
     except (GuestCommandError, GuestUnreachableError) as error:
         yield _identity("token in the original", observed=f"not asked for: {error.brief}")
         return

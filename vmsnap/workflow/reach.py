@@ -63,11 +63,14 @@ class _CloneLinks:
 def choose(world: World, *, policy: Policy, guest: Guest) -> Login:
     """Decide, before anything is touched, how the clone will be reached.
 
-    Raises PreconditionError where neither the agent answers nor SSH is set up, ConfigError for a bad SSH key.
+    Raises PreconditionError where neither the agent answers nor SSH is set up, or the clone needs an address and can have
+    none, ConfigError for a bad SSH key. The agent is whatever line the hypervisor itself has into its guests.
     """
     control = policy.control
     agent = control.via != "ssh" and guest.has_agent_channel and _agent_answers(world, guest)
     addresses = old_addresses(policy, guest=guest)
+    if not agent or policy.isolation.address == "always":
+        world.addressing.require_possible()
     if control.via == "agent" and not agent:
         raise PreconditionError(
             f"the guest agent of {guest.name!r} does not answer, and the policy allows nothing else",

@@ -18,6 +18,7 @@ from vmsnap.hypervisors.hyperv.clones import Clones, clone_name, export_part
 from vmsnap.hypervisors.hyperv.environments import Environments
 from vmsnap.hypervisors.hyperv.fence import fence_tag, find_switch
 from vmsnap.hypervisors.hyperv.findings import findings_of
+from vmsnap.hypervisors.hyperv.guestline import GuestLogins
 from vmsnap.hypervisors.hyperv.host import Host
 from vmsnap.hypervisors.hyperv.inspect import disk_sources, find_guest, guest_of, nics_of, record_of
 from vmsnap.hypervisors.hyperv.removal import Removal
@@ -72,8 +73,9 @@ class HyperVHypervisor:
         }
     )
 
-    def __init__(self, host: Host, *, clock: Clock) -> None:
+    def __init__(self, host: Host, *, clock: Clock, logins: GuestLogins) -> None:
         self._host = host
+        self._logins = logins
         self._clock = clock
         self._clones = Clones(host, clock=clock)
         self._environments = Environments(host)
@@ -228,8 +230,13 @@ class HyperVHypervisor:
         return state_of(self._clones.get(clone.run).state)
 
     def agent(self, domain: str) -> AgentChannel:
-        """Return the line into a VM by PowerShell Direct."""
-        raise NotImplementedError(domain)
+        """Return the line into a VM by PowerShell Direct, with the account of its guest."""
+        named = [machine for machine in self._host.machines() if machine.name == domain]
+        if not named:
+            raise GuestNotFoundError(f"the Hyper-V host has no VM {domain!r}")
+        machine = named[0] if named[0].tag is not None else find_guest(self._host, domain)
+        guest = domain if machine.tag is None else machine.tag.guest
+        return self._host.line(machine.id, guest=guest, login=self._logins.login(guest))
 
     def set_link(self, domain: str, *, mac: str, up: bool) -> None:
         """Put an adapter of a clone or an environment on its own switch, or on none."""

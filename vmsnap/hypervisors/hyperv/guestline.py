@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Protocol
 
 from vmsnap.errors import GuestCommandError, PreconditionError
-from vmsnap.hypervisors.hyperv.commands import Commands
 from vmsnap.hypervisors.hyperv.connection import Login, Row
+from vmsnap.hypervisors.hyperv.running import ScriptRunner
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.guest import ProgramEnd, ProgramOutcome
 
@@ -30,7 +30,7 @@ class GuestLogins(Protocol):
 class DirectLine:
     """A line into one VM. ``guest`` is whose accounts it has: a clone has its guest's. It has no QEMU guest agent."""
 
-    def __init__(self, commands: Commands, *, machine_id: str, guest: str, login: Login | None) -> None:
+    def __init__(self, commands: ScriptRunner, *, machine_id: str, guest: str, login: Login | None) -> None:
         self._commands = commands
         self._machine_id = machine_id
         self._guest = guest

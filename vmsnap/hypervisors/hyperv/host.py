@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 from vmsnap.hypervisors.hyperv import rows
-from vmsnap.hypervisors.hyperv.connection import Parameter, Row
+from vmsnap.hypervisors.hyperv.connection import Login, Parameter, Row
+from vmsnap.hypervisors.hyperv.guestline import DirectLine
 from vmsnap.hypervisors.hyperv.rows import (
     CheckedDisk,
     Description,
@@ -26,31 +26,12 @@ from vmsnap.hypervisors.hyperv.rows import (
     room_of,
     switch_of,
 )
+from vmsnap.hypervisors.hyperv.running import CHANGE, ScriptRunner
 from vmsnap.hypervisors.hyperv.tags import Part, RunFolders, Tag, run_of_folder
 from vmsnap.model.ids import RunId
-from vmsnap.ports.clock import Cancel
 
 LOOK = timedelta(seconds=60)
-CHANGE = timedelta(minutes=2)
 _REASON = "vmsnap: the database of this clone has stopped, and its disks are kept"
-
-
-class ScriptRunner(Protocol):
-    """Runs constant scripts of this package on the host. ``vmsnap.hypervisors.hyperv.commands.Commands`` is one."""
-
-    def run(
-        self,
-        name: str,
-        *,
-        doing: str,
-        parameters: Mapping[str, Parameter] | None = None,
-        timeout: timedelta = CHANGE,
-        cancel: Cancel | None = None,
-    ) -> tuple[Row, ...]:
-        """Run a script by its name and return what it emitted; ``doing`` completes 'the Hyper-V host could not ...'."""
-
-    def close(self) -> None:
-        """Let go of the host. May be repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +113,10 @@ class Host:
         self, script: str, *, doing: str, parameters: Mapping[str, Parameter], timeout: timedelta = CHANGE
     ) -> tuple[Row, ...]:
         return self._runner.run(script, doing=doing, parameters=parameters, timeout=timeout)
+
+    def line(self, machine_id: str, *, guest: str, login: Login | None) -> DirectLine:
+        """Return a line into a VM by PowerShell Direct. Nothing is asked yet."""
+        return DirectLine(self._runner, machine_id=machine_id, guest=guest, login=login)
 
     # Looking
 
