@@ -30,5 +30,5 @@ def test_a_hyper_v_host_is_asked_only_when_it_is_needed(tmp_path: Path) -> None:
     world = make_world(Settings(store=StoreSettings(path=tmp_path), hypervisor="hyperv", hyperv=hyperv))
     assert isinstance(world.hypervisor, HyperVHypervisor)
     assert isinstance(world.fence, HyperVFence)
-    with pytest.raises(ConfigError, match="credential"):
+    with pytest.raises(ConfigError, match="/does/not/exist"):
         world.hypervisor.guests()
