@@ -187,7 +187,7 @@ def test_sending_and_receiving_are_paced_each() -> None:
     store.get("a")
     store.get_range("a", offset=0, length=50)
     assert clock.seconds == 2
-    store.replace("b", data=b"", version=store.info("b").version)
+    store.replace("b", data=b"y", version=store.info("b").version)
     assert [one.name for one in store.list("")] == ["a", "b"]
     store.delete("a")
 

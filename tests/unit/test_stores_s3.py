@@ -147,7 +147,7 @@ def test_a_write_asks_for_all_that_was_set() -> None:
 def test_a_lock_that_would_have_ended_already_is_not_asked_for() -> None:
     with scripted(Answer()) as server:
         past = datetime.now(UTC) - timedelta(days=1)
-        info = store(server, object_lock=ObjectLock.COMPLIANCE).put("a", data=b"", retain_until=past)
+        info = store(server, object_lock=ObjectLock.COMPLIANCE).put("a", data=b"y", retain_until=past)
         assert info.retained_until is None
         assert server.asked[0].headers["x-amz-object-lock-mode"] is None
 
@@ -224,7 +224,25 @@ def test_a_locked_object_is_held_and_any_other_refusal_is_one_of_rights() -> Non
 def test_what_somebody_replaced_or_removed_is_a_conflict() -> None:
     for answer in (failure(412, "PreconditionFailed"), failure(404, "NoSuchKey")):
         with scripted(answer) as server, pytest.raises(ObjectConflictError):
-            store(server).replace("a", data=b"", version="v")
+            store(server).replace("a", data=b"y", version="v")
+
+
+def test_the_remains_of_a_cut_write_are_nothing() -> None:
+    empty = Answer(headers={"Content-Range": "bytes */0"})
+    with scripted(empty) as server:
+        objects = store(server)
+        for call in (objects.get, objects.info):
+            with pytest.raises(ObjectNotFoundError, match="the object a is not there"):
+                call("a")
+        server.answers = [failure(416, "InvalidRange"), empty]
+        with pytest.raises(ObjectNotFoundError):
+            objects.get_range("a", offset=0, length=1)
+        server.answers = [failure(412, "PreconditionFailed"), empty, Answer()]
+        objects.put_new("a", data=b"x")
+        assert server.asked[-1].headers["If-Match"] == '"e"'
+        server.answers = [failure(412, "PreconditionFailed"), Answer(body=b"theirs")]
+        with pytest.raises(ObjectConflictError):
+            objects.put_new("a", data=b"x")
 
 
 # What doctor says

@@ -32,6 +32,7 @@ class ObjectStore(Protocol):
     """Keeps objects. Safe to use from several threads.
 
     Names are of letters, digits, ``-``, ``_``, ``.`` and ``/``; none begins or ends with ``/``, or has a part ``.`` or ``..``.
+    An object has a byte at least.
     A reader sees an object whole or not at all, and what was put at once (S3: strong consistency, as since December 2020).
     Errors: ObjectNotFoundError, ObjectConflictError, PreconditionError (no rights, no bucket), NoSpaceError, and DriverError or
     its transient kin ``StoreUnreachableError`` where it is not known whether a change was made. Every call may be repeated.

@@ -56,11 +56,6 @@ class ObjectsContract:
             assert _essence(reader.info(put.name)) == _essence(put)
             assert [_essence(one) for one in reader.list("packs/")] == [_essence(put)]
 
-    def test_an_empty_object_is_an_object(self, store: ObjectStore) -> None:
-        assert store.put("empty", data=b"").size_bytes == 0
-        assert store.get("empty").data == b""
-        assert [one.name for one in store.list("")] == ["empty"]
-
     def test_a_large_object_keeps_every_byte(self, store: ObjectStore) -> None:
         data = b"".join(number.to_bytes(8, "big") for number in range(17 << 17))
         store.put("large", data=data)

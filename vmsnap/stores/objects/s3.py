@@ -2,6 +2,8 @@
 
 Needs conditional writes, which ``findings`` tries. With Object Lock the bucket keeps versions, so an object is removed by
 removing every version of it. Calls are made once: ``RetryingObjects`` makes them again. boto3 is loaded at the first call.
+
+Some servers (SeaweedFS 4) keep an empty object where a write was cut before its first byte, so an empty object counts as none.
 """
 
 from __future__ import annotations
@@ -74,7 +76,14 @@ class S3Objects:
 
     def put_new(self, name: str, *, data: bytes, retain_until: datetime | None = None) -> ObjectInfo:
         """Write an object that must not be there yet."""
-        return self._put(name, data=data, retain_until=retain_until, condition={"IfNoneMatch": "*"})
+        try:
+            return self._put(name, data=data, retain_until=retain_until, condition={"IfNoneMatch": "*"})
+        except ObjectConflictError:
+            remains = self._look(name)
+            if remains.size_bytes:
+                raise
+            condition = {"IfMatch": f'"{remains.version}"'}
+            return self._put(name, data=data, retain_until=retain_until, condition=condition)
 
     def replace(self, name: str, *, data: bytes, version: str) -> ObjectInfo:
         """Write an object over the one of that version."""
@@ -88,12 +97,25 @@ class S3Objects:
         with self._call(f"read {name}") as client:
             answer = client.get_object(Bucket=self._place.bucket, Key=self._key(name))
             data = answer["Body"].read()
-        return StoredObject(info=_info(name, answer, size_bytes=len(data)), data=data)
+        info = self._info(name, answer)
+        if info.size_bytes != len(data):
+            raise self._disorderly(f"{len(data)} bytes came of {info.size_bytes}")
+        if not data:
+            raise _nothing_there(name)
+        return StoredObject(info=info, data=data)
 
     def get_range(self, name: str, *, offset: int, length: int) -> bytes:
         """Read a part of an object."""
         if length == 0:
             return b""
+        try:
+            return self._get_range(name, offset=offset, length=length)
+        except DriverError as error:
+            if s3_errors.code_of(error) == "InvalidRange":
+                self.info(name)  # raises where it is empty
+            raise
+
+    def _get_range(self, name: str, *, offset: int, length: int) -> bytes:
         with self._call(f"read {name}") as client:
             part = f"bytes={offset}-{offset + length - 1}"
             answer = client.get_object(Bucket=self._place.bucket, Key=self._key(name), Range=part)
@@ -109,13 +131,19 @@ class S3Objects:
 
     def info(self, name: str) -> ObjectInfo:
         """Describe an object without reading it."""
+        found = self._look(name)
+        if not found.size_bytes:
+            raise _nothing_there(name)
+        return found
+
+    def _look(self, name: str) -> ObjectInfo:
         try:
             with self._call(f"look at {name}") as client:
                 answer = client.head_object(Bucket=self._place.bucket, Key=self._key(name))
         except ObjectNotFoundError:
             self._require_bucket()  # the answer to HEAD has no words: it may as well be the bucket that is gone
             raise
-        return _info(name, answer, size_bytes=answer["ContentLength"])
+        return self._info(name, answer)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the objects whose names begin so, in the order of their names."""
@@ -167,8 +195,8 @@ class S3Objects:
                 )
             for one in answer.get("Contents", ()):
                 name = one["Key"].removeprefix(own)
-                if not name.endswith("/"):
-                    yield ObjectInfo(name=name, size_bytes=one["Size"], version=one["ETag"].strip('"'))
+                if one["Size"]:
+                    yield ObjectInfo(name=name, size_bytes=one["Size"], version=self._version(one))
             token = answer.get("NextContinuationToken")
             if not answer.get("IsTruncated") or not token:
                 return
@@ -191,7 +219,29 @@ class S3Objects:
             headers["ContentMD5"] = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         with self._call(f"write {name}") as client:
             answer = client.put_object(Bucket=place.bucket, Key=self._key(name), Body=data, **headers)
-        return ObjectInfo(name=name, size_bytes=len(data), version=answer["ETag"].strip('"'), retained_until=until)
+        return ObjectInfo(name=name, size_bytes=len(data), version=self._version(answer), retained_until=until)
+
+    def _info(self, name: str, answer: Any) -> ObjectInfo:
+        if "ContentLength" not in answer:
+            raise self._disorderly("no length")
+        return ObjectInfo(
+            name=name,
+            size_bytes=answer["ContentLength"],
+            version=self._version(answer),
+            retained_until=_retained_until(answer),
+        )
+
+    def _version(self, answer: Any) -> str:
+        tag: str = answer.get("ETag", "")
+        if not tag:
+            raise self._disorderly("no ETag")
+        return tag.strip('"')
+
+    def _disorderly(self, what: str) -> StoreUnreachableError:
+        """Return the error for an answer that was cut: what had come of its head counts as a head."""
+        return StoreUnreachableError(
+            f"{self._where.server} did not answer in order: {what}", remedy="look whether the server is up"
+        )
 
     @property
     def _lock_mode(self) -> Any:
@@ -245,7 +295,7 @@ class S3Objects:
 
     def _renew_keys(self, used: S3Keys | None, error: PreconditionError) -> None:
         """Raise StoreUnreachableError, so that the call is made again, where other keys are there than were used."""
-        code = s3_errors.code_of(getattr(error.__cause__, "response", {}))
+        code = s3_errors.code_of(error)
         if used is None or code not in s3_errors.EXPIRED | s3_errors.DENIED | {"InvalidAccessKeyId"}:
             return
         if self._keys() == used:
@@ -267,10 +317,11 @@ class S3Objects:
 
     def _new_client(self, keys: S3Keys | None) -> S3Client:
         from botocore.config import Config  # noqa: PLC0415 - boto3 takes long to load
+        from botocore.handlers import add_expect_header  # noqa: PLC0415
 
         for name in _NOISY:
             # Their debugging messages have headers in them, and those have session tokens.
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(logging.ERROR)
         place = self._place
         path_style = place.endpoint is not None if place.path_style is None else place.path_style
         style: Any = "path" if path_style else "auto" if place.path_style is None else "virtual"
@@ -290,7 +341,7 @@ class S3Objects:
         with _SESSIONS:
             session = _session()
             region = place.region or session.region_name or ("us-east-1" if place.endpoint is not None else None)
-            return session.client(
+            client = session.client(
                 "s3",
                 endpoint_url=place.endpoint,
                 region_name=region,
@@ -300,6 +351,9 @@ class S3Objects:
                 aws_secret_access_key=keys.secret_key if keys else None,
                 aws_session_token=keys.session_token if keys else None,
             )
+        # Asking first whether a body may be sent costs a round trip for each object.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
 
 
 _SESSIONS = threading.Lock()
@@ -313,12 +367,11 @@ def _session() -> Session:
     return Session()
 
 
-def _info(name: str, answer: Any, *, size_bytes: int) -> ObjectInfo:
-    return ObjectInfo(
-        name=name,
-        size_bytes=size_bytes,
-        version=answer["ETag"].strip('"'),
-        retained_until=_retained_until(answer),
+def _nothing_there(name: str) -> ObjectNotFoundError:
+    return ObjectNotFoundError(
+        f"the object {name} is not there",
+        details="it is empty: what a server keeps of a write that was cut",
+        remedy="run 'vmsnap verify'",
     )
 
 

@@ -140,13 +140,17 @@ def translated(doing: str, *, where: Where) -> Iterator[None]:
         raise _unreachable(str(error), doing=doing, where=where) from error
 
 
-def code_of(response: Mapping[str, Any]) -> str:
-    """Return the code of an error that a server answered."""
-    return str(response.get("Error", {}).get("Code", ""))
+def code_of(error: BaseException) -> str:
+    """Return the code that a server answered, of which an error was made; nothing where there was no such answer."""
+    return _code(getattr(error.__cause__, "response", None))
+
+
+def _code(response: object) -> str:
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, Mapping) else ""
 
 
 def _of_server(response: Mapping[str, Any], *, doing: str, where: Where) -> VmsnapError:
-    code = code_of(response)
+    code = _code(response)
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     said = f"{status} {code}: {response.get('Error', {}).get('Message', '')}".strip()
     details = "\n".join([f"could not {doing}", said, *_clocks(response, code=code)])
