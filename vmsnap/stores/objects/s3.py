@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -119,15 +120,18 @@ class S3Objects:
         with self._call(f"read {name}") as client:
             part = f"bytes={offset}-{offset + length - 1}"
             answer = client.get_object(Bucket=self._place.bucket, Key=self._key(name), Range=part)
-            # A server that does not know ranges begins to send all of it.
-            data = answer["Body"].read(length + 1) if "ContentRange" in answer else b""
-        if len(data) != length:
-            raise DriverError(
-                f"the object {name} ends before {offset + length}, where {length} bytes from {offset} were to be read",
-                details=f"the server sent {answer.get('ContentRange', 'no range')}",
-                remedy="run 'vmsnap verify' for the snapshots that use it",
-            )
-        return data
+            if answer["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PARTIAL_CONTENT:
+                raise DriverError(f"{self._where.server} knows no ranges", remedy="use a server that does")
+            data = answer["Body"].read()
+        if len(data) == length:
+            return data
+        total = answer.get("ContentRange", "").rpartition("/")[2]
+        if not total.isdecimal() or int(total) >= offset + length:
+            raise self._disorderly(f"{len(data)} bytes came of {length}")
+        raise DriverError(
+            f"the object {name} ends at byte {total}, before byte {offset + length}",
+            remedy="run 'vmsnap verify' for the snapshots that use it",
+        )
 
     def info(self, name: str) -> ObjectInfo:
         """Describe an object without reading it."""
