@@ -197,6 +197,7 @@ class S3Objects:
                 answer = client.list_objects_v2(
                     Bucket=self._place.bucket, Prefix=own + prefix, MaxKeys=self._page, **after
                 )
+            self._require_listing(answer)
             for one in answer.get("Contents", ()):
                 name = one["Key"].removeprefix(own)
                 if one["Size"]:
@@ -241,6 +242,11 @@ class S3Objects:
             raise self._disorderly("no ETag")
         return tag.strip('"')
 
+    def _require_listing(self, answer: Any) -> None:
+        """Raise StoreUnreachableError for a listing that does not say whether it is whole: it is no empty bucket."""
+        if "IsTruncated" not in answer:
+            raise self._disorderly("no listing")
+
     def _disorderly(self, what: str) -> StoreUnreachableError:
         """Return the error for an answer that was cut: what had come of its head counts as a head."""
         return StoreUnreachableError(
@@ -265,6 +271,7 @@ class S3Objects:
         while True:
             with self._call(f"list the versions of {name}") as client:
                 answer = client.list_object_versions(Bucket=self._place.bucket, Prefix=key, **after)
+            self._require_listing(answer)
             found: list[Any] = [*answer.get("Versions", ()), *answer.get("DeleteMarkers", ())]
             own = [one for one in found if one["Key"] == key]
             yield from (one["VersionId"] for one in sorted(own, key=lambda one: one["LastModified"], reverse=True))
