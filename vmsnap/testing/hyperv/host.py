@@ -74,6 +74,7 @@ class HostState(Inventory):
 
     ``between`` is called with the name of a place inside an operation that takes long: the client may die there, by an
     exception, and the operation goes on in the host. ``rights`` False: the account may not use Hyper-V.
+    ``on_end`` is called with a VM whose worker ends, and whether that was a shutdown of its guest's own.
     ``step_seconds``: how long each step of such an operation takes, during which others may call.
     """
 
@@ -95,6 +96,7 @@ class HostState(Inventory):
         self.turn = threading.Condition(threading.RLock())
         self.step_seconds = 0.0
         self.between: Callable[[str], None] = _nothing
+        self.on_end: Callable[[VirtualMachine, bool], None] = _no_matter
         self.rights = True
         self.is_clustered_host = False
 
@@ -125,6 +127,8 @@ class HostState(Inventory):
 
     def end(self, vm: VirtualMachine, *, in_order: bool) -> None:
         """End a VM's worker: its disks hold then what its guest left."""
+        if vm.state in ALIVE:
+            self.on_end(vm, in_order)
         vm.state, vm.truth.shutdown_left, vm.truth.saved = VMState.OFF, None, None
         for drive, content in zip(vm.hard_drives, vm.truth.inside.ended(in_order=in_order), strict=False):
             if content is not None and drive.path:
@@ -206,4 +210,8 @@ class HostState(Inventory):
 
 
 def _nothing(_: str) -> None:
+    """Stand for a hook nobody set."""
+
+
+def _no_matter(_vm: VirtualMachine, _in_order: bool) -> None:  # noqa: FBT001 - as the hook has it
     """Stand for a hook nobody set."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 
 from vmsnap.testing.hyperv.failures import Category, CmdletError
@@ -48,6 +49,7 @@ def twin(name: str, *, sha256: str) -> Callable[[Body], Body]:
     return register
 
 
+@cache
 def digest_of(name: str) -> str:
     """Return the SHA-256 of a script's text, with line feeds."""
     text = (_SCRIPTS / f"{name}.ps1").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import uuid
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from vmsnap.testing.hyperv.values import VhdType
@@ -16,6 +17,8 @@ from vmsnap.testing.hyperv.values import VhdType
 _KIB = 1024
 _HEADERS = (64 * _KIB, 128 * _KIB)
 _REGION_TABLES = (192 * _KIB, 256 * _KIB)
+_TABLE_BYTES = 4096
+_METADATA_READ = 80 * _KIB
 _METADATA_PLACE = 2048 * _KIB
 _METADATA_LENGTH = 1024 * _KIB
 _METADATA = uuid.UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e")
@@ -48,17 +51,21 @@ class VhdFacts:
 
 def read_facts(path: Path) -> VhdFacts:
     """Read a file's headers. Raises NotAVhdError, OSError."""
-    with path.open("rb") as file:
-        start = file.read(_REGION_TABLES[0] + 64 * _KIB)
+    with path.open("rb", buffering=0) as file:
         try:
-            if start.startswith(b"vhdxfile"):
-                place, length = _metadata_region(start[_REGION_TABLES[0] :])
-                file.seek(place)
-                return _vhdx(file.read(length), linkage=_linkage(start))
+            if file.read(8) == b"vhdxfile":
+                place, length = _metadata_region(_read(file, _REGION_TABLES[0], _TABLE_BYTES))
+                region = _read(file, place, min(length, _METADATA_READ))
+                return _vhdx(region, linkage=_linkage([_read(file, header, 64) for header in _HEADERS]))
             file.seek(-512, 2)
             return _vhd(file.read(512))
         except (struct.error, OSError, ValueError, KeyError) as error:
             raise NotAVhdError(f"{path.name}: {error}") from error
+
+
+def _read(file: FileIO, place: int, length: int) -> bytes:
+    file.seek(place)
+    return file.read(length)
 
 
 def _metadata_region(table: bytes) -> tuple[int, int]:
@@ -72,9 +79,9 @@ def _metadata_region(table: bytes) -> tuple[int, int]:
     raise NotAVhdError("no metadata region")
 
 
-def _linkage(start: bytes) -> str:
-    newest = max(_HEADERS, key=lambda place: struct.unpack_from("<Q", start, place + 8)[0])
-    return str(uuid.UUID(bytes_le=start[newest + 32 : newest + 48]))
+def _linkage(headers: list[bytes]) -> str:
+    newest = max(headers, key=lambda header: int(struct.unpack_from("<Q", header, 8)[0]))
+    return str(uuid.UUID(bytes_le=newest[32:48]))
 
 
 def _vhdx(region: bytes, *, linkage: str) -> VhdFacts:
