@@ -195,10 +195,12 @@ class Clones:
         """Return the clone once it neither appears nor changes any more, or None."""
         until = self._clock.monotonic() + _START.total_seconds()
         while self._clock.monotonic() < until:
+            # Looked for first: what is planned may become real between the two looks.
+            is_planned = any(self._is_planned_by(run, folder) for folder in self._planned_folders())
             machine = self.find(run)
             if machine is not None and machine.state in ("Saved", "Off"):
                 return machine
-            if machine is None and not any(self._is_planned_by(run, folder) for folder in self._planned_folders()):
+            if machine is None and not is_planned:
                 return None
             self._clock.sleep(_BETWEEN)
         return None

@@ -376,6 +376,7 @@ class HyperVHypervisor:
         """Return what bears a run's tag: VMs, and folders."""
         found: list[Resource] = []
         seen: set[RunId] = set()
+        planned_before = self._host.planned()  # it may become real meanwhile
         for machine in self._host.machines():
             run = self._host.run_of(machine)
             if run is None:
@@ -385,7 +386,7 @@ class HyperVHypervisor:
             kind = ResourceKind.CLONE if clone else ResourceKind.ENVIRONMENT
             guest = "" if machine.tag is None else machine.tag.guest
             found.append(Resource(kind=kind, run=run, guest=guest, name=machine.name))
-        for planned in self._host.planned():
+        for planned in planned_before:
             run = self._folders.run_of(planned.folder)
             if run is not None and run not in seen:
                 found.append(Resource(kind=ResourceKind.CLONE, run=run, guest="", name=clone_name(run)))

@@ -32,12 +32,13 @@ class Removal:
         until = self._clock.monotonic() + deadline.total_seconds()
         hindrance: DriverError | None = None
         while True:
-            found = self._host.machines_of(run)
+            # In this order: what is planned may become real between the two looks, and never the other way round.
             planned = [
                 item
                 for item in self._host.planned()
                 if self._host.folders.run_of(item.folder) == run or item.name == f"vmsnap-clone-{run}"
             ]
+            found = self._host.machines_of(run)
             if not found and not planned:
                 return
             if self._clock.monotonic() > until:

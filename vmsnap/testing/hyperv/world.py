@@ -6,18 +6,20 @@ the fakes, reached by their agent; the line that Hyper-V has instead is tested w
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from vmsnap.errors import HostUnreachableError, IsolationError
 from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
-from vmsnap.hypervisors.hyperv.fence import HyperVFence
+from vmsnap.hypervisors.hyperv.fence import HyperVFence, SwitchWatch
 from vmsnap.hypervisors.hyperv.host import Host
 from vmsnap.hypervisors.hyperv.tags import RunFolders, TagKind, read_tag
 from vmsnap.model.drain import FileSystemState
 from vmsnap.model.guest import GuestState
-from vmsnap.model.isolation import FencePlan
+from vmsnap.model.isolation import FencePlan, IsolationProof
 from vmsnap.ports.clock import Clock
 from vmsnap.ports.guest import AgentChannel
 from vmsnap.ports.owner import Owner
@@ -139,16 +141,37 @@ class MirroredHost(FakeHost):
         return [*self.violations, *self.hyperv.harm()]
 
 
+class _NoLogins:
+    """``GuestLogins`` of guests that are reached by their agent."""
+
+    def login(self, guest: str) -> None:
+        """Return None."""
+
+
 class AgentHypervisor(HyperVHypervisor):
     """The driver, with an agent as the line into its guests."""
 
     def __init__(self, host: Host, *, clock: Clock, mirror: MirroredHost) -> None:
-        super().__init__(host, clock=clock)
+        super().__init__(host, clock=clock, logins=_NoLogins())
         self._mirror = mirror
 
     def agent(self, domain: str) -> AgentChannel:
         """Return the line to a guest's agent."""
         return FakeAgentChannel(self._mirror, domain=domain)
+
+
+class _Fence(HyperVFence):
+    """The fence, whose watches end with their process, as threads do."""
+
+    def __init__(self, host: Host, *, watches: list[SwitchWatch]) -> None:
+        super().__init__(host)
+        self._watches = watches
+
+    def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> SwitchWatch:
+        """Watch a proven fence."""
+        watch = super().watch(plan, proof=proof, alarm=alarm)
+        self._watches.append(watch)
+        return watch
 
 
 class HyperVWorld(FakeWorld):
@@ -165,6 +188,7 @@ class HyperVWorld(FakeWorld):
         self.machine.on_end = self._show
         self.script: ScriptHook = _nothing
         self._faults: Faults | None = None
+        self._watches: list[SwitchWatch] = []
         super().__init__(folder, disks=disks)
         self.host = self.mirror = MirroredHost(self.machine, network=self.network)
 
@@ -206,7 +230,7 @@ class HyperVWorld(FakeWorld):
         world = replace(
             world,
             hypervisor=AgentHypervisor(host, clock=self.clock, mirror=self.mirror),
-            fence=HyperVFence(host),
+            fence=_Fence(host, watches=self._watches),
         )
         if faults is None:
             return world
@@ -214,9 +238,14 @@ class HyperVWorld(FakeWorld):
         return faults.world(world)
 
     def _connect(self) -> Host:
-        faults = self._faults
+        faults, thread = self._faults, threading.get_ident()
 
         def pass_by(place: str) -> None:
+            if threading.get_ident() != thread:
+                # Watches have threads of their own; what goes wrong is counted in the process's own thread alone.
+                if faults is not None and faults.dead:
+                    raise HostUnreachableError("the process that asked is dead", remedy="this is a fake")
+                return
             if faults is not None:
                 faults.point(place)
             self.script(place)
@@ -232,6 +261,8 @@ class HyperVWorld(FakeWorld):
         """End the present process."""
         self.machine.between = self.script = _nothing
         self._faults = None
+        while self._watches:
+            self._watches.pop().close()
         super().end()
 
     @property
