@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from enum import IntEnum
 
 from vmsnap.errors import (
     BugError,
@@ -34,11 +35,20 @@ _MEMORY_FILES = frozenset({".vmrs", ".bin", ".vsv"})
 
 # Return values of Msvm_ShutdownComponent.InitiateShutdown, as its documentation names them.
 _OBEYS = frozenset({0, 4096, 32782})
-_NOT_READY = 32780
+# Not ready; or, where it has begun to go down meanwhile, in no state to be asked.
+_NOT_NOW = frozenset({32780, 32775})
 _LOCKED = 32781
 _NOBODY = -1
 
 _ON_ITS_WAY = frozenset({"Running", "Stopping", "ForceShutdown"})
+
+
+class _Answer(IntEnum):
+    """What is known of a request to shut down, the more the higher."""
+
+    NOT_YET = 0
+    PERHAPS = 1
+    OBEYS = 2
 
 
 def clone_name(run: RunId) -> str:
@@ -277,36 +287,37 @@ class Clones:
                 f"the clone {ended} before it was asked to shut down", remedy="see the Hyper-V host's event log"
             )
         until = self._clock.monotonic() + deadline.total_seconds()
-        asked = False
-        while True:
+        answer = _Answer.NOT_YET
+        found: Machine | None = machine
+        while found is not None and found.state in _ON_ITS_WAY:
             cancel.check()
-            asked = asked or self._ask(machine)
-            found = self.find(clone.run)
-            if found is None or found.state not in _ON_ITS_WAY:
-                break
+            if answer is not _Answer.OBEYS and found.state == "Running":
+                # Asking twice is no harm, where nobody knows whether the first time was heard.
+                answer = max(answer, self._ask(machine))
             if self._clock.monotonic() > until:
                 raise DeadlineError(
                     f"the clone did not power off within {deadline}",
                     remedy="raise clone.shutdown_deadline; the System event log of a test VM shows what hung",
                 )
             self._clock.sleep(_BETWEEN)
-        if found is None or found.state != "Off" or not asked:
+            found = self.find(clone.run)
+        if found is None or found.state != "Off" or answer is _Answer.NOT_YET:
             ended = "is gone" if found is None else f"is {found.state}"
             raise NotCleanError(
                 f"the clone did not shut down: it {ended}", remedy="see the Hyper-V host's event log for the clone"
             )
         return "shutdown integration service"
 
-    def _ask(self, machine: Machine) -> bool:
-        """Ask once; tell whether the guest obeys. Raises DriverError where nobody there can be asked."""
+    def _ask(self, machine: Machine) -> _Answer:
+        """Ask once. Raises DriverError where nobody there can be asked."""
         try:
             answer = self._host.request_shutdown(machine.id, tag=clone_tag(self._run_of(machine)))
         except UnknownOutcomeError:
-            return True
+            return _Answer.PERHAPS
         if answer in _OBEYS:
-            return True
-        if answer == _NOT_READY:
-            return False
+            return _Answer.OBEYS
+        if answer in _NOT_NOW:
+            return _Answer.NOT_YET
         reasons = {
             _LOCKED: "somebody is logged in at its console, and it is locked",
             _NOBODY: "it has no shutdown integration service",

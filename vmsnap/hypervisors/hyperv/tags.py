@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath, PureWindowsPath
 
+from vmsnap.errors import BugError
 from vmsnap.model.ids import RunId, is_run_id
 
 _NOTES = re.compile(r"vmsnap (clone|environment|fence) ([0-9a-f]{10}) ")
@@ -73,9 +74,9 @@ class RunFolders:
     mounted: str
 
     def name(self, run: RunId) -> str:
-        """Return the name of a run's folder. Raises ValueError for what is no run."""
+        """Return the name of a run's folder. Raises BugError for what is no run."""
         if not is_run_id(run):
-            raise ValueError(run)
+            raise BugError(f"{run!r} is not a run's id; no folder is called after it")
         return f"vmsnap-{run}"
 
     def of(self, run: RunId, part: Part | None = None) -> str:
@@ -85,11 +86,15 @@ class RunFolders:
 
     def holds(self, path: str, *, run: RunId) -> bool:
         """Tell whether a path of the host is inside the folder of a run."""
-        return PureWindowsPath(self.of(run)) in PureWindowsPath(path).parents
+        windows = PureWindowsPath(path)
+        return PureWindowsPath(self.of(run)) in windows.parents and ".." not in windows.parts
 
     def here(self, path: str) -> PurePosixPath:
-        """Return where a file of the host is found here. Raises ValueError for one outside the folder."""
-        return PurePosixPath(self.mounted, *PureWindowsPath(path).relative_to(self.root).parts)
+        """Return where a file of the host is found here. Raises BugError for one outside the folder."""
+        windows = PureWindowsPath(path)
+        if not windows.is_relative_to(self.root) or ".." in windows.parts:
+            raise BugError(f"{path!r} is not in {self.root!r}, the only folder of the Hyper-V host that is seen here")
+        return PurePosixPath(self.mounted, *windows.relative_to(self.root).parts)
 
     def run_of(self, path: str) -> RunId | None:
         """Return the run in whose folder a path of the host is, or None."""
