@@ -1,8 +1,10 @@
-"""The place of the replica, as ``vmsnap.toml`` describes it."""
+"""The replica and its place, as ``vmsnap.toml`` describes them."""
 
 from __future__ import annotations
 
-from vmsnap.config.credentials import s3_keys_of
+from pathlib import Path
+
+from vmsnap.config.credentials import encryption_key_of, s3_keys_of
 from vmsnap.config.settings import ReplicaSettings
 from vmsnap.errors import BugError
 from vmsnap.model.objects import S3Place
@@ -12,6 +14,7 @@ from vmsnap.stores.objects.directory import DirectoryObjects
 from vmsnap.stores.objects.pacing import PacedObjects
 from vmsnap.stores.objects.retrying import Patience, Repeating, RetryingObjects
 from vmsnap.stores.objects.s3 import S3Objects
+from vmsnap.stores.packs.replica import PacksReplica
 
 _MIB = 1024 * 1024
 
@@ -34,6 +37,17 @@ def objects_of(settings: ReplicaSettings, *, clock: Clock) -> ObjectStore:
     if settings.bandwidth_mib_s is not None:
         store = PacedObjects(store, bytes_per_second=settings.bandwidth_mib_s * _MIB, clock=clock)
     return store
+
+
+def replica_of(settings: ReplicaSettings, *, state: Path, clock: Clock) -> PacksReplica:
+    """Return the replica. Reads no credential and asks nothing of the place yet: local commands work without them."""
+    return PacksReplica(
+        lambda: objects_of(settings, clock=clock),
+        key=lambda: encryption_key_of(settings),
+        state=state / "replica",
+        connections=settings.connections,
+        clock=clock,
+    )
 
 
 def _place(settings: ReplicaSettings) -> S3Place:

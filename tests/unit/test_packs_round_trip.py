@@ -29,14 +29,15 @@ def test_disks_and_files_come_out_as_they_went_in(tmp_path: Path, key: bytes | N
     store = MemoryObjects(MemoryBucket())
     repository = fresh(store, key=key)
     disks = {"vda": disk(1, 0, 2, 1, 3, tail=5000), "vdb": bytes(3 * BLOCK_BYTES), "vdc": disk(4, tail=1)}
-    task = Local(folder=tmp_path).task(disks=disks, nvram=b"variables" * 9000)
-    done = send(repository, task=task, index=tmp_path / "index")
-    assert done.packs == 1
+    copy = Local(folder=tmp_path).snapshot(disks=disks, nvram=b"variables" * 9000)
+    done = send(repository, copy=copy, index=tmp_path / "index")
+    assert done.stored_bytes > 0
+    assert len(list(store.list(PACKS))) == 1
     assert list(store.list(INTENTS)) == []
     again = open_repository(store, key=key)
     assert disks_of(again) == disks
     found = again.snapshot("db", snapshot=SnapshotId(f"{1:010x}")).body
-    assert found.manifest == task.manifest
+    assert found.manifest == copy.snapshot.manifest
     nvram = PackedDisk(again, root=bytes.fromhex(found.files[0].root), size_bytes=found.files[0].size_bytes)
     assert nvram.read(0, 1 << 20) == b"variables" * 9000
 
@@ -44,12 +45,14 @@ def test_disks_and_files_come_out_as_they_went_in(tmp_path: Path, key: bytes | N
 def test_what_is_there_is_not_uploaded_again(tmp_path: Path) -> None:
     store = MemoryObjects(MemoryBucket())
     repository, local = fresh(store), Local(folder=tmp_path)
-    send(repository, task=local.task(1, disks={"vda": disk(1, 2, 3)}), index=tmp_path / "index")
+    send(repository, copy=local.snapshot(1, disks={"vda": disk(1, 2, 3)}), index=tmp_path / "index")
     # Another guest, another host whose cache is empty.
-    other = send(repository, task=local.task(2, guest="ab/c", disks={"sda": disk(3, 3, 1)}), index=tmp_path / "other")
-    assert other.packs == 0
-    changed = send(repository, task=local.task(3, disks={"vda": disk(1, 5, 3)}), index=tmp_path / "index")
-    assert changed.packs == 1
+    other = send(
+        repository, copy=local.snapshot(2, guest="ab/c", disks={"sda": disk(3, 3, 1)}), index=tmp_path / "other"
+    )
+    assert other.stored_bytes < BLOCK_BYTES // 4
+    changed = send(repository, copy=local.snapshot(3, disks={"vda": disk(1, 5, 3)}), index=tmp_path / "index")
+    assert changed.stored_bytes < BLOCK_BYTES
     assert len(list(store.list(PACKS))) == 2
     assert disks_of(repository, number=3) == {"vda": disk(1, 5, 3)}
     assert disks_of(repository, guest="ab/c", number=2) == {"sda": disk(3, 3, 1)}
@@ -60,9 +63,9 @@ def test_an_unchanged_stretch_shares_its_map(tmp_path: Path) -> None:
     repository, local = fresh(store), Local(folder=tmp_path)
     first = disk(1) + bytes((LEAF_BLOCKS - 1) * BLOCK_BYTES) + disk(2)
     second = disk(1) + bytes((LEAF_BLOCKS - 1) * BLOCK_BYTES) + disk(3)
-    send(repository, task=local.task(1, disks={"vda": first}), index=tmp_path / "index")
+    send(repository, copy=local.snapshot(1, disks={"vda": first}), index=tmp_path / "index")
     assert len(list(store.list(MAPS))) == 3
-    send(repository, task=local.task(2, disks={"vda": second}), index=tmp_path / "other host")
+    send(repository, copy=local.snapshot(2, disks={"vda": second}), index=tmp_path / "other host")
     assert len(list(store.list(MAPS))) == 5
     assert PackedDisk(
         repository,
@@ -74,10 +77,10 @@ def test_an_unchanged_stretch_shares_its_map(tmp_path: Path) -> None:
 def test_uploading_twice_changes_nothing(tmp_path: Path) -> None:
     store = FaultyObjects(MemoryObjects(MemoryBucket()))
     repository = fresh(store)
-    task = Local(folder=tmp_path).task(disks={"vda": disk(1, 2)})
-    send(repository, task=task, index=tmp_path / "index")
+    copy = Local(folder=tmp_path).snapshot(disks={"vda": disk(1, 2)})
+    send(repository, copy=copy, index=tmp_path / "index")
     before = [info.version for info in store.list("")]
-    assert send(repository, task=task, index=tmp_path / "index").there
+    assert send(repository, copy=copy, index=tmp_path / "index").there
     assert [info.version for info in store.list("")] == before
 
 
@@ -85,7 +88,7 @@ def test_zstd_itself_decodes_a_pack(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
     repository = fresh(DirectoryObjects(place))
-    send(repository, task=Local(folder=tmp_path).task(disks={"vda": disk(1, 2, 0, 3)}), index=tmp_path / "index")
+    send(repository, copy=Local(folder=tmp_path).snapshot(disks={"vda": disk(1, 2, 0, 3)}), index=tmp_path / "index")
     (pack,) = (place / info.name for info in repository.store.list(PACKS))
     decoded = subprocess.run(["zstd", "-d", "-c", "--no-progress", pack], check=True, capture_output=True, timeout=30)
     assert decoded.stdout == disk(1, 2, 3)
@@ -103,7 +106,7 @@ def test_every_snapshot_of_a_series_can_be_read(
     folder = tmp_path_factory.mktemp("series")
     repository, local = fresh(MemoryObjects(MemoryBucket()), key=KEY if keyed else None), Local(folder=folder)
     for number, seeds in enumerate(generations, start=1):
-        task = local.task(number, disks={"vda": disk(*seeds, tail=tail * 777)})
-        send(repository, task=task, index=folder / f"index{number % 2}")
+        copy = local.snapshot(number, disks={"vda": disk(*seeds, tail=tail * 777)})
+        send(repository, copy=copy, index=folder / f"index{number % 2}")
     for number, seeds in enumerate(generations, start=1):
         assert disks_of(repository, number=number) == {"vda": disk(*seeds, tail=tail * 777)}

@@ -113,6 +113,9 @@ class Action(StrEnum):
     UNPIN = "unpin"
     VERIFY = "verify"
     RECONCILE = "reconcile"
+    REPLICATE = "replicate"
+    RESTORE = "restore"
+    EXPORT = "export"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ class ResourceKind(StrEnum):
     SERVICE = "service"
     DNS_RECORD = "dns-record"
     REPLICA_EXPORT = "replica-export"
+    EXPORTED_FILES = "exported-files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,9 @@ class RunKind(StrEnum):
 
     BACKUP = "backup"
     PROVISION = "provision"
+    REPLICATE = "replicate"
+    RESTORE = "restore"
+    EXPORT = "export"
 
 
 @dataclass(frozen=True, kw_only=True)

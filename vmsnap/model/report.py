@@ -25,8 +25,22 @@ class _Report(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class ReplicateReport(_Report):
+    """A snapshot that is at the replica. ``there``: it was before. ``sent_bytes`` were written for it."""
+
+    snapshot: SnapshotId
+    guest: str
+    there: bool
+    logical_bytes: int
+    sent_bytes: int
+    seconds: float
+
+
 class BackupReport(_Report):
-    """One finished backup. The printed JSON adds up ``drain`` over instances; see ``vmsnap.cli.output``."""
+    """One finished backup. The printed JSON adds up ``drain`` over instances; see ``vmsnap.cli.output``.
+
+    ``replica`` None: the snapshot was not sent there, by the policy or because of what a warning tells.
+    """
 
     snapshot: SnapshotId
     guest: str
@@ -39,6 +53,7 @@ class BackupReport(_Report):
     store: StoreRecord
     steps: tuple[StepRecord, ...]
     pruned: tuple[SnapshotId, ...] = ()
+    replica: ReplicateReport | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -128,6 +143,27 @@ class RegisterReport(_Report):
     environment: str
     dns_name: str
     address: str
+
+
+class RestoreReport(_Report):
+    """A snapshot that is in the local store again. ``there``: it was before."""
+
+    snapshot: SnapshotId
+    guest: str
+    there: bool
+    logical_bytes: int
+    seconds: float
+
+
+class ExportReport(_Report):
+    """Disks of a snapshot as files. ``source``: ``local`` or ``replica``."""
+
+    snapshot: SnapshotId
+    guest: str
+    source: str
+    image_format: str
+    files: tuple[str, ...]
+    seconds: float
 
 
 class PruneDecision(_Report):

@@ -33,6 +33,15 @@ class Staging:
     previous: SnapshotId | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiskContent:
+    """A stored disk: its record, its image and its digests, as files that are only to be read."""
+
+    record: DiskRecord
+    image: Path
+    digests: Path
+
+
 class SnapshotStore(Owner, Protocol):
     """Keeps snapshots. A folder without a manifest does not exist.
 
@@ -73,6 +82,18 @@ class SnapshotStore(Owner, Protocol):
         Raises SafetyError where the evidence is not of this run. After a crash the snapshot exists whole or not at all.
         """
 
+    def receive_disk(self, staging: Staging, *, record: DiskRecord, fill: Callable[[DiskContent], None]) -> None:
+        """Store one disk as it is in another copy of the snapshot: ``fill`` writes new files, sized already, sparsely.
+
+        Raises VerificationError where the digests that were written are not those of the record.
+        """
+
+    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+        """Make a snapshot exist here that was published elsewhere: as ``publish``, but by the digests of its disks.
+
+        Raises SafetyError where its disks were not all received, PreconditionError where the snapshot is here already.
+        """
+
     def guests(self) -> tuple[str, ...]:
         """Return the guests that have snapshots."""
 
@@ -90,6 +111,9 @@ class SnapshotStore(Owner, Protocol):
 
     def images(self, snapshot: Snapshot) -> tuple[DiskImage, ...]:
         """Return the stored disks as read-only raw images."""
+
+    def contents(self, snapshot: Snapshot) -> tuple[DiskContent, ...]:
+        """Return the stored disks with their digests, for copying them elsewhere. Hold the snapshot meanwhile."""
 
     def file(self, snapshot: Snapshot, *, name: str) -> Path:
         """Return the path of a file that ``add_file`` stored."""

@@ -22,8 +22,8 @@ from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
-from vmsnap.ports.store import ByteProgress, Staging
-from vmsnap.stores import removal
+from vmsnap.ports.store import ByteProgress, DiskContent, Staging
+from vmsnap.stores import copying, removal
 from vmsnap.stores.blocks import Scope
 from vmsnap.stores.catalogue import Captures, is_half_removed, read_snapshot, take_inventory
 from vmsnap.stores.layout import (
@@ -157,6 +157,16 @@ class ImagesStore:
         with self._translated(f"publish snapshot {manifest.id} of {staging.guest!r}"):
             return self._publisher.publish(staging, manifest=manifest, clean=clean)
 
+    def receive_disk(self, staging: Staging, *, record: DiskRecord, fill: Callable[[DiskContent], None]) -> None:
+        """Store one disk as it is in another copy of the snapshot. Raises VerificationError where it turns out another."""
+        with self._translated(f"store disk {record.target} of {staging.guest!r}"):
+            copying.receive_disk(self._publisher.folder(staging), record=record, fill=fill)
+
+    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+        """Make a snapshot exist here that was published elsewhere. Raises SafetyError, PreconditionError."""
+        with self._translated(f"publish snapshot {manifest.id} of {staging.guest!r}"):
+            return self._publisher.publish_copy(staging, manifest=manifest)
+
     def guests(self) -> tuple[str, ...]:
         """Return the guests that have snapshots."""
         return tuple(sorted({snapshot.manifest.guest for snapshot in self.snapshots()}))
@@ -187,6 +197,14 @@ class ImagesStore:
                 )
         return tuple(
             DiskImage(target=disk.target, path=str(folder / disk.image), image_format="raw", size_bytes=disk.size_bytes)
+            for disk in snapshot.manifest.disks
+        )
+
+    def contents(self, snapshot: Snapshot) -> tuple[DiskContent, ...]:
+        """Return the stored disks with their digests. Raises SnapshotNotFoundError."""
+        folder = self._existing(snapshot)
+        return tuple(
+            DiskContent(record=disk, image=folder / disk.image, digests=folder / disk.digests)
             for disk in snapshot.manifest.disks
         )
 

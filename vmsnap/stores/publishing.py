@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from vmsnap.errors import BugError, ConfigError, SafetyError
+from vmsnap.errors import BugError, ConfigError, PreconditionError, SafetyError
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.hints import BlockSet, DiskHint, may_differ, why_full
 from vmsnap.model.ids import RunId, SnapshotId
@@ -64,7 +64,7 @@ class Publisher:
         self, staging: Staging, *, view: DiskView, base: Snapshot | None, scope: Scope, hint: DiskHint | None
     ) -> DiskRecord:
         """Write one disk over ``base``, where that has the disk and is sound, and return its record."""
-        folder = self._folder(staging)
+        folder = self.folder(staging)
         files = DiskFiles(image=folder / image_name(view.target), digests=folder / digests_name(view.target))
         own = own_blocks(view)
         before = None if base is None else self._sound_base(base, target=view.target)
@@ -101,7 +101,7 @@ class Publisher:
         """Copy a small file into the staging folder."""
         if not _FILE_NAME.match(name) or name in _RESERVED or name.endswith(DISK_SUFFIXES):
             raise ConfigError(f"{name!r} cannot be the name of a file in a snapshot", remedy="use letters and digits")
-        target = self._folder(staging) / name
+        target = self.folder(staging) / name
         with source.open("rb") as data:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _READ_ONLY)
             with os.fdopen(descriptor, "wb") as file:
@@ -111,16 +111,32 @@ class Publisher:
 
     def publish(self, staging: Staging, *, manifest: Manifest, clean: CleanShutdown) -> Snapshot:
         """Write the manifest into the staging folder, put everything on the disk and rename the folder."""
-        folder = self._folder(staging)
         _check_evidence(staging, manifest=manifest, clean=clean)
-        _check_disks(folder, manifest=manifest)
+        _check_disks(self.folder(staging), manifest=manifest, copied=False)
+        return self._publish(staging, manifest=manifest)
+
+    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+        """Do the same with a manifest that was published elsewhere, over disks that were received."""
+        if manifest.guest != staging.guest:
+            raise SafetyError(f"snapshot {manifest.id} is not of guest {staging.guest!r}", remedy="report it")
+        if self.layout.snapshot(staging.guest, snapshot=manifest.id).exists():
+            raise PreconditionError(
+                f"snapshot {manifest.id} of {staging.guest!r} is in the local store already, or what is left of it",
+                remedy=f"'vmsnap verify {manifest.id}' tells whether it is whole; 'vmsnap prune' removes what is left",
+            )
+        _check_disks(self.folder(staging), manifest=manifest, copied=True)
+        return self._publish(staging, manifest=manifest)
+
+    def _publish(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+        folder = self.folder(staging)
         write_new_file(folder / MANIFEST, data=manifest.model_dump_json(indent=2).encode() + b"\n", mode=_READ_ONLY)
         sync_folder(folder)
         folder.rename(self.layout.snapshot(staging.guest, snapshot=manifest.id))
         sync_folder(folder.parent)
         return Snapshot(manifest=manifest)
 
-    def _folder(self, staging: Staging) -> Path:
+    def folder(self, staging: Staging) -> Path:
+        """Return a staging folder. Raises BugError where the run has none."""
         folder = self.layout.staging(staging.guest, run=staging.run)
         if not folder.is_dir():
             raise BugError(f"run {staging.run} has no staging folder", remedy="report it")
@@ -200,11 +216,13 @@ def _check_evidence(staging: Staging, *, manifest: Manifest, clean: CleanShutdow
         )
 
 
-def _check_disks(folder: Path, *, manifest: Manifest) -> None:
+def _check_disks(folder: Path, *, manifest: Manifest, copied: bool) -> None:
+    """Raise SafetyError where the disks are not those of the manifest. A copy has no lists of where its clone wrote."""
     staged = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
     listed = {disk.image: disk.size_bytes for disk in manifest.disks}
     listed |= {disk.digests: block_count(disk.size_bytes) * DIGEST_BYTES for disk in manifest.disks}
-    listed |= {disk.written: staged.get(disk.written, 0) for disk in manifest.disks if disk.written is not None}
+    lists = {disk.written for disk in manifest.disks if disk.written is not None and not copied}
+    listed |= {name: staged.get(name, 0) for name in lists}
     images = {name: size for name, size in staged.items() if name.endswith(DISK_SUFFIXES)}
     if images != listed:
         raise SafetyError(

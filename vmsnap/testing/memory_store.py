@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from vmsnap.errors import BugError, BusyError, HeldError, NoSpaceError, SafetyError, SnapshotNotFoundError
+from vmsnap.errors import (
+    BugError,
+    BusyError,
+    HeldError,
+    NoSpaceError,
+    PreconditionError,
+    SafetyError,
+    SnapshotNotFoundError,
+    VerificationError,
+)
 from vmsnap.model.capture import DiskImage
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.guest import Finding, Severity
@@ -19,7 +28,7 @@ from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, ReadRecord, Snapshot
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
-from vmsnap.ports.store import ByteProgress, Staging
+from vmsnap.ports.store import ByteProgress, DiskContent, Staging
 from vmsnap.stores.references import by_age, not_ahead, resolve
 
 _BLOCK = 64 * 1024
@@ -34,9 +43,12 @@ class _Disk:
     def digests(self) -> dict[int, bytes]:
         return {index: hashlib.sha256(block).digest() for index, block in self.blocks.items()}
 
+    def flat_digests(self) -> bytes:
+        found = self.digests()
+        return b"".join(found.get(index, bytes(32)) for index in range(-(-self.size_bytes // _BLOCK)))
+
     def digests_sha256(self) -> str:
-        whole = b"".join(index.to_bytes(8) + digest for index, digest in sorted(self.digests().items()))
-        return hashlib.sha256(whole).hexdigest()
+        return hashlib.sha256(self.flat_digests()).hexdigest()
 
 
 @dataclass
@@ -174,6 +186,37 @@ class MemoryStore:
         self._keep(manifest.id, self._staged.pop(staging.run))
         return Snapshot(manifest=manifest)
 
+    def receive_disk(self, staging: Staging, *, record: DiskRecord, fill: Callable[[DiskContent], None]) -> None:
+        """Let ``fill`` write a disk into files, and keep what they hold."""
+        kept = self._staging(staging)
+        image, digests = (self._folder / f"received-{staging.run}-{name}" for name in (record.image, record.digests))
+        for path, size in ((image, record.size_bytes), (digests, -(-record.size_bytes // _BLOCK) * 32)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(size))
+        fill(DiskContent(record=record, image=image, digests=digests))
+        disk, data = _Disk(size_bytes=record.size_bytes), image.read_bytes()
+        for index in range(-(-record.size_bytes // _BLOCK)):
+            block = data[index * _BLOCK : (index + 1) * _BLOCK]
+            if block.count(0) != len(block):
+                disk.blocks[index] = block
+        if disk.flat_digests() != digests.read_bytes() or disk.digests_sha256() != record.digests_sha256:
+            raise VerificationError(f"disk {record.target} is not what its manifest vouches for", remedy="verify it")
+        kept.disks[record.target] = disk
+        kept.records[record.target] = record
+
+    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+        """Make a snapshot exist that was published elsewhere."""
+        kept = self._staging(staging)
+        if manifest.id in self._published:
+            raise PreconditionError(f"snapshot {manifest.id} is here already", remedy="use it")
+        nvram = manifest.machine.nvram
+        complete = {disk.target: disk for disk in manifest.disks} == kept.records
+        if not complete or manifest.guest != staging.guest or (nvram is not None and nvram not in kept.files):
+            raise SafetyError(f"snapshot {manifest.id} was not received whole", remedy="report it")
+        kept.manifest = manifest
+        self._keep(manifest.id, self._staged.pop(staging.run))
+        return Snapshot(manifest=manifest)
+
     def put(self, snapshot: Snapshot) -> None:
         """Have a snapshot without disks, for tests that need many."""
         kept = _Kept(guest=snapshot.manifest.guest, manifest=snapshot.manifest, marks=snapshot.marks)
@@ -222,6 +265,15 @@ class MemoryStore:
                 DiskImage(target=record.target, path=str(path), image_format="raw", size_bytes=record.size_bytes)
             )
         return tuple(images)
+
+    def contents(self, snapshot: Snapshot) -> tuple[DiskContent, ...]:
+        """Write the disks and their digests out, and return them."""
+        kept, found = self._kept(snapshot), []
+        for image, record in zip(self.images(snapshot), snapshot.manifest.disks, strict=True):
+            digests = self._shown(snapshot, name=record.digests)
+            digests.write_bytes(kept.disks[record.target].flat_digests())
+            found.append(DiskContent(record=record, image=Path(image.path), digests=digests))
+        return tuple(found)
 
     def file(self, snapshot: Snapshot, *, name: str) -> Path:
         """Write a kept file out, and return its path."""

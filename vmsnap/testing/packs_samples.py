@@ -10,15 +10,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.manifest import DiskRecord
+from vmsnap.model.manifest import DiskRecord, Snapshot
 from vmsnap.ports.objects import ObjectStore
+from vmsnap.ports.replica import DiskFile, LocalCopy, Sent
+from vmsnap.ports.store import DiskContent
 from vmsnap.stores.blocks import BLOCK_BYTES, HOLE, digest_of
 from vmsnap.stores.packs.index import BlockIndex
 from vmsnap.stores.packs.intents import new_token
 from vmsnap.stores.packs.reading import PackedDisk
 from vmsnap.stores.packs.repository import Repository, initialise
-from vmsnap.stores.packs.sources import DiskFiles
-from vmsnap.stores.packs.uploading import Means, Task, Uploaded, upload
+from vmsnap.stores.packs.uploading import Means, upload
 from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.store_contract import sample_manifest
 
@@ -44,38 +45,32 @@ class Local:
 
     folder: Path
 
-    def task(
+    def snapshot(
         self, number: int = 1, *, guest: str = "db", disks: Mapping[str, bytes], nvram: bytes | None = None
-    ) -> Task:
-        """Write disks, and return the task of uploading them."""
+    ) -> LocalCopy:
+        """Write disks, and return them as a snapshot to upload."""
         snapshot = SnapshotId(f"{number:010x}")
         folder = self.folder / snapshot
         folder.mkdir()
-        records, sources = [], []
+        records, contents = [], []
         for target, data in disks.items():
             starts = range(0, len(data), BLOCK_BYTES)
             digests = b"".join(_digest(data[at : at + BLOCK_BYTES]) for at in starts)
             image, digest_file = folder / f"{target}.raw", folder / f"{target}.digests"
             image.write_bytes(data)
             digest_file.write_bytes(digests)
-            sha256 = hashlib.sha256(digests).hexdigest()
-            records.append(
-                DiskRecord(
-                    target=target,
-                    image=image.name,
-                    digests=digest_file.name,
-                    digests_sha256=sha256,
-                    size_bytes=len(data),
-                    data_bytes=0,
-                    new_bytes=0,
-                )
+            record = DiskRecord(
+                target=target,
+                image=image.name,
+                digests=digest_file.name,
+                digests_sha256=hashlib.sha256(digests).hexdigest(),
+                size_bytes=len(data),
+                data_bytes=0,
+                new_bytes=0,
             )
-            sources.append(
-                DiskFiles(target=target, size_bytes=len(data), image=image, digests=digest_file, digests_sha256=sha256)
-            )
-        files = () if nvram is None else (folder / "nvram.fd",)
-        for path in files:
-            path.write_bytes(nvram or b"")
+            records.append(record)
+            contents.append(DiskContent(record=record, image=image, digests=digest_file))
+        files = () if nvram is None else (DiskFile(name="nvram.fd", data=nvram),)
         manifest = sample_manifest(
             RunId(snapshot),
             guest=guest,
@@ -83,17 +78,17 @@ class Local:
             captured=NOW + timedelta(hours=number),
             nvram=None if nvram is None else "nvram.fd",
         )
-        return Task(manifest=manifest, disks=tuple(sources), files=files)
+        return LocalCopy(snapshot=Snapshot(manifest=manifest), disks=tuple(contents), files=files)
 
 
-def send(repository: Repository, *, task: Task, index: Path, token: str | None = None) -> Uploaded:
+def send(repository: Repository, *, copy: LocalCopy, index: Path, token: str | None = None) -> Sent:
     """Upload a snapshot with an index of its own file."""
     means = Means(upload=token or new_token(), host="here", connections=2, now=lambda: NOW)
     opened = BlockIndex(index)
     try:
         return upload(
             repository,
-            task=task,
+            copy=copy,
             means=means,
             index=opened,
             progress=lambda _done, _total: None,

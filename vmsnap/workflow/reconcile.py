@@ -23,6 +23,7 @@ _ORDER = (
     ResourceKind.EXPORT,
     ResourceKind.CLONE,
     ResourceKind.STAGING,
+    ResourceKind.EXPORTED_FILES,
     ResourceKind.CLONE_OVERLAYS,
     ResourceKind.DISK_COPIES,
     ResourceKind.ENVIRONMENT_DISKS,

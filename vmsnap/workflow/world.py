@@ -13,12 +13,14 @@ from vmsnap.model.policy import DatabasePolicy
 from vmsnap.ports.clock import Clock
 from vmsnap.ports.disks import DiskExport, DiskInspector
 from vmsnap.ports.engine import Engine
+from vmsnap.ports.exporting import ExportFolders
 from vmsnap.ports.guest import Connector, GuestAccess
 from vmsnap.ports.history import HistoryBook
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.names import Names
 from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.owner import Owner
+from vmsnap.ports.replica import Replica
 from vmsnap.ports.service import Residences, Services
 from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.ports.store import SnapshotStore
@@ -28,7 +30,7 @@ from vmsnap.ports.store import SnapshotStore
 class World:
     """The drivers of one installation. ``direct`` connects from the host, to production; it reads SSH host keys.
 
-    ``starter``: who or what started this process, for the history.
+    ``replica`` None: the host has none. ``starter``: who or what started this process, for the history.
     """
 
     hypervisor: Hypervisor
@@ -42,6 +44,8 @@ class World:
     export: DiskExport
     inspector: DiskInspector
     store: SnapshotStore
+    replica: Replica | None
+    folders: ExportFolders
     journals: Journals
     locks: Locks
     admissions: Admissions
@@ -58,7 +62,7 @@ class World:
     @property
     def owners(self) -> tuple[Owner, ...]:
         """Return all owners of resources."""
-        return (self.hypervisor, self.fence, self.services, self.names, self.export, self.store)
+        return (self.hypervisor, self.fence, self.services, self.names, self.export, self.store, self.folders)
 
     def owner_of(self, kind: ResourceKind) -> Owner:
         """Return who releases resources of a kind. Raises BugError for a kind nobody owns."""

@@ -71,7 +71,9 @@ def block_of(blocks: bytes, *, slot: int) -> memoryview:
     return memoryview(blocks)[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES]
 
 
-def check_block(block: memoryview, *, identity: bytes, seal: Seal, name: str) -> None:
-    """Raise VerificationError where a block is not the one with that id."""
-    if identity == HOLE or seal.block_id(hashlib.sha256(block).digest()) != identity:
+def checked(block: memoryview, *, identity: bytes, seal: Seal, name: str) -> bytes:
+    """Return the SHA-256 of a block. Raises VerificationError where it is not the one with that id."""
+    digest = hashlib.sha256(block).digest()
+    if identity == HOLE or seal.block_id(digest) != identity:
         raise damaged(name, what=f"a block is not the one with id {identity.hex()}")
+    return digest

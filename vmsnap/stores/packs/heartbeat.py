@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -14,6 +15,7 @@ from vmsnap.ports.objects import ObjectStore
 from vmsnap.stores.packs.intents import Intent, renew
 
 RENEWED_EVERY = timedelta(minutes=5)
+LONGEST_UPLOAD = timedelta(days=30)
 _log = logging.getLogger(__name__)
 
 
@@ -26,6 +28,8 @@ class Heartbeat:
         self._now = now
         self._stop = threading.Event()
         self._lost = threading.Event()
+        self._renewing = threading.Lock()
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
@@ -39,18 +43,34 @@ class Heartbeat:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise DriverError where a collector took the upload for dead."""
-        if self._lost.is_set():
-            raise DriverError(
-                f"the upload {self._intent.record.upload} was taken for dead while it was on",
-                remedy="run 'vmsnap replicate' again: what was uploaded is used where it is still there",
-            )
+        """Raise DriverError where a collector took the upload for dead, or it has gone on for longer than one may."""
+        if self._lost.is_set() or time.monotonic() - self._began > LONGEST_UPLOAD.total_seconds():
+            raise taken_for_dead(self._intent.record.upload)
+
+    def confirm(self) -> None:
+        """Renew the intent now. Raises DriverError as ``check`` does, and what the object store raises."""
+        self.check()
+        with self._renewing:
+            if not renew(self._store, intent=self._intent, now=self._now()):
+                self._lost.set()
+        self.check()
 
     def _beat(self) -> None:
         while not self._stop.wait(RENEWED_EVERY.total_seconds()):
             try:
-                if not renew(self._store, intent=self._intent, now=self._now()):
-                    self._lost.set()
-                    return
+                with self._renewing:
+                    alive = renew(self._store, intent=self._intent, now=self._now())
             except VmsnapError as error:
                 _log.warning("the intent of upload %s was not renewed: %s", self._intent.record.upload, error.brief)
+                continue
+            if not alive:
+                self._lost.set()
+                return
+
+
+def taken_for_dead(upload: str) -> DriverError:
+    """Return the error of an upload that a collector ended."""
+    return DriverError(
+        f"the upload {upload} was taken for dead while it was on, and nothing was published",
+        remedy="run 'vmsnap replicate' again: what was uploaded is used where it is still there",
+    )

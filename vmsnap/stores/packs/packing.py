@@ -57,7 +57,6 @@ class Packer:
         self.given = 0
         self._packed = 0
         self.settled = 0
-        self.packs = 0
         self.stored_bytes = 0
 
     def close(self) -> None:
@@ -129,5 +128,4 @@ class Packer:
                 pack.index.ids[start : start + 32] for start in range(0, len(pack.index.ids), 32)
             )
             self.settled = packed
-            self.packs += 1
             self.stored_bytes += pack.size_bytes

@@ -6,10 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmsnap.errors import ObjectNotFoundError
 from vmsnap.stores.blocks import BLOCK_BYTES, HOLE, block_count
-from vmsnap.stores.packs.frames import Place, block_of, check_block, open_frame
+from vmsnap.stores.packs.frames import Place, block_of, checked, open_frame
 from vmsnap.stores.packs.maps import LEAF_BLOCKS, MOVES_TAG, Leaf, Root, decode_leaf, leaf_length
 from vmsnap.stores.packs.names import damaged, map_name, move_name, pack_name
 from vmsnap.stores.packs.repository import Repository
@@ -19,8 +20,7 @@ _GAP_BYTES = 64 * 1024
 _MOST_FETCH_BYTES = 8 * 1024 * 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A block to read: its number on the disk, its id and where it lies."""
 
     number: int
@@ -28,8 +28,7 @@ class Wanted:
     place: Place
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fetch:
+class Fetch(NamedTuple):
     """One ranged read of a pack, and the blocks to take out of it."""
 
     pack: bytes
@@ -46,10 +45,10 @@ class PackReader:
     _moves: dict[bytes, Leaf | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fetch(self, fetch: Fetch) -> Iterator[tuple[Wanted, memoryview]]:
-        """Read the blocks of one fetch, each compared with its id. Raises VerificationError, StoreUnreachableError.
+    def fetch(self, fetch: Fetch) -> Iterator[tuple[Wanted, memoryview, bytes]]:
+        """Read the blocks of one fetch, each compared with its id; with each comes the SHA-256 of its bytes.
 
-        A pack that was rewritten is followed to where its blocks are now.
+        A pack that was rewritten is followed to where its blocks are now. Raises VerificationError, StoreUnreachableError.
         """
         try:
             data = self.repository.store.get_range(pack_name(fetch.pack), offset=fetch.offset, length=fetch.length)
@@ -64,10 +63,9 @@ class PackReader:
                 start = frame[0] - fetch.offset
                 opened = (frame, open_frame(data[start : start + frame[1]], seal=seal, name=name))
             block = block_of(opened[1], slot=wanted.place.slot)
-            check_block(block, identity=wanted.identity, seal=seal, name=name)
-            yield wanted, block
+            yield wanted, block, checked(block, identity=wanted.identity, seal=seal, name=name)
 
-    def _moved(self, fetch: Fetch, *, error: ObjectNotFoundError) -> Iterator[tuple[Wanted, memoryview]]:
+    def _moved(self, fetch: Fetch, *, error: ObjectNotFoundError) -> Iterator[tuple[Wanted, memoryview, bytes]]:
         moves = self._moves_of(fetch.pack)
         if moves is None:
             raise damaged(pack_name(fetch.pack), what="it is missing") from error
@@ -195,7 +193,7 @@ class PackedDisk:
         wanted = self.places(first, block_count(end) - first)
         data = bytearray(len(wanted) * BLOCK_BYTES)
         for fetch in fetches(one for one in wanted if one is not None):
-            for one, block in self.reader.fetch(fetch):
+            for one, block, _ in self.reader.fetch(fetch):
                 start = (one.number - first) * BLOCK_BYTES
                 data[start : start + len(block)] = block
         return bytes(data[offset - first * BLOCK_BYTES : end - first * BLOCK_BYTES])

@@ -6,11 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from vmsnap.errors import VerificationError
+from vmsnap.ports.store import DiskContent
 from vmsnap.stores.blocks import BLOCK_BYTES, DIGEST_BYTES, Stretch, block_count, file_digest, read_digests, read_into
 from vmsnap.stores.packs.frames import Frame, make_frame
 from vmsnap.stores.packs.maps import LEAF_BLOCKS, leaf_length
@@ -18,17 +17,6 @@ from vmsnap.stores.packs.seals import Seal
 
 FRAME_BLOCKS = 4
 BATCH_BLOCKS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskFiles:
-    """A stored disk: its image, its digests, and the SHA-256 of those that the manifest vouches for."""
-
-    target: str
-    size_bytes: int
-    image: Path
-    digests: Path
-    digests_sha256: str
 
 
 class Source:
@@ -86,19 +74,20 @@ def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def open_disk(files: DiskFiles) -> Iterator[Source]:
+def open_disk(disk: DiskContent) -> Iterator[Source]:
     """Open a stored disk. Raises VerificationError where its digests are not what the manifest vouches for, OSError."""
-    image = os.open(files.image, os.O_RDONLY)
+    image = os.open(disk.image, os.O_RDONLY)
     try:
-        digests = os.open(files.digests, os.O_RDONLY)
+        digests = os.open(disk.digests, os.O_RDONLY)
         try:
-            wanted = block_count(files.size_bytes) * DIGEST_BYTES
-            if os.fstat(digests).st_size != wanted or file_digest(digests) != files.digests_sha256:
+            record = disk.record
+            wanted = block_count(record.size_bytes) * DIGEST_BYTES
+            if os.fstat(digests).st_size != wanted or file_digest(digests) != record.digests_sha256:
                 raise VerificationError(
-                    f"{files.digests} is not what the snapshot's manifest vouches for: nothing is uploaded from it",
+                    f"{disk.digests} is not what the snapshot's manifest vouches for: nothing is uploaded from it",
                     remedy="run 'vmsnap verify' on the snapshot",
                 )
-            yield Source(str(files.image), size_bytes=files.size_bytes, image=image, digests=digests)
+            yield Source(str(disk.image), size_bytes=record.size_bytes, image=image, digests=digests)
         finally:
             os.close(digests)
     finally:
@@ -106,16 +95,14 @@ def open_disk(files: DiskFiles) -> Iterator[Source]:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[tuple[Source, str]]:
-    """Open a small file as a disk; also return its SHA-256. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
+def open_bytes(name: str, *, data: bytes) -> Iterator[Source]:
+    """Open a few bytes as a disk. Raises OSError."""
+    blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
+    digests = b"".join(hashlib.sha256(one).digest() if any(one) else bytes(DIGEST_BYTES) for one in blocks)
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
-        data = b""
-        while part := os.read(descriptor, 1 << 20):
-            data += part
-        blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
-        digests = b"".join(hashlib.sha256(one).digest() if any(one) else bytes(DIGEST_BYTES) for one in blocks)
-        source = Source(str(path), size_bytes=len(data), image=descriptor, digests=digests)
-        yield source, hashlib.sha256(data).hexdigest()
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(data)
+        yield Source(name, size_bytes=len(data), image=descriptor, digests=digests)
     finally:
         os.close(descriptor)

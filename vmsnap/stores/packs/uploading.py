@@ -12,17 +12,17 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 
 from vmsnap.errors import DriverError, ObjectConflictError, ObjectNotFoundError
 from vmsnap.model.manifest import Manifest
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.objects import ObjectStore
+from vmsnap.ports.replica import LocalCopy, Sent
 from vmsnap.ports.store import ByteProgress
 from vmsnap.stores.blocks import BLOCK_BYTES, HOLE
 from vmsnap.stores.packs import intents
 from vmsnap.stores.packs.frames import Frame
-from vmsnap.stores.packs.heartbeat import Heartbeat
+from vmsnap.stores.packs.heartbeat import Heartbeat, taken_for_dead
 from vmsnap.stores.packs.index import BlockIndex, ids_in
 from vmsnap.stores.packs.manifests import Absence, Body, PackedSnapshot, StoredDisk, StoredFile, encode_snapshot
 from vmsnap.stores.packs.maps import LEAF_BLOCKS, Root, encode_leaf, encode_root, leaf_count, leaf_of
@@ -30,18 +30,9 @@ from vmsnap.stores.packs.names import PACKS, digest_in, map_name, pack_name, sna
 from vmsnap.stores.packs.packfile import PackIndex, read_index, read_trailer
 from vmsnap.stores.packs.packing import Packer
 from vmsnap.stores.packs.repository import Repository
-from vmsnap.stores.packs.sources import BATCH_BLOCKS, DiskFiles, Source, open_disk, open_file
+from vmsnap.stores.packs.sources import BATCH_BLOCKS, Source, open_bytes, open_disk
 
 _FIRST_TAIL_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What to upload. ``files`` are the small files beside the disks, by name."""
-
-    manifest: Manifest
-    disks: tuple[DiskFiles, ...]
-    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,45 +46,33 @@ class Means:
     now: Callable[[], datetime]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Uploaded:
-    """What an upload came to. ``stored_bytes`` were written; ``there`` true: the snapshot was in the replica already."""
-
-    logical_bytes: int
-    stored_bytes: int
-    packs: int
-    there: bool = False
-
-
 def upload(
     repository: Repository,
     *,
-    task: Task,
+    copy: LocalCopy,
     means: Means,
     index: BlockIndex,
     progress: ByteProgress,
     cancel: Cancel,
-) -> Uploaded:
+) -> Sent:
     """Upload a snapshot. May be repeated, with the same token, until it returns; finished packs are not repeated.
 
     Raises VerificationError for local data that is damaged, CancelledError, what the object store raises, and DriverError
     where a collector took the upload for dead, which is then to be begun again with another token. OSError for local files.
     """
-    name = snapshot_name(task.manifest.guest, snapshot=task.manifest.id)
+    manifest = copy.snapshot.manifest
+    name = snapshot_name(manifest.guest, snapshot=manifest.id)
     before = repository.versioned_entry(name)
-    total = sum(disk.size_bytes for disk in task.disks)
+    total = sum(disk.size_bytes for disk in manifest.disks)
     if before is not None and isinstance(before[0], PackedSnapshot):
         intents.end(repository.store, upload=means.upload)
-        return Uploaded(logical_bytes=total, stored_bytes=0, packs=0, there=True)
-    if before is not None and before[0].upload == means.upload:
-        raise DriverError(
-            f"the upload {means.upload} was taken for dead, and can no longer publish",
-            remedy="begin it again with another token: what was uploaded is used where it is still there",
-        )
+        return Sent(logical_bytes=total, stored_bytes=0, there=True)
+    if before is not None and isinstance(before[0], Absence) and before[0].upload == means.upload:
+        raise taken_for_dead(means.upload)
     record = intents.IntentRecord(
         upload=means.upload,
-        guest=task.manifest.guest,
-        snapshot=task.manifest.id,
+        guest=manifest.guest,
+        snapshot=manifest.id,
         host=means.host,
         since=means.now(),
         renewed=means.now(),
@@ -103,16 +82,16 @@ def upload(
         sending = _Sending(repository, means=means, index=index, token=intent.token, check=_both(cancel, heart))
         with closing(sending):
             sending.learn()
-            base = _base(repository, manifest=task.manifest)
-            body = sending.send(task, base=base, progress=progress)
+            base = _base(repository, manifest=manifest)
+            body = sending.send(copy, base=base, progress=progress)
             sending.check_presence()
         data = encode_snapshot(
             body, repository=repository.id, upload=means.upload, at=means.now(), seal=repository.seal
         )
-        heart.check()
+        heart.confirm()
         _publish(repository, name=name, data=data, over=None if before is None else before[1], means=means)
     intents.end(repository.store, upload=means.upload)
-    return Uploaded(logical_bytes=total, stored_bytes=sending.stored_bytes, packs=sending.packs)
+    return Sent(logical_bytes=total, stored_bytes=sending.stored_bytes)
 
 
 def _both(cancel: Cancel, heart: Heartbeat) -> Callable[[], None]:
@@ -136,10 +115,7 @@ def _publish(repository: Repository, *, name: str, data: bytes, over: str | None
     except ObjectConflictError as error:
         # Where the first try's answer was lost, or another host was faster, the snapshot is there.
         if isinstance(repository.entry(name), Absence | None):
-            raise DriverError(
-                f"the upload {means.upload} was taken for dead while it was on, and nothing was published",
-                remedy="run 'vmsnap replicate' again: what was uploaded is used where it is still there",
-            ) from error
+            raise taken_for_dead(means.upload) from error
 
 
 def _base(repository: Repository, *, manifest: Manifest) -> PackedSnapshot | None:
@@ -194,10 +170,6 @@ class _Sending:
     def stored_bytes(self) -> int:
         return self._packer.stored_bytes + self._map_bytes
 
-    @property
-    def packs(self) -> int:
-        return self._packer.packs
-
     def close(self) -> None:
         self._packer.close()
 
@@ -226,21 +198,23 @@ class _Sending:
             if found is not None:
                 self._index.add(digest, index=found)
 
-    def send(self, task: Task, *, base: PackedSnapshot | None, progress: ByteProgress) -> Body:
+    def send(self, copy: LocalCopy, *, base: PackedSnapshot | None, progress: ByteProgress) -> Body:
         """Send all disks and files, and return what the manifest is to say."""
         roots = {} if base is None else {disk.target: disk.root for disk in base.body.disks}
-        total, before = sum(disk.size_bytes for disk in task.disks), 0
+        manifest = copy.snapshot.manifest
+        total, before = sum(disk.size_bytes for disk in manifest.disks), 0
         in_hand: list[_DiskInHand] = []
         files: list[tuple[str, str, _DiskInHand]] = []
         with ExitStack() as stack:
-            for disk in task.disks:
+            for disk in copy.disks:
                 source = stack.enter_context(open_disk(disk))
-                done = _counted(progress, before=before, size_bytes=disk.size_bytes, total=total)
-                in_hand.append(self._scan(source, root=roots.get(disk.target), done=done))
-                before += disk.size_bytes
-            for path in task.files:
-                source, sha256 = stack.enter_context(open_file(path))
-                files.append((path.name, sha256, self._scan(source, root=None, done=lambda _: None)))
+                done = _counted(progress, before=before, size_bytes=source.size_bytes, total=total)
+                in_hand.append(self._scan(source, root=roots.get(disk.record.target), done=done))
+                before += source.size_bytes
+            for file in copy.files:
+                source = stack.enter_context(open_bytes(file.name, data=file.data))
+                sha256 = hashlib.sha256(file.data).hexdigest()
+                files.append((file.name, sha256, self._scan(source, root=None, done=lambda _: None)))
             self._packer.flush()
             for one in (*in_hand, *(entry[2] for entry in files)):
                 self._write_settled(one)
@@ -248,10 +222,10 @@ class _Sending:
             file_digests = [self._root(entry[2]) for entry in files]
             self._finish_maps(most=0)
         return Body(
-            manifest=task.manifest,
+            manifest=manifest,
             disks=tuple(
-                StoredDisk(target=disk.target, root=digest.hex())
-                for disk, digest in zip(task.disks, digests, strict=True)
+                StoredDisk(target=disk.record.target, root=digest.hex())
+                for disk, digest in zip(copy.disks, digests, strict=True)
             ),
             files=tuple(
                 StoredFile(name=name, size_bytes=one.source.size_bytes, sha256=sha256, root=digest.hex())
