@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from vmsnap.config.policies import PolicyBook
 from vmsnap.config.settings import Settings
 from vmsnap.disks.export import QemuExport
+from vmsnap.disks.exporting import LocalFolders
 from vmsnap.disks.filesystems import OfflineInspector
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
@@ -27,6 +28,8 @@ from vmsnap.model.policy import EnvironmentPolicy, Policy
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
+    ExportOptions,
+    ExportReport,
     ForwardOptions,
     ForwardReport,
     ProvisionOptions,
@@ -34,6 +37,8 @@ from vmsnap.model.report import (
     PruneDecision,
     ReconcileReport,
     RegisterReport,
+    ReplicateReport,
+    RestoreReport,
     ServeOptions,
     ServeReport,
     VerifyReport,
@@ -44,6 +49,7 @@ from vmsnap.monitoring.metrics import Metric
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
+from vmsnap.offsite import replica_of
 from vmsnap.oversight import Hearing, Oversight
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import Observer
@@ -63,11 +69,14 @@ from vmsnap.virtual import open_virtual
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
+from vmsnap.workflow.export import export
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
 from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.replicate import replicate, replicate_due, with_replica
+from vmsnap.workflow.restore import restore
 from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.serve import forward, serve
 from vmsnap.workflow.verify import verify, verify_due
@@ -106,6 +115,8 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         direct=connect_directly,
         export=QemuExport(runtime_dir=settings.runtime.path),
         inspector=OfflineInspector(),
+        replica=None if settings.replica is None else replica_of(settings.replica, state=state, clock=clock),
+        folders=LocalFolders(),
         store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies, now=clock.now),
         journals=FileJournals(state),
         locks=FileLocks(state, clock=clock),
@@ -143,7 +154,8 @@ class Application:
     def _back_up(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
         # Commands in the clone take as long as a drain; a signal has to reach them.
         world = replace(self._world, access=self._world.access.cancelled_by(cancel))
-        return Backup(world, policy=policy, progress=progress, cancel=cancel).run()
+        report = Backup(world, policy=policy, progress=progress, cancel=cancel).run()
+        return with_replica(world, report=report, policy=policy, progress=progress, cancel=cancel)
 
     def _back_up_beside_others(self, policy: Policy, *, progress: Progress, cancel: Cancel) -> BackupReport:
         if self._limits.per_host == 1:
@@ -152,7 +164,8 @@ class Application:
         opened = self._open_world()
         world = replace(opened, access=opened.access.cancelled_by(cancel))
         named = NamedProgress(policy.guest, progress=progress)
-        return Backup(world, policy=policy, progress=named, cancel=cancel).run()
+        report = Backup(world, policy=policy, progress=named, cancel=cancel).run()
+        return with_replica(world, report=report, policy=policy, progress=named, cancel=cancel)
 
     def run_due(self, *, dry_run: bool, progress: Progress, cancel: Cancel) -> DueReport:
         """Back up what is due. A policy file that is wrong is a failure of its guest, and of no other."""
@@ -174,12 +187,14 @@ class Application:
                 reread=self._policies.find,
             )
             report = runs.run(dry_run=dry_run)
+        policies = [check.policy for check in checks if check.policy is not None and not dry_run]
+        sent = tuple(replicate_due(self._world, policies=policies, progress=progress, cancel=cancel))
         wrong = tuple(
             DueEntry(guest=check.guest or check.path.name, outcome=Outcome.FAILED, error=check.error)
             for check in checks
             if check.error is not None
         )
-        return replace(report, entries=(*report.entries, *wrong))
+        return replace(report, entries=(*report.entries, *wrong), replicated=sent)
 
     def upcoming(self, guest: str, *, count: int) -> tuple[Due, ...]:
         """Return the next runs of a guest by its schedule."""
@@ -271,6 +286,18 @@ class Application:
             VerifyEntry(guest=check.guest or check.path.name, error=check.error) for check in checks if check.error
         )
         return (*verify_due(self._world, policies=policies, progress=progress, cancel=cancel), *wrong)
+
+    def replicate(self, reference: str, *, progress: Progress, cancel: Cancel) -> ReplicateReport:
+        """Copy a snapshot to the replica."""
+        return replicate(self._world, reference=reference, progress=progress, cancel=cancel)
+
+    def restore(self, reference: str, *, progress: Progress, cancel: Cancel) -> RestoreReport:
+        """Bring a snapshot from the replica into the local store."""
+        return restore(self._world, reference=reference, progress=progress, cancel=cancel)
+
+    def export(self, reference: str, *, options: ExportOptions, progress: Progress, cancel: Cancel) -> ExportReport:
+        """Write the disks of a snapshot as plain files."""
+        return export(self._world, reference=reference, options=options, progress=progress, cancel=cancel)
 
     def metrics(self) -> tuple[Metric, ...]:
         """Return all metrics as they are now."""

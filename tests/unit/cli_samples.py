@@ -64,6 +64,8 @@ from vmsnap.model.policy import Policy
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
+    ExportOptions,
+    ExportReport,
     ForwardOptions,
     ForwardReport,
     ProvisionOptions,
@@ -71,6 +73,8 @@ from vmsnap.model.report import (
     PruneDecision,
     ReconcileReport,
     RegisterReport,
+    ReplicateReport,
+    RestoreReport,
     ServeOptions,
     ServeReport,
     Undone,
@@ -285,6 +289,40 @@ class FakeApplication:
             made = self.backup("db1", progress=progress, cancel=cancel)
             entries = (DueEntry(guest="db1", outcome=Outcome.DONE, due=due, report=made, following=following),)
         return DueReport(started=AT, finished=AT, dry_run=dry_run, entries=(*entries, *self.entries))
+
+    def replicate(self, reference: str, *, progress: Progress, cancel: Cancel) -> ReplicateReport:
+        self._called("replicate", reference)
+        progress.bytes_done(512, 1024)
+        there = reference == "there"
+        return ReplicateReport(
+            snapshot=SnapshotId("3fa9b0c1d2"),
+            guest="db1",
+            there=there,
+            logical_bytes=8 << 30,
+            sent_bytes=0 if there else 3 << 20,
+            seconds=1.5,
+        )
+
+    def restore(self, reference: str, *, progress: Progress, cancel: Cancel) -> RestoreReport:
+        self._called("restore", reference)
+        return RestoreReport(
+            snapshot=SnapshotId("3fa9b0c1d2"),
+            guest="db1",
+            there=reference == "there",
+            logical_bytes=8 << 30,
+            seconds=1.5,
+        )
+
+    def export(self, reference: str, *, options: ExportOptions, progress: Progress, cancel: Cancel) -> ExportReport:
+        self._called("export", reference, options)
+        return ExportReport(
+            snapshot=SnapshotId("3fa9b0c1d2"),
+            guest="db1",
+            source="replica" if options.replica_only else "local",
+            image_format=options.image_format,
+            files=(str(options.folder / f"vda.{options.image_format}"),),
+            seconds=1.5,
+        )
 
     def upcoming(self, guest: str, *, count: int) -> tuple[Due, ...]:
         self._called("upcoming", guest, count)

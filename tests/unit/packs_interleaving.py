@@ -14,6 +14,7 @@ from tests.unit.packs_turns import Actor
 from vmsnap.errors import VmsnapError
 from vmsnap.model.ids import SnapshotId
 from vmsnap.ports.objects import ObjectStore
+from vmsnap.ports.replica import LocalCopy
 from vmsnap.stores.packs.collecting import Collecting, collect
 from vmsnap.stores.packs.intents import new_token
 from vmsnap.stores.packs.lease import LASTS, Clocks
@@ -21,7 +22,6 @@ from vmsnap.stores.packs.marking import Marking, mark
 from vmsnap.stores.packs.names import COLLECTOR_LOCK, REPOSITORY, SNAPSHOTS
 from vmsnap.stores.packs.removing import remove
 from vmsnap.stores.packs.repository import open_repository
-from vmsnap.stores.packs.uploading import Task
 from vmsnap.testing.memory_objects import MemoryBucket, MemoryObjects
 from vmsnap.testing.packs_samples import NOW, Local, block, disks_of, fresh, send
 
@@ -61,7 +61,7 @@ class Interleaving(RuleBasedStateMachine):
         fresh(self.place)
         self._folder = tempfile.TemporaryDirectory()
         self.local = Local(folder=Path(self._folder.name))
-        self.tasks: dict[int, Task] = {}
+        self.tasks: dict[int, LocalCopy] = {}
         self.wanted: dict[int, dict[str, bytes]] = {}
         self.tokens: dict[int, str] = {}
         self.running: list[tuple[str, Actor]] = []
@@ -72,13 +72,13 @@ class Interleaving(RuleBasedStateMachine):
         """Leave a snapshot, and beside it packs of one that was removed."""
         repository = open_repository(self.place, key=None)
         for number, seeds in ((1, (1, 2)), (2, (3, 4, 1))):
-            send(repository, task=self._task(number, seeds), index=self._index(1))
+            send(repository, copy=self._task(number, seeds), index=self._index(1))
         remove(repository, guest="db", snapshot=SnapshotId(f"{2:010x}"), now=NOW)
 
-    def _task(self, number: int, seeds: tuple[int, ...]) -> Task:
+    def _task(self, number: int, seeds: tuple[int, ...]) -> LocalCopy:
         if number not in self.tasks:
             self.wanted[number] = {"vda": b"".join(map(block, seeds))}
-            self.tasks[number] = self.local.task(number, disks=self.wanted[number])
+            self.tasks[number] = self.local.snapshot(number, disks=self.wanted[number])
         return self.tasks[number]
 
     def _index(self, host: int) -> Path:
@@ -102,7 +102,7 @@ class Interleaving(RuleBasedStateMachine):
         index = self._index(self.indexes + 100)
 
         def work(store: ObjectStore) -> None:
-            send(open_repository(store, key=None), task=task, index=index, token=token)
+            send(open_repository(store, key=None), copy=task, index=index, token=token)
             self.tokens.pop(number, None)
 
         self._start("upload", work)

@@ -750,8 +750,8 @@ def _commands() -> list[tuple[str, ...]]:
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
         "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
-        "env register", "env serve", "env show", "history", "list", "metrics", "pin", "policy check",
-        "policy show", "provision", "prune", "reconcile", "run", "show", "unpin", "verify",
+        "env register", "env serve", "env show", "export", "history", "list", "metrics", "pin", "policy check",
+        "policy show", "provision", "prune", "reconcile", "replicate", "restore", "run", "show", "unpin", "verify",
     ]  # fmt: skip
 
 
@@ -828,7 +828,7 @@ def test_run_in_json_has_one_entry_a_guest(program: Program) -> None:
     outcome = program("run", "--due", "--json")
     assert (outcome.code, outcome.stderr) == (2, "")
     document = outcome.json
-    assert {"started", "finished", "dry_run", "exit_code", "guests"} == set(document)
+    assert {"started", "finished", "dry_run", "exit_code", "guests", "replicated"} == set(document)
     assert (document["started"], document["dry_run"], document["exit_code"]) == ("2026-11-21T02:00:03Z", False, 2)
     done, off, bad, never = document["guests"]
     assert set(done) == {"guest", "result", "due", "note", "backup", "error", "next"}
@@ -907,3 +907,22 @@ def test_policy_check_warns_of_schedules_that_do_not_begin(
         assert entry["warnings"][0].startswith(warning)
     path.write_text(f"enabled = false\n[schedule]\n{schedule}\n")
     assert "warning" not in program("policy", "check").stdout
+
+
+def test_replicate_says_what_it_cost(program: Program) -> None:
+    done = program("replicate", "3fa9")
+    assert done.code == 0
+    assert "Snapshot 3fa9b0c1d2 of db1 is at the replica: 3.0 MiB sent of 8.0 GiB" in done.stdout
+    assert "already" in program("replicate", "there").stdout
+    assert program("replicate", "3fa9", "--json").json["sent_bytes"] == 3 << 20
+
+
+def test_restore_and_export_name_what_they_made(program: Program) -> None:
+    assert "is in the local store: 8.0 GiB in" in program("restore", "3fa9").stdout
+    assert program("restore", "there", "--json").json["there"] is True
+    done = program("export", "3fa9", "out", "--format", "qcow2", "--from-replica", "--json")
+    assert done.json["source"] == "replica"
+    (path,) = done.json["files"]
+    assert path.endswith("/out/vda.qcow2")
+    assert path.startswith("/")
+    assert path in program("export", "3fa9", "out", "--format", "qcow2").stdout

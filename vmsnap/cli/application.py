@@ -15,12 +15,16 @@ from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import (
     BackupReport,
     EnvironmentStatus,
+    ExportOptions,
+    ExportReport,
     ForwardOptions,
     ForwardReport,
     ProvisionOptions,
     ProvisionReport,
     ReconcileReport,
     RegisterReport,
+    ReplicateReport,
+    RestoreReport,
     ServeOptions,
     ServeReport,
     VerifyReport,
@@ -72,6 +76,15 @@ class Application(Protocol):
 
     def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
         """Re-read what the policies want read again; failures are in the entries. Ends early when cancelled."""
+
+    def replicate(self, reference: str, *, progress: Progress, cancel: Cancel) -> ReplicateReport:
+        """Copy a snapshot of the local store to the replica. May be repeated; what was sent is not sent again."""
+
+    def restore(self, reference: str, *, progress: Progress, cancel: Cancel) -> RestoreReport:
+        """Bring a snapshot of the replica into the local store."""
+
+    def export(self, reference: str, *, options: ExportOptions, progress: Progress, cancel: Cancel) -> ExportReport:
+        """Write the disks of a snapshot as plain files; one that is not in the local store is taken from the replica."""
 
     def metrics(self) -> tuple[Metric, ...]:
         """Return all metrics as they are now. Changes nothing, and tells nobody."""

@@ -77,6 +77,7 @@ def _print(console: Console, report: BackupReport) -> None:
             f"  drained   {in_flight} in flight: {finished} finished, {rolled_back} rolled back",
             f"  clean     {engine_names(report.clean)}: {clusters}, {systems} (read: {methods})",
             f"  stored    {stored} in {seconds(report.store.seconds)}",
+            *([] if report.replica is None else [f"  replica   {size(report.replica.sent_bytes)} sent"]),
             f"  took      {seconds(whole)}",
             *(f"  pruned    {snapshot}" for snapshot in report.pruned),
             *(f"  warning   {printable(warning)}" for warning in report.warnings),

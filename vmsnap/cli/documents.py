@@ -20,8 +20,11 @@ if TYPE_CHECKING:
         BackupReport,
         DaemonReport,
         EnvironmentStatus,
+        ExportReport,
         ProvisionReport,
         ReconcileReport,
+        ReplicateReport,
+        RestoreReport,
         VerifyReport,
     )
     from vmsnap.model.schedule import Due
@@ -143,6 +146,21 @@ def _iso(value: datetime) -> str:
     return value.isoformat().replace("+00:00", "Z")
 
 
+def replicate_document(report: ReplicateReport) -> Document:
+    """Return the document of ``vmsnap replicate``."""
+    return report.model_dump(mode="json")
+
+
+def restore_document(report: RestoreReport) -> Document:
+    """Return the document of ``vmsnap restore``."""
+    return report.model_dump(mode="json")
+
+
+def export_document(report: ExportReport) -> Document:
+    """Return the document of ``vmsnap export``."""
+    return report.model_dump(mode="json")
+
+
 def verify_document(report: VerifyReport) -> Document:
     """Return the document of ``vmsnap verify``."""
     return {**report.model_dump(mode="json"), "intact": not report.defects}
@@ -200,6 +218,15 @@ def due_document(report: DueReport) -> Document:
         "dry_run": report.dry_run,
         "exit_code": int(report.exit_code),
         "guests": [_due_entry(entry) for entry in report.entries],
+        "replicated": [
+            {
+                "guest": entry.guest,
+                "snapshot": entry.snapshot,
+                "report": None if entry.report is None else replicate_document(entry.report),
+                "error": None if entry.error is None else error_fields(entry.error),
+            }
+            for entry in report.replicated
+        ],
     }
 
 

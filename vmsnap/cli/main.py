@@ -24,6 +24,7 @@ from vmsnap.cli.policy import policies
 from vmsnap.cli.provision import provision
 from vmsnap.cli.prune import prune
 from vmsnap.cli.reconcile import reconcile
+from vmsnap.cli.replica import export, replicate, restore
 from vmsnap.cli.run import run
 from vmsnap.cli.show import show
 from vmsnap.cli.verify import verify
@@ -87,6 +88,9 @@ app.command("show", rich_help_panel=_KEEP)(show)
 app.command("prune", rich_help_panel=_KEEP)(prune)
 app.command("pin", rich_help_panel=_KEEP)(pin)
 app.command("unpin", rich_help_panel=_KEEP)(unpin)
+app.command("replicate", rich_help_panel=_KEEP)(replicate)
+app.command("restore", rich_help_panel=_KEEP)(restore)
+app.command("export", rich_help_panel=_KEEP)(export)
 app.command("verify", rich_help_panel=_KEEP)(verify)
 app.command("daemon", rich_help_panel=_HOST)(daemon)
 app.command("history", rich_help_panel=_HOST)(history)

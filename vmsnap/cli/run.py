@@ -72,6 +72,10 @@ def _print(console: Console, report: DueReport) -> None:
             first, *rest = plain_error_lines(entry.error)
             said = [first.replace("vmsnap: ", f"{printable(entry.guest)}: ", 1), *(f"  {line}" for line in rest)]
             print_lines(console, [line.replace("vmsnap: ", "", 1) for line in said])
+    for one in report.replicated:
+        what = printable(f"snapshot {one.snapshot} of {one.guest}" if one.snapshot else one.guest)
+        told = ["is at the replica now"] if one.error is None else plain_error_lines(one.error)
+        print_lines(console, [f"{what}: {line}" for line in told])
     counts = Counter(entry.outcome.value.replace("-", " ") for entry in report.entries)
     end = "; nothing was begun: dry run" if report.dry_run else ""
     print_lines(console, [f"{', '.join(f'{number} {name}' for name, number in counts.items())}{end}."])

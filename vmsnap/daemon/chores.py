@@ -17,11 +17,12 @@ from vmsnap.ports.progress import Progress
 from vmsnap.workflow.provision import destroy_environment
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.reconcile import reconcile
+from vmsnap.workflow.replicate import is_replicated, replicate_due
 from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.verify import verify_due
 from vmsnap.workflow.world import World
 
-RECONCILE, PRUNE, EXPIRE, VERIFY = "reconcile", "prune", "expire", "verify"
+RECONCILE, PRUNE, EXPIRE, VERIFY, REPLICATE = "reconcile", "prune", "expire", "verify", "replicate"
 _LOG = logging.getLogger(__name__)
 _VERIFY_AGAIN = timedelta(hours=6)
 """Until a snapshot that could not be read is tried again."""
@@ -65,6 +66,11 @@ class Chores:
     def begin_verify(self, world: World, *, policies: Sequence[Policy]) -> None:
         """Read again what has not been read for as long as the policies say."""
         self._begin(VERIFY, world, work=lambda: self._verify(world, policies=policies))
+
+    def begin_replicate(self, world: World, *, policies: Sequence[Policy]) -> None:
+        """Send to the replica what policies want there and is not there yet."""
+        if any(is_replicated(policy) for policy in policies):
+            self._begin(REPLICATE, world, work=lambda: self._replicate(world, policies=policies))
 
     def _begin(self, name: str, world: World, *, work: Callable[[], Iterator[ChoreDone]]) -> None:
         if name in self._going or self._cancel.is_set():
@@ -131,6 +137,12 @@ class Chores:
                     continue  # it is tried at each tick, and told once
                 self._said[environment.name] = error.brief
             yield ChoreDone(name=EXPIRE, at=world.clock.now(), guest=environment.guest, error=error)
+
+    def _replicate(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
+        for entry in replicate_due(world, policies=policies, progress=self._progress, cancel=self._cancel):
+            if entry.report is not None:
+                _LOG.info("snapshot %s of %s is at the replica", entry.report.snapshot, entry.guest)
+            yield ChoreDone(name=REPLICATE, at=world.clock.now(), guest=entry.guest, error=entry.error)
 
     def _verify(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
         now = world.clock.monotonic()

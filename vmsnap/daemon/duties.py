@@ -27,6 +27,7 @@ from vmsnap.workflow.due import NamedProgress
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
+_REPLICATE_EVERY = timedelta(minutes=5)
 _LONGEST_ORDER = timedelta(minutes=15)
 """How long runs wait for the first reconcile. Each undoes what is left of its own guest anyway."""
 _MOST_NAMES = 3
@@ -71,6 +72,7 @@ class Duties:
         self._monotonic = monotonic
         self._began = self.last_tick = monotonic()
         self._in_order = False
+        self._replicate_at = 0.0
         self._news: SimpleQueue[DueEntry | ChoreDone] = SimpleQueue()
         self._cancel = StopCancel()
         self._next = ""
@@ -120,6 +122,9 @@ class Duties:
         )
         self._for_observers(lambda observer: observer.ticked(tick))
         self._chores.begin_expire(self._world)
+        if self._monotonic() >= self._replicate_at:
+            self._replicate_at = self._monotonic() + _REPLICATE_EVERY.total_seconds()
+            self._chores.begin_replicate(self._world, policies=self._loaded.policies)
         self.last_tick = self._monotonic()
 
     def reconcile(self) -> None:
@@ -148,6 +153,8 @@ class Duties:
                 return more
             if isinstance(news, DueEntry):
                 more |= news.outcome is Outcome.DONE
+                if news.outcome is Outcome.DONE:
+                    self._replicate_at = 0.0
                 self._dispatcher.forget(news.guest)
                 self._counts[news.outcome] += 1
                 _log_run(news)

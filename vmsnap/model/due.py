@@ -7,7 +7,8 @@ from datetime import datetime
 from enum import StrEnum
 
 from vmsnap.errors import ExitCode, VmsnapError, worst_of
-from vmsnap.model.report import BackupReport, PruneDecision
+from vmsnap.model.ids import SnapshotId
+from vmsnap.model.report import BackupReport, PruneDecision, ReplicateReport
 from vmsnap.model.schedule import Due
 
 
@@ -37,18 +38,33 @@ class DueEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplicateEntry:
+    """A snapshot that was not at the replica yet. ``snapshot`` None: it could not be found out what is lacking there."""
+
+    guest: str
+    snapshot: SnapshotId | None = None
+    report: ReplicateReport | None = None
+    error: VmsnapError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DueReport:
-    """All guests: first those that were due, in the order in which they were taken, then the others by name."""
+    """All guests: first those that were due, in the order in which they were taken, then the others by name.
+
+    ``replicated``: snapshots that runs before had not sent to the replica.
+    """
 
     started: datetime
     finished: datetime
     dry_run: bool
     entries: tuple[DueEntry, ...]
+    replicated: tuple[ReplicateEntry, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
         """Return the worst failure's exit code; a guest that was skipped did not fail."""
-        codes = {entry.error.exit_code for entry in self.entries if entry.error is not None}
+        errors = (*(entry.error for entry in self.entries), *(entry.error for entry in self.replicated))
+        codes = {error.exit_code for error in errors if error is not None}
         if any(entry.outcome is Outcome.STOPPED for entry in self.entries):
             codes.add(ExitCode.DEADLINE)
         return worst_of(codes)

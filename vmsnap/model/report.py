@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -153,6 +155,14 @@ class RestoreReport(_Report):
     there: bool
     logical_bytes: int
     seconds: float
+
+
+class ExportOptions(_Report):
+    """What ``vmsnap export`` is to write, and where. ``replica_only``: even what the local store has comes from the replica."""
+
+    folder: Path
+    image_format: Literal["raw", "qcow2"] = "raw"
+    replica_only: bool = False
 
 
 class ExportReport(_Report):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -10,13 +9,6 @@ from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.owner import Owner
-
-
-class ExportFormat(StrEnum):
-    """Formats of exported disks."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 class ExportFolders(Owner, Protocol):

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+from vmsnap.disks.exporting import LocalFolders
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import GuestUnreachableError
 from vmsnap.model.capture import DiskImage
@@ -19,6 +20,7 @@ from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource
 from vmsnap.model.manifest import Snapshot
 from vmsnap.ports.owner import Owner
+from vmsnap.ports.replica import Replica
 from vmsnap.testing.fake_access import FakeAccess
 from vmsnap.testing.fake_disks import FakeDiskExport, FakeDiskInspector
 from vmsnap.testing.fake_guest import FILE_SYSTEM_UUID, FakeGuest
@@ -101,6 +103,7 @@ class FakeWorld:
         self.services = FakeServices()
         self.residences = FakeResidences(self.network)
         self.dns = FakeServer()
+        self.replica: Replica | None = None
         self.clone_door: int | None = None
         self.production_door: int | None = None
         self._run_ids = count(1)
@@ -126,6 +129,8 @@ class FakeWorld:
             export=self.export,
             inspector=self.inspector,
             store=self.store,
+            replica=self.replica,
+            folders=LocalFolders(),
             journals=self.state.journals,
             locks=self.state.locks,
             admissions=self.state.admissions,

@@ -11,9 +11,8 @@ from vmsnap.model.history import Action
 from vmsnap.model.ids import folder_name
 from vmsnap.model.journal import Resource, RunKind
 from vmsnap.model.manifest import DiskRecord, Snapshot
-from vmsnap.model.report import ExportReport
+from vmsnap.model.report import ExportOptions, ExportReport
 from vmsnap.ports.clock import Cancel
-from vmsnap.ports.exporting import ExportFormat
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.replica import Replica
 from vmsnap.ports.store import ByteProgress, DiskContent
@@ -29,10 +28,9 @@ def export(
     world: World,
     *,
     reference: str,
-    folder: Path,
-    image_format: ExportFormat,
-    replica_only: bool,
-    waiting: tuple[Progress, Cancel],
+    options: ExportOptions,
+    progress: Progress,
+    cancel: Cancel,
 ) -> ExportReport:
     """Write each disk of a snapshot as ``TARGET.raw`` or ``TARGET.qcow2`` into a folder; no file that is there is touched.
 
@@ -40,15 +38,14 @@ def export(
     has its name only once it is whole. Raises SnapshotNotFoundError, PreconditionError, NoSpaceError, CancelledError, what the
     replica raises.
     """
-    snapshot, replica = find_anywhere(world, reference, replica_only=replica_only)
+    snapshot, replica = find_anywhere(world, reference, replica_only=options.replica_only)
     guest = snapshot.manifest.guest
-    progress, cancel = waiting
     chronicle = Chronicle(world, kind=RunKind.EXPORT, guest=guest)
     told = chronicle.telling(progress)
     run_id, started, began = world.new_run_id(), world.clock.now(), world.clock.monotonic()
-    names = {disk.target: f"{folder_name(disk.target)}.{image_format.value}" for disk in snapshot.manifest.disks}
+    names = {disk.target: f"{folder_name(disk.target)}.{options.image_format}" for disk in snapshot.manifest.disks}
     with chronicle.of(run_id), ExitStack() as stack:
-        detail = f"as {image_format.value} to {folder}"
+        detail = f"as {options.image_format} to {options.folder}"
         stack.enter_context(audited(world, Action.EXPORT, guest=guest, subject=snapshot.id, detail=detail))
         journal = stack.enter_context(
             closing(world.journals.begin(run_id, kind=RunKind.EXPORT, guest=guest, at=started))
@@ -58,11 +55,11 @@ def export(
             if replica is None:
                 hold = world.store.hold_resource(run_id, snapshot=snapshot)
                 run.acquire(hold, partial(world.store.hold, hold))
-            resource = world.folders.resource(run_id, guest=guest, folder=folder)
+            resource = world.folders.resource(run_id, guest=guest, folder=options.folder)
             run.acquire(resource, lambda: world.folders.begin(resource, names=tuple(names.values())))
             with run.step("write"):
                 writer = _Writer(world, resource=resource, snapshot=snapshot, replica=replica, cancel=cancel)
-                writer.write(names, image_format=image_format, progress=told.bytes_done)
+                writer.write(names, qcow2=options.image_format == "qcow2", progress=told.bytes_done)
             with run.step("finish"):
                 files = tuple(str(world.folders.finish(resource, name=name)) for name in names.values())
         chronicle.learned(snapshot=snapshot.id)
@@ -74,7 +71,7 @@ def export(
         snapshot=snapshot.id,
         guest=guest,
         source="local" if replica is None else "replica",
-        image_format=image_format.value,
+        image_format=options.image_format,
         files=files,
         seconds=round(world.clock.monotonic() - began, 3),
     )
@@ -90,21 +87,21 @@ class _Writer:
         self._replica = replica
         self._cancel = cancel
 
-    def write(self, names: dict[str, str], *, image_format: ExportFormat, progress: ByteProgress) -> None:
+    def write(self, names: dict[str, str], *, qcow2: bool, progress: ByteProgress) -> None:
         """Write the drafts of all disks."""
         total, before = sum(disk.size_bytes for disk in self._snapshot.manifest.disks), 0
         local = {} if self._replica is not None else {one.record.target: one for one in self._local()}
         for record in self._snapshot.manifest.disks:
             self._cancel.check()
             draft = self._draft(names[record.target])
-            raw = draft if image_format is ExportFormat.RAW else self._draft(f"{names[record.target]}.raw")
+            raw = self._draft(f"{names[record.target]}.raw") if qcow2 else draft
             if self._replica is not None:
                 self._fetch(self._replica, record, raw=raw, progress=counted(progress, before=before, total=total))
-            elif image_format is ExportFormat.RAW:
+            elif not qcow2:
                 self._world.folders.copy(local[record.target].image, draft=draft)
             else:
                 raw = local[record.target].image
-            if image_format is ExportFormat.QCOW2:
+            if qcow2:
                 self._world.folders.convert(raw, draft=draft, cancel=self._cancel)
                 if self._replica is not None:
                     raw.unlink()

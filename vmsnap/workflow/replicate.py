@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import timedelta
 
-from vmsnap.errors import CancelledError, CleanupError, ConfigError, SnapshotNotFoundError, VmsnapError
+from vmsnap.errors import CancelledError, CleanupError, ConfigError, SnapshotNotFoundError
+from vmsnap.model.due import ReplicateEntry
 from vmsnap.model.history import Action
-from vmsnap.model.ids import SnapshotId
 from vmsnap.model.journal import RunKind
 from vmsnap.model.manifest import Snapshot, StoreRecord
 from vmsnap.model.policy import Policy
-from vmsnap.model.report import ReplicateReport
+from vmsnap.model.report import BackupReport, ReplicateReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.replica import DiskFile, LocalCopy, Replica, Sent
@@ -23,16 +21,6 @@ from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplicateEntry:
-    """What became of one snapshot that the replica lacked. ``snapshot`` None: it was not even found out what it lacks."""
-
-    guest: str
-    snapshot: SnapshotId | None = None
-    report: ReplicateReport | None = None
-    error: VmsnapError | None = None
 
 
 def replica_of(world: World) -> Replica:
@@ -134,20 +122,18 @@ def replicate_due(
             yield ReplicateEntry(guest=policy.guest, snapshot=identity, report=report)
 
 
-def replicate_after_backup(
-    world: World, *, policy: Policy, snapshot: SnapshotId, progress: Progress, cancel: Cancel
-) -> tuple[ReplicateReport | None, tuple[str, ...]]:
-    """Send a new snapshot where the policy says so. Never raises: the backup is done, so a failure is a warning."""
+def with_replica(
+    world: World, *, report: BackupReport, policy: Policy, progress: Progress, cancel: Cancel
+) -> BackupReport:
+    """Send a new snapshot where the policy says so. Never raises: the backup is done, so a failure is a warning of it."""
     if not is_replicated(policy):
-        return None, ()
+        return report
     try:
-        return replicate(world, reference=snapshot, progress=progress, cancel=cancel), ()
+        sent = replicate(world, reference=report.snapshot, progress=progress, cancel=cancel)
     except Exception as error:  # noqa: BLE001 - not even a bug there takes the backup back
         told = as_vmsnap_error(error, doing="sending to the replica")
+        snapshot = report.snapshot
         _LOG.warning("snapshot %s was not sent to the replica: %s", snapshot, told.brief, exc_info=told is not error)
-        how = "'vmsnap run --due' and the daemon try again"
-        return None, (f"the snapshot is stored, but was not sent to the replica ({how}): {told.brief}",)
-
-
-PATIENCE = timedelta(minutes=10)
-"""Until the daemon tries again to send what could not be sent."""
+        warning = f"not sent to the replica: {told.brief}; 'vmsnap run --due' and the daemon try again"
+        return report.model_copy(update={"warnings": (*report.warnings, warning)})
+    return report.model_copy(update={"replica": sent})

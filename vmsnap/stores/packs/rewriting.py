@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from vmsnap.errors import HeldError, ObjectConflictError, ObjectNotFoundError, VerificationError
-from vmsnap.stores.packs.frames import Frame, Place, block_of, check_block, open_frame
+from vmsnap.stores.packs.frames import Frame, Place, block_of, checked, open_frame
 from vmsnap.stores.packs.maps import MOVES_TAG, Leaf, encode_leaf, leaf_of
 from vmsnap.stores.packs.marking import Marks, ahead, read_moves
 from vmsnap.stores.packs.names import digest_in, move_name, pack_name
@@ -179,5 +179,5 @@ class _Writer:
             data = self._repository.store.get_range(name, offset=row.offset, length=row.length)
             blocks = open_frame(data, seal=self._repository.seal, name=name)
             for slot, identity in enumerate(ids):
-                check_block(block_of(blocks, slot=slot), identity=identity, seal=self._repository.seal, name=name)
+                checked(block_of(blocks, slot=slot), identity=identity, seal=self._repository.seal, name=name)
             yield Frame(data=data, ids=ids)
