@@ -70,6 +70,7 @@ from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.export import export
+from vmsnap.workflow.hinting import hint_findings
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
@@ -106,6 +107,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
     virtual = open_virtual(settings, clock=clock)
     return World(
         hypervisor=virtual.hypervisor,
+        hints=virtual.hints,
         fence=virtual.fence,
         addressing=virtual.addressing,
         services=HostServices(network=settings.isolation.service_network),
@@ -266,6 +268,7 @@ class Application:
         return (
             *world.hypervisor.findings(guest, settings=settings_of(policy)),
             *world.store.findings(needed_bytes=needed),
+            *hint_findings(world, policy=policy, guest=guest),
             *(_attempt("control", lambda: self._control(policy, guest)) if guest.state is GuestState.RUNNING else ()),
         )
 

@@ -13,11 +13,14 @@ from vmsnap.hypervisors.hyperv.host import Host
 from vmsnap.hypervisors.hyperv.running import LateRunner, ScriptRunner
 from vmsnap.hypervisors.hyperv.tags import RunFolders
 from vmsnap.hypervisors.hyperv.unaddressed import NoAddresses, NoResidences
+from vmsnap.hypervisors.hyperv.unhinted import NoHints
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
+from vmsnap.hypervisors.libvirt.hints import LibvirtHints
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.ladder import NetworkAddressing
 from vmsnap.network.residence import FenceResidences
 from vmsnap.ports.clock import Clock
+from vmsnap.ports.hints import ChangeHints
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.service import Residences
@@ -25,9 +28,10 @@ from vmsnap.ports.service import Residences
 
 @dataclass(frozen=True, kw_only=True)
 class Virtual:
-    """What depends on the hypervisor: it, and the networks it puts clones into."""
+    """What depends on the hypervisor: it, what it notes of guests' writes, and the networks it puts clones into."""
 
     hypervisor: Hypervisor
+    hints: ChangeHints
     fence: Fence
     addressing: Addressing
     residences: Residences
@@ -43,6 +47,7 @@ def open_virtual(settings: Settings, *, clock: Clock) -> Virtual:
             folders=LibvirtFolders(runtime=settings.runtime.path, environments=settings.store.path / ".environments"),
             clock=clock,
         ),
+        hints=LibvirtHints(settings.libvirt.uri, runtime=settings.runtime.path),
         fence=NetworkFence(),
         addressing=NetworkAddressing(clock=clock),
         residences=FenceResidences(),
@@ -56,6 +61,7 @@ def _hyperv(settings: HypervSettings, *, clock: Clock) -> Virtual:
     )
     return Virtual(
         hypervisor=HyperVHypervisor(host, clock=clock, logins=_GuestLogins(settings)),
+        hints=NoHints(),
         fence=HyperVFence(host),
         addressing=NoAddresses(),
         residences=NoResidences(),

@@ -121,6 +121,7 @@ TEXT = text_of(metrics_of(FACTS, ledger=LEDGER))
         ("vmsnap_guest_last_run_end_timestamp_seconds", {"db": (NOW - HOUR / 2).timestamp()}),
         ("vmsnap_guest_last_prune_timestamp_seconds", {"db": (NOW - HOUR / 4).timestamp()}),
         ("vmsnap_guest_snapshot_pause_seconds", {"db": 0.0234}),
+        ("vmsnap_guest_hints_distrusted", {"db": 0}),
         ("vmsnap_guest_overlay_free_bytes", {"db": 1 << 30}),
         ("vmsnap_guest_environments", {"db": 2, "new": 0, "orphan": 0}),
         ("vmsnap_guest_environments_expired", {"db": 1, "new": 0, "orphan": 0}),
@@ -137,6 +138,7 @@ def test_bytes_are_those_of_the_newest_snapshot() -> None:
     store = DB.newest.manifest.store
     assert values(TEXT, "vmsnap_guest_snapshot_logical_bytes") == {"db": store.logical_bytes}
     assert values(TEXT, "vmsnap_guest_snapshot_new_bytes") == {"db": store.new_bytes}
+    assert values(TEXT, "vmsnap_guest_snapshot_read_bytes") == {"db": store.read_bytes}
 
 
 def test_names_and_labels_follow_the_practice() -> None:

@@ -182,8 +182,8 @@ CLEAN_UP = (
 
 # Courtesies: what was not closed ends with the process, and a note is for people.
 TOLERATED = (".close", ".note")
-# The history tells what happened, and decides nothing.
-TOLD_ONLY = "history."
+# The history tells what happened, and decides nothing; hints save reading, and without them everything is read.
+TOLD_ONLY = ("history.", "hints.resource", "hints.begin", "hints.read", "hints.keep")
 
 
 @dataclass
@@ -234,7 +234,7 @@ class Trial:
                 wrong.append(f"ended with {outcome.error!r}")
         elif name.startswith(TOLD_ONLY):
             if outcome.error is not None:
-                wrong.append(f"the history stopped it: {outcome.error!r}")
+                wrong.append(f"{name} stopped it: {outcome.error!r}")
         elif outcome.error is None and not name.endswith(TOLERATED) and not _warned(outcome):
             wrong.append("the fault was swallowed")
         elif outcome.error is not None and "injected" not in _all_words(outcome.error):

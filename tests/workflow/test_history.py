@@ -57,8 +57,8 @@ def test_a_backup_that_is_refused_is_in_the_history_too(lab: FakeWorld) -> None:
     assert result.remedy == outcome.error.remedy
 
 
-def test_one_that_failed_after_its_capture_tells_its_pause(lab: FakeWorld) -> None:
-    good = invoke(lab, backup())
+def test_one_that_failed_after_its_capture_tells_its_pause(lab: FakeWorld, tmp_path: Path) -> None:
+    good = invoke(FakeWorld(tmp_path / "good"), backup())
     proving = next(call.number for call in good.calls if call.name == "fence.prove")
     outcome = invoke(lab, backup(), Fault(call=proving, mode=Mode.FAIL_BEFORE))
     assert isinstance(outcome.error, DriverError)

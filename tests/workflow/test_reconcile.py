@@ -103,7 +103,7 @@ def test_it_says_what_it_undid_in_the_order_of_undoing(tmp_path: Path) -> None:
     assert report.complete
     assert len(report.runs) == 1
     kinds = [item.kind for item in report.undone]
-    assert kinds == ["staging", "export", "clone", "fence", "clone-overlays", "source-overlays"]
+    assert kinds == ["staging", "export", "clone", "hints", "fence", "clone-overlays", "source-overlays"]
     again = invoke(lab, reconciling).result
     assert again == ReconcileReport(runs=(), undone=())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,6 +77,7 @@ def _print(console: Console, report: BackupReport) -> None:
             f"  isolated  {proofs}, way to an address: {report.isolation.rung.value}{address}",
             f"  drained   {in_flight} in flight: {finished} finished, {rolled_back} rolled back",
             f"  clean     {engine_names(report.clean)}: {clusters}, {systems} (read: {methods})",
+            *(f"  read      {text}" for text in _reads(report)),
             f"  stored    {stored} in {seconds(report.store.seconds)}",
             *([] if report.replica is None else [f"  replica   {size(report.replica.sent_bytes)} sent"]),
             f"  took      {seconds(whole)}",
@@ -88,3 +90,10 @@ def _print(console: Console, report: BackupReport) -> None:
 def _parts(report: BackupReport) -> str:
     """Return what the pause was spent on; nothing where that is not known."""
     return ", ".join(f"{printable(part.name)} {part.ms:.1f} ms" for part in report.capture.parts)
+
+
+def _reads(report: BackupReport) -> Iterator[str]:
+    """Yield how much of each disk was read, and why."""
+    for target, read in report.reads.items():
+        why = f"only what changed since {read.since}" if read.since is not None else f"all: {read.full_because}"
+        yield f"{size(read.read_bytes)} of disk {printable(target)}, {printable(why)}"

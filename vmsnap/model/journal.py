@@ -16,6 +16,7 @@ class ResourceKind(StrEnum):
     SOURCE_OVERLAYS = "source-overlays"
     CLONE_OVERLAYS = "clone-overlays"
     DISK_COPIES = "disk-copies"
+    HINTS = "hints"
     FENCE = "fence"
     CLONE = "clone"
     EXPORT = "export"

@@ -64,6 +64,7 @@ class CapturePolicy(_Section):
     """How to take the guest. ``max_pause`` bounds how long it may stand still.
 
     ``throttle_limit`` bounds how long its vCPUs may be slowed down, with ``on_no_convergence = "throttle"``.
+    ``hints``: whether only what changed since the last snapshot is read, where the hypervisor knows it.
     """
 
     mode: CaptureChoice = CaptureChoice.LIVE
@@ -79,6 +80,7 @@ class CapturePolicy(_Section):
     allow_emulation: bool = False
     swap: SwapRule = SwapRule.REFUSE
     storage: StoragePolicy | None = None
+    hints: Literal["auto", "off"] = "auto"
 
 
 class ClonePolicy(_Section):

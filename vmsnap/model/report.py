@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vmsnap.model.environment import Environment
 from vmsnap.model.guest import GuestState
@@ -17,6 +17,7 @@ from vmsnap.model.manifest import (
     CleanRecord,
     DrainRecord,
     IsolationRecord,
+    ReadRecord,
     Snapshot,
     StepRecord,
     StoreRecord,
@@ -42,6 +43,7 @@ class BackupReport(_Report):
     """One finished backup. The printed JSON adds up ``drain`` over instances; see ``vmsnap.cli.output``.
 
     ``replica`` None: the snapshot was not sent there, by the policy or because of what a warning tells.
+    ``reads``: how much of each disk was read, by its target, and why.
     """
 
     snapshot: SnapshotId
@@ -53,6 +55,7 @@ class BackupReport(_Report):
     drain: tuple[DrainRecord, ...]
     clean: CleanRecord
     store: StoreRecord
+    reads: dict[str, ReadRecord] = Field(default_factory=dict)
     steps: tuple[StepRecord, ...]
     pruned: tuple[SnapshotId, ...] = ()
     replica: ReplicateReport | None = None

@@ -132,6 +132,16 @@ def _stored(guest: GuestFacts, *, new: bool) -> float | None:
     return manifest.store.new_bytes if new else manifest.store.logical_bytes
 
 
+def _read(guest: GuestFacts) -> float | None:
+    manifest = _manifest(guest)
+    return None if manifest is None else manifest.store.read_bytes
+
+
+def _distrusted(guest: GuestFacts) -> float | None:
+    manifest = _manifest(guest)
+    return None if manifest is None else float(manifest.hints_distrusted is not None)
+
+
 def _overdue(guest: GuestFacts, facts: Facts) -> float | None:
     if not guest.watched:
         return None
@@ -246,6 +256,16 @@ _GUEST: tuple[tuple[str, str, Callable[[GuestFacts, Facts], float | None]], ...]
         "vmsnap_guest_snapshot_new_bytes",
         "Bytes that were written for the guest's newest snapshot; it shares the rest with those before.",
         lambda guest, _: _stored(guest, new=True),
+    ),
+    (
+        "vmsnap_guest_snapshot_read_bytes",
+        "Bytes that were read of the clone's disks for the guest's newest snapshot.",
+        lambda guest, _: _read(guest),
+    ),
+    (
+        "vmsnap_guest_hints_distrusted",
+        "Whether a hint of what changed was wrong, so that backups of the guest read everything.",
+        lambda guest, _: _distrusted(guest),
     ),
     (
         "vmsnap_guest_last_prune_timestamp_seconds",

@@ -35,14 +35,21 @@ class FakeDiskView:
         self._own = own
 
     @staticmethod
-    def make(path: Path, *, content: Mapping[int, bytes], size_bytes: int, target: str = "vda") -> FakeDiskView:
+    def make(
+        path: Path,
+        *,
+        content: Mapping[int, bytes],
+        size_bytes: int,
+        target: str = "vda",
+        own: tuple[tuple[int, int], ...] | None = None,
+    ) -> FakeDiskView:
         """Write a sparse file of ``size_bytes`` with ``content`` (bytes by offset), and return its view."""
         with path.open("wb") as file:
             for offset, data in content.items():
                 file.seek(offset)
                 file.write(data)
             file.truncate(size_bytes)
-        return FakeDiskView(path, target=target)
+        return FakeDiskView(path, target=target, own=own)
 
     @property
     def target(self) -> str:
@@ -81,13 +88,14 @@ class FakeDiskExport:
     """``DiskExport`` over files in ``folder``.
 
     What a disk holds comes from ``contents`` (bytes by offset, by the image's path); without an entry there it is one
-    block that depends on the path alone. ``sizes`` overrides an image's size.
+    block that depends on the path alone. ``sizes`` overrides an image's size. ``own``: what every image holds itself.
     """
 
     def __init__(self, folder: Path, *, contents: Mapping[str, Mapping[int, bytes]] | None = None) -> None:
         self._folder = folder
         self.contents: dict[str, Mapping[int, bytes]] = dict(contents or {})
         self.sizes: dict[str, int] = {}
+        self.own: tuple[tuple[int, int], ...] | None = None
 
     @property
     def kinds(self) -> frozenset[ResourceKind]:
@@ -108,6 +116,7 @@ class FakeDiskExport:
                 content=self.contents.get(image.path, _made_up(image.path)),
                 size_bytes=self.sizes.get(image.path, image.size_bytes),
                 target=image.target,
+                own=self.own,
             )
             for index, image in enumerate(images)
         )

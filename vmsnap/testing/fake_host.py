@@ -41,6 +41,7 @@ class Machine:
     """One VM. ``run`` is the tag of a clone or an environment; a guest has none.
 
     ``promised`` is every write that the guest was told is on its disk. ``fence`` is the run whose fence it is in.
+    ``notes``: the blocks of each disk that were written since a run began to note them.
     """
 
     name: str
@@ -61,6 +62,14 @@ class Machine:
     nvram: str | None = None
     has_agent_channel: bool = True
     links: dict[str, bool] = field(default_factory=dict)
+    notes: dict[RunId, dict[str, set[int]]] = field(default_factory=dict)
+    notes_miss_writes: bool = False
+
+    def note_write(self, target: str, *, block: int) -> None:
+        """Add a write to all notes that go on."""
+        for disks in self.notes.values():
+            if target in disks and not self.notes_miss_writes:
+                disks[target].add(block)
 
 
 @dataclass
@@ -165,6 +174,7 @@ class FakeHost:
                     word = f"{machine.name}/{target}/{self._clock_of_writes}"
                     if self._write(path, word=word, who=machine.name):
                         machine.promised.add(word)
+                        machine.note_write(target, block=0)
         self._check_fences()
 
     def _write(self, path: str, *, word: str, who: str) -> bool:
@@ -255,6 +265,10 @@ class FakeHost:
         self.between("the NIC is out")
         machine.state = GuestState.PAUSED
         self.plug(machine)
+
+    def power_cycle(self, name: str) -> None:
+        """Power a guest off and start it again."""
+        self.machine(name).notes.clear()
 
     def kill(self, name: str) -> None:
         """End a clone or an environment as the host's OOM killer does. A defined VM stays defined."""

@@ -143,9 +143,8 @@ class StoreContract:
             own: tuple[int, ...] | None = None,
         ) -> FakeDiskView:
             path = tmp_path / f"source-{next(counter)}"
-            FakeDiskView.make(path, content=content, size_bytes=size_bytes)
             stretches = None if own is None else tuple((number * BLOCK, BLOCK) for number in own)
-            return FakeDiskView(path, target=target, own=stretches)
+            return FakeDiskView.make(path, content=content, size_bytes=size_bytes, target=target, own=stretches)
 
         return make
 

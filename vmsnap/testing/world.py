@@ -24,6 +24,7 @@ from vmsnap.ports.replica import Replica
 from vmsnap.testing.fake_access import FakeAccess
 from vmsnap.testing.fake_disks import FakeDiskExport, FakeDiskInspector
 from vmsnap.testing.fake_guest import FILE_SYSTEM_UUID, FakeGuest
+from vmsnap.testing.fake_hints import FakeHints
 from vmsnap.testing.fake_host import Ended, FakeHost
 from vmsnap.testing.fake_hypervisor import FakeHypervisor
 from vmsnap.testing.fake_names import FakeNames, FakeServer
@@ -119,6 +120,7 @@ class FakeWorld:
         """Return the drivers of a fresh process."""
         world = World(
             hypervisor=FakeHypervisor(self.host, clock=self.clock),
+            hints=FakeHints(self.host),
             fence=FakeFence(self.network),
             addressing=self.addressing,
             services=self.services,

@@ -7,18 +7,16 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from vmsnap import __version__
 from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.admission import Place
 from vmsnap.model.capture import CapturePlan
-from vmsnap.model.doubt import doubt_before
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import FencePlan, IsolationEvidence
 from vmsnap.model.journal import RunKind
 from vmsnap.model.lifecycle import Event, State, advance
-from vmsnap.model.manifest import DiskRecord, Manifest, Snapshot, StoreRecord
+from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.ports.clock import Cancel
@@ -26,16 +24,16 @@ from vmsnap.ports.disks import DiskView
 from vmsnap.ports.guest import GuestControl
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
-from vmsnap.ports.store import Staging
 from vmsnap.workflow import identity, prune, reach
 from vmsnap.workflow.booting import discover_booted
 from vmsnap.workflow.chronicle import Chronicle
 from vmsnap.workflow.clone_service import clone_served
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
+from vmsnap.workflow.hinting import Hinting
+from vmsnap.workflow.manifests import NVRAM_FILE, Stored, manifest_of
 from vmsnap.workflow.pauses import tell_pause, usual_rest_ms
 from vmsnap.workflow.proof import StoppedInstance, prove_clean
 from vmsnap.workflow.reconcile import left_dead_runs, reconcile
-from vmsnap.workflow.records import capture_record, clean_record, drain_record, isolation_record
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, undone_on_failure
 from vmsnap.workflow.stages import Facts, Quiesced, Running, Subject
 from vmsnap.workflow.taking import Taking
@@ -47,7 +45,6 @@ _LOG = logging.getLogger(__name__)
 _STOP_SLACK = timedelta(seconds=30)
 _RECONCILE_PATIENCE = timedelta(minutes=2)
 _RECONCILE_POLL = timedelta(milliseconds=200)
-_NVRAM_FILE = "nvram.fd"
 
 
 def refuse(findings: tuple[Finding, ...], *, what: str) -> tuple[str, ...]:
@@ -194,12 +191,15 @@ class Backup:
         clone_resource = hypervisor.clone_resource(plan)
         machine = hypervisor.machine(guest)
         taking = Taking(world, run=run, plan=plan, fence=fence)
+        hinting = Hinting(world, run=run, plan=plan, policy=policy, warn=self._warn)
         taking.prepare()
+        hinting.begin()
         self._cancel.check()
         capture = taking.capture(cancel=self._cancel)
         self._advance(Event.CAPTURE)
         self._chronicle.learned(pause_ms=capture.pause_ms)
         self._warnings += tell_pause(capture, promised=settings.max_pause, progress=self._progress)
+        hinting.read()
         capture = taking.detach(capture)
 
         def kill_clone() -> None:
@@ -239,9 +239,15 @@ class Backup:
                 views = self._open(run, plan=plan)
                 clean = self._prove(run, quiesced=quiesced, views=views)
                 facts = Facts(
-                    started=started, capture=capture, proof=proof, quiesced=quiesced, clean=clean, machine=machine
+                    plan=plan,
+                    started=started,
+                    capture=capture,
+                    proof=proof,
+                    quiesced=quiesced,
+                    clean=clean,
+                    machine=machine,
                 )
-                return self._store(run, plan=plan, views=views, facts=facts, cancel=guard)
+                return self._store(run, hinting=hinting, views=views, facts=facts, cancel=guard)
             except VmsnapError as error:
                 if isinstance(error, IsolationError):
                     guard.sound(error)
@@ -378,71 +384,40 @@ class Backup:
             return clean
 
     def _store(
-        self, run: Run, *, plan: CapturePlan, views: tuple[DiskView, ...], facts: Facts, cancel: Cancel
+        self, run: Run, *, hinting: Hinting, views: tuple[DiskView, ...], facts: Facts, cancel: Cancel
     ) -> Snapshot:
         world = self._world
-        guest = plan.guest.name
+        guest = facts.plan.guest.name
         with run.step("store"):
             began = world.clock.monotonic()
             with world.store.lock(guest, timeout=timedelta(minutes=5)):
                 resource = world.store.staging_resource(run.id, guest=guest)
                 staging = run.acquire(resource, lambda: world.store.stage(run.id, guest=guest))
                 disks = tuple(
-                    world.store.write_disk(staging, view=view, progress=self._progress.bytes_done, cancel=cancel)
+                    world.store.write_disk(
+                        staging,
+                        view=view,
+                        progress=self._progress.bytes_done,
+                        cancel=cancel,
+                        hint=hinting.for_disk(view.target),
+                    )
                     for view in views
                 )
-                nvram = world.hypervisor.clone_nvram(plan)
+                nvram = world.hypervisor.clone_nvram(facts.plan)
                 if nvram is not None:
-                    world.store.add_file(staging, name=_NVRAM_FILE, source=Path(nvram))
-                seconds = world.clock.monotonic() - began
-                manifest = self._manifest(run, staging=staging, disks=disks, facts=facts, store_seconds=seconds)
+                    world.store.add_file(staging, name=NVRAM_FILE, source=Path(nvram))
+                stored = Stored(
+                    staging=staging,
+                    disks=disks,
+                    seconds=world.clock.monotonic() - began,
+                    hints_distrusted=hinting.verdict(disks),
+                )
+                manifest = manifest_of(world, run=run, policy=self._policy, facts=facts, stored=stored, warn=self._warn)
                 snapshot = world.store.publish(staging, manifest=manifest, clean=facts.clean)
                 self._chronicle.learned(snapshot=snapshot.id, store=manifest.store)
             self._advance(Event.STORE)
+            hinting.keep()
         return snapshot
-
-    def _manifest(
-        self, run: Run, *, staging: Staging, disks: tuple[DiskRecord, ...], facts: Facts, store_seconds: float
-    ) -> Manifest:
-        quiesced, captured = facts.quiesced, facts.capture.captured
-        nvram = None if facts.machine.nvram is None else _NVRAM_FILE
-        snapshots = self._world.store.snapshots(staging.guest)
-        doubt = doubt_before(captured, snapshots=snapshots, policy=self._policy)
-        if doubt and doubt > max(timedelta(seconds=one.manifest.clock_doubt_seconds) for one in snapshots):
-            self._warn(
-                "this snapshot comes long after the one before it: the clock may have jumped, so the time between does not "
-                "count for max_age and for pins. 'vmsnap prune --trust-clock' says that the clock is right"
-            )
-        return Manifest(
-            id=SnapshotId(run.id),
-            run=run.id,
-            guest=staging.guest,
-            created=self._world.clock.now(),
-            parent=staging.previous,
-            machine=facts.machine.model_copy(update={"nvram": nvram}),
-            capture=capture_record(facts.capture),
-            isolation=isolation_record(quiesced.addressed, points=facts.points),
-            drain=tuple(drain_record(report) for report in quiesced.drains),
-            clean=clean_record(facts.clean),
-            disks=disks,
-            store=StoreRecord(
-                logical_bytes=sum(disk.size_bytes for disk in disks),
-                new_bytes=sum(disk.new_bytes for disk in disks),
-                seconds=round(store_seconds, 3),
-                read_bytes=sum(disk.read.read_bytes for disk in disks if disk.read is not None),
-            ),
-            steps=run.steps,
-            vmsnap_version=__version__,
-            clock_doubt_seconds=round(doubt.total_seconds(), 3),
-            made_after=next(
-                (
-                    one.manifest.ranked
-                    for one in snapshots
-                    if one.id == staging.previous and one.manifest.ranked > captured
-                ),
-                None,
-            ),
-        )
 
     def _prune(self) -> tuple[SnapshotId, ...]:
         """Prune by the policy; the backup is done, so a failure here is a warning."""
@@ -469,6 +444,7 @@ class Backup:
             drain=manifest.drain,
             clean=manifest.clean,
             store=manifest.store,
+            reads={disk.target: disk.read for disk in manifest.disks if disk.read is not None},
             steps=run.steps,
             pruned=pruned,
             warnings=self._warnings,

@@ -197,6 +197,11 @@ class Run:
         self._journal.released(resource)
         self._stack.remove(resource)
 
+    def hand_over(self, resource: Resource) -> None:
+        """Let a thing be from here on: it belongs to what the run made, and outlives the run."""
+        self._journal.released(resource)
+        self._stack.remove(resource)
+
     def release_all(self) -> tuple[VmsnapError, ...]:
         """Undo everything, last in first out. Returns what went wrong; nothing is raised."""
         resources = tuple(reversed(self._stack))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from vmsnap.model.capture import Capture, Clone, ModeChoice
+from vmsnap.model.capture import Capture, CapturePlan, Clone, ModeChoice
 from vmsnap.model.drain import CleanShutdown, DrainReport
 from vmsnap.model.isolation import Addressed, FencePlan, IsolationEvidence, IsolationProof, ProofPoint
 from vmsnap.model.manifest import MachineRecord
@@ -57,6 +57,7 @@ class Running:
 class Facts:
     """What a run learned, for its manifest."""
 
+    plan: CapturePlan
     started: datetime
     capture: Capture
     proof: IsolationProof

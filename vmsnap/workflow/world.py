@@ -15,6 +15,7 @@ from vmsnap.ports.disks import DiskExport, DiskInspector
 from vmsnap.ports.engine import Engine
 from vmsnap.ports.exporting import ExportFolders
 from vmsnap.ports.guest import Connector, GuestAccess
+from vmsnap.ports.hints import ChangeHints
 from vmsnap.ports.history import HistoryBook
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.names import Names
@@ -34,6 +35,7 @@ class World:
     """
 
     hypervisor: Hypervisor
+    hints: ChangeHints
     fence: Fence
     addressing: Addressing
     services: Services
@@ -62,7 +64,16 @@ class World:
     @property
     def owners(self) -> tuple[Owner, ...]:
         """Return all owners of resources."""
-        return (self.hypervisor, self.fence, self.services, self.names, self.export, self.store, self.folders)
+        return (
+            self.hypervisor,
+            self.hints,
+            self.fence,
+            self.services,
+            self.names,
+            self.export,
+            self.store,
+            self.folders,
+        )
 
     def owner_of(self, kind: ResourceKind) -> Owner:
         """Return who releases resources of a kind. Raises BugError for a kind nobody owns."""
