@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 
+import libvirt
 import pytest
 
+from integration.lab import userfaultfd
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.lab.leaks import look
-from integration.libvirt_runs import DEADLINE, definitions, new_driver, run_of, wait_until, write_file
-from vmsnap.errors import DriverError
+from integration.libvirt_runs import DEADLINE, INSTANT, Cancel, definitions, new_driver, run_of, wait_until, write_file
+from integration.test_libvirt_instant import relays, streams
+from vmsnap.errors import DriverError, VmsnapError
 
 MEANWHILE = "/var/tmp/meanwhile"
 
@@ -62,3 +66,31 @@ def test_a_guest_that_is_off_is_merged_and_boots_from_its_own_disk(lab: Lab, gue
         assert checked.returncode in (0, 3), checked.stdout  # 3: unused clusters, which a killed QEMU leaves
         guest.boot()
         assert guest.run(["cat", MEANWHILE]) == "written before the power went off"
+
+
+def test_a_guest_that_powers_off_while_its_memory_streams_is_merged_and_boots(lab: Lab, guest: LabGuest) -> None:
+    """Mode ``instant``: QEMU ends by the guest's own will in mid-stream. Nothing is kept, and nothing is lost."""
+    persistent = definitions(guest)[1]
+    written: list[bool] = []
+
+    def powers_off() -> bool:
+        if not written and streams(guest):
+            # Onto the overlay, after the instant of the capture; then as if the guest's kernel had halted.
+            write_file(guest, MEANWHILE, "written in mid-stream")
+            written.append(streams(guest))
+            guest.agent("guest-exec", path="/bin/sh", arg=["-c", "echo o >/proc/sysrq-trigger"])
+        return False
+
+    with userfaultfd.allowed(), run_of(lab, guest) as run:
+        run.plan = replace(run.plan, choice=INSTANT)
+        run.prepare()
+        with pytest.raises(VmsnapError):
+            run.capture(Cancel(when=powers_off))
+        assert written == [True]
+        wait_until(lambda: guest.domain.state()[0] == libvirt.VIR_DOMAIN_SHUTOFF, "the end of the guest")
+        run.release()
+        assert run.overlay_files() == []
+        assert relays() == []
+        assert definitions(guest)[1] == persistent
+    guest.boot()
+    assert guest.run(["cat", MEANWHILE]) == "written in mid-stream"
