@@ -378,6 +378,7 @@ def test_all_examples_are_there() -> None:
         "example-db",
         "postgres-agent",
         "postgres-ssh",
+        "windows-hyperv",
     ]
 
 
