@@ -16,6 +16,8 @@ HEARTBEAT = "84EAAE65-2F2E-45F5-9BB5-0E857DC8EB47"
 _GIB = 1 << 30
 # Folders of Windows may not be called so; Export-VM makes one of the VM's name.
 _NOT_IN_NAMES = frozenset('<>:"/\\|?*')
+# winnt.h, VER_NT_DOMAIN_CONTROLLER.
+_DOMAIN_CONTROLLER = 2
 _REPLICATION_OFF = frozenset({"Disabled", ""})
 
 
@@ -27,6 +29,7 @@ def findings_of(description: Description, *, room: Room, settings: CaptureSettin
         *_adapters(description),
         *_devices(description),
         *_services(description),
+        *_role(description),
         *_room(description, room=room, settings=settings),
     )
     if any(finding.severity is Severity.REFUSAL for finding in found):
@@ -148,6 +151,16 @@ def _devices(description: Description) -> Iterator[Finding]:
             "tpm",
             "the guest has a virtual TPM; test VMs get none, so disks that BitLocker encrypts cannot be opened in them",
             "back up recovery keys",
+        )
+
+
+def _role(description: Description) -> Iterator[Finding]:
+    if description.product_type == _DOMAIN_CONTROLLER:
+        yield _refusal(
+            "role",
+            "the guest is a domain controller: a clone has another VM generation id, by which it knows itself for a copy, and "
+            "writes that into its directory",
+            "back up the directory by Windows Server Backup; databases belong on another guest",
         )
 
 

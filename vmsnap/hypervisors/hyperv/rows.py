@@ -135,7 +135,7 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """One VM as it is now."""
+    """One VM as it is now. ``product_type`` is what its Windows says it is (2: a domain controller); 0: nobody said."""
 
     machine: Machine
     generation: int
@@ -150,6 +150,7 @@ class Description:
     secure_boot: bool
     secure_boot_template: str
     tpm: bool
+    product_type: int
     drives: tuple[Drive, ...]
     adapters: tuple[Adapter, ...]
     services: tuple[Service, ...]
@@ -177,6 +178,7 @@ def description_of(rows: tuple[Row, ...]) -> Description:
         secure_boot=flag(row, "SecureBoot"),
         secure_boot_template=text(row, "SecureBootTemplate"),
         tpm=flag(row, "Tpm"),
+        product_type=number(row, "ProductType"),
         drives=tuple(sorted(map(_drive, of_kind["disk"]), key=lambda drive: (drive.controller, drive.target))),
         adapters=tuple(map(_adapter, of_kind["adapter"])),
         services=tuple(map(_service, of_kind["service"])),

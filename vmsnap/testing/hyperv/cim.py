@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vmsnap.testing.hyperv.failures import Category, CmdletError
 from vmsnap.testing.hyperv.host import COMPUTER, cmdlet
-from vmsnap.testing.hyperv.looking import SHUTDOWN
+from vmsnap.testing.hyperv.looking import KEY_VALUE_PAIRS, SHUTDOWN
 from vmsnap.testing.hyperv.power import Power
 from vmsnap.testing.hyperv.values import ALIVE, ReturnValue, VMState
 
@@ -17,15 +17,23 @@ _NAMESPACE = "root/virtualization/v2"
 _PLANNED = "Msvm_PlannedComputerSystem"
 _SERVICE = "Msvm_VirtualSystemManagementService"
 _SHUTDOWN_COMPONENT = "Msvm_ShutdownComponent"
+_EXCHANGE = "Msvm_KvpExchangeComponent"
+_ITEM = (
+    '<INSTANCE CLASSNAME="Msvm_KvpExchangeDataItem">'
+    '<PROPERTY NAME="Data" TYPE="string"><VALUE>{data}</VALUE></PROPERTY>'
+    '<PROPERTY NAME="Name" TYPE="string"><VALUE>{name}</VALUE></PROPERTY>'
+    '<PROPERTY NAME="Source" TYPE="uint16"><VALUE>2</VALUE></PROPERTY></INSTANCE>'
+)
 _COMMANDS = "Microsoft.Management.Infrastructure.CimCmdlets."
 
 
 @dataclass(frozen=True, kw_only=True)
 class CimInstance:
-    """An object of WMI: its class, and the properties that scripts ask for."""
+    """An object of WMI: its class, and the properties that scripts ask for. ``texts``: its one property that is a list."""
 
     class_name: str
     properties: Mapping[str, str | int]
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,7 @@ class Cim(Power):
             "Msvm_ComputerSystem": self._systems,
             _SHUTDOWN_COMPONENT: self._shutdown_components,
             _PLANNED: self._planned_systems,
+            _EXCHANGE: self._exchanges,
             _SERVICE: lambda: [{"Name": "vmms"}],
         }
         there = _NAMESPACE if class_name.startswith("Msvm_") else "root/cimv2"
@@ -105,7 +114,7 @@ class Cim(Power):
         if not self.rights and there == _NAMESPACE:
             return []
         return [
-            CimInstance(class_name=class_name, properties=properties)
+            CimInstance(class_name=class_name, properties=properties, texts=self._texts(class_name, properties))
             for properties in known[class_name]()
             if wanted is None or str(properties.get(wanted["name"], "")).casefold() == wanted["value"].casefold()
         ]
@@ -123,6 +132,18 @@ class Cim(Power):
     def _shutdown_components(self) -> list[dict[str, str | int]]:
         running = [vm for vm in self.vms if vm.state in ALIVE and SHUTDOWN not in vm.disabled_services]
         return [{"SystemName": vm.id.upper(), "EnabledState": 2} for vm in running]
+
+    def _exchanges(self) -> list[dict[str, str | int]]:
+        running = [vm for vm in self.vms if vm.state in ALIVE and KEY_VALUE_PAIRS not in vm.disabled_services]
+        return [{"SystemName": vm.id.upper()} for vm in running]
+
+    def _texts(self, class_name: str, properties: Mapping[str, str | int]) -> tuple[str, ...]:
+        """Return ``GuestIntrinsicExchangeItems``: what a guest tells of itself, each item an instance in CIM-XML."""
+        if class_name != _EXCHANGE:
+            return ()
+        (vm,) = (vm for vm in self.vms if vm.id.upper() == properties["SystemName"])
+        told = {"OSName": "Windows Server 2022", "ProductType": str(vm.product_type)}
+        return tuple(_ITEM.format(name=name, data=data) for name, data in told.items())
 
     @cmdlet("Get-CimAssociatedInstance")
     def get_cim_associated_instance(self, *, input_object: CimInstance, result_class_name: str) -> list[CimInstance]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from xml.etree import ElementTree as ET
 
 from vmsnap.testing.hyperv.machine import HyperVHost
 from vmsnap.testing.hyperv.twins import (
@@ -28,7 +29,7 @@ def _list_machines(host: HyperVHost, _: Values) -> Iterator[Emitted]:
         yield {"Id": vm.id, "Name": vm.name, "State": vm.state.value, "Notes": vm.notes, "Folder": vm.path}
 
 
-@twin("describe_machine", sha256="cd34c4458d5e37036c6aae3dba193b1dbea747fd04e6db00e0525c0d7d28d562")
+@twin("describe_machine", sha256="66f42e9b2024adeea51528c25532f21b135eda56aaa70aafb3c00956f1ae0ec1")
 def _describe_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
     vm = one_vm(host, values)
     machine: Emitted = {
@@ -51,7 +52,11 @@ def _describe_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
         "SecureBoot": False,
         "SecureBootTemplate": "",
         "Tpm": False,
+        "ProductType": 0,
     }
+    for component in host.get_cim_instance(namespace=_CIM, class_name="Msvm_KvpExchangeComponent"):
+        if str(component.properties["SystemName"]).lower() == text(values, "Id").lower():
+            machine["ProductType"] = max(map(_product_type, component.texts), default=0)
     if vm.generation >= 2:
         firmware = host.get_vm_firmware(vm=vm)
         machine["SecureBoot"] = firmware.secure_boot == "On"
@@ -100,6 +105,12 @@ def _describe_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
             "Enabled": service.enabled,
             "Status": service.primary_operational_status or "",
         }
+
+
+def _product_type(item: str) -> int:
+    """Return what an item of the data exchange says of the guest's role; 0 for any other item."""
+    properties = {node.attrib["NAME"]: node.findtext("VALUE", "") for node in ET.fromstring(item)}  # noqa: S314
+    return int(properties["Data"]) if properties["Name"] == "ProductType" else 0
 
 
 @twin("sample_machine", sha256="a3c06b88016ea4ee0a6b796bb3799654075fd19e14b97b3d8753b29d6adfbb7e")

@@ -245,6 +245,7 @@ class VirtualMachine:
     scsi_controllers: int = 1
     first_boot_device: str = ""
     assigned_devices: int = 0
+    product_type: int = 3
     fibre_channel: int = 0
     notes: str = ""
     path: str = ""

@@ -22,6 +22,15 @@ $machine = [ordered]@{
     SecureBoot         = $false
     SecureBootTemplate = ''
     Tpm                = $false
+    ProductType        = 0
+}
+# What Windows tells of itself by the integration service for data exchange: 1 a workstation, 2 a domain controller, 3 a server.
+$exchange = @(Get-CimInstance -Namespace root/virtualization/v2 -ClassName Msvm_KvpExchangeComponent | Where-Object { $_.SystemName -eq $Id })
+foreach ($text in @($exchange | ForEach-Object { $_.GuestIntrinsicExchangeItems })) {
+    $item = [xml]$text
+    if ($item.SelectSingleNode("/INSTANCE/PROPERTY[@NAME='Name']/VALUE").InnerText -eq 'ProductType') {
+        $machine.ProductType = [int]$item.SelectSingleNode("/INSTANCE/PROPERTY[@NAME='Data']/VALUE").InnerText
+    }
 }
 if ($vm.Generation -ge 2) {
     $firmware = Get-VMFirmware -VM $vm
