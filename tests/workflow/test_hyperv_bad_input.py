@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import backup, order, provision, simply, succeed
+from tests.workflow.invocations import backup, order, provision, reconciling, simply, succeed
 from vmsnap.errors import (
     DeadlineError,
     DriverError,
@@ -248,7 +248,14 @@ def test_a_stranger_on_the_clones_switch_keeps_it_from_running(tmp_path: Path) -
     assert isinstance(outcome.error, SafetyError)
     assert "Start-VM" not in lab.machine.calls
     assert [vm.name for vm in lab.machine.vms] == ["db", "web"]
-    assert [switch.name for switch in lab.machine.switches] == ["LAN"]
+    assert lab.machine.leftovers() == ["switch vmsnap-0000000001"], (
+        "a switch that somebody's VM runs on cannot be removed"
+    )
+    lab.machine.between = lambda _place: None
+    (adapter,) = other.network_adapters
+    lab.machine.connect_vm_network_adapter(vm_network_adapter=adapter, switch_name="LAN")
+    assert simply(lab, reconciling).error is None
+    assert lab.machine.leftovers() == []
 
 
 def test_a_disk_that_somebody_else_has_in_the_folder_of_exports_is_left_alone(tmp_path: Path) -> None:
