@@ -34,6 +34,15 @@ install_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing
 }
 
+# Transcripts of Windows that the conformance test of the WinRM endpoint reads; they are not ours to copy.
+fetch_oracle() {
+    local version
+    [ -x .venv/bin/python ] || return 0
+    version=$(sed -n 's/^pypsrp==//p' constraints.txt)
+    [ -e "build/oracle/pypsrp-$version.tar.gz" ] && return
+    .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps --no-binary pypsrp -d build/oracle "pypsrp==$version"
+}
+
 install_venv() {
     local stamp=.venv/installed
     if [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ]; then return; fi
@@ -64,7 +73,7 @@ unpack_qemu() {
 
 case "${1:-}" in
     system) install_packages integration/lab/packages.txt ;;
-    tests) install_packages integration/lab/packages-tests.txt ;;
+    tests) install_packages integration/lab/packages-tests.txt && fetch_oracle ;;
     venv) install_venv ;;
     plots) .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' ;;
     qemu) unpack_qemu ;;

@@ -70,17 +70,15 @@ class Shell:
             self.used = time.monotonic()
             if sum(not running.terminated for running in self._pipelines.values()) >= self._max_commands:
                 raise WsmanFaultError(MAX_COMMANDS, _TOO_MANY)
-            pipeline_id = uuid.UUID(command_id)
-            self._pipelines[pipeline_id] = _Running(pipeline=psrpcore.ServerPipeline(self._pool, pipeline_id))
+            pipeline = psrpcore.ServerPipeline(self._pool, _pipeline_id(fragments))
+            self._pipelines[uuid.UUID(command_id)] = _Running(pipeline=pipeline)
         self.feed(fragments, command_id=command_id)
 
     def feed(self, fragments: bytes, *, command_id: str | None = None) -> None:
         """Take fragments for the pool, or for a pipeline. A pipeline starts when it is complete."""
-        pipeline_id = uuid.UUID(command_id) if command_id else None
         with self._lock:
             self.used = time.monotonic()
-            if pipeline_id is not None:
-                self._running(pipeline_id)
+            pipeline_id = self._running(uuid.UUID(command_id)).pipeline.pipeline_id if command_id else None
             self._pool.receive_data(psrpcore.PSRPPayload(fragments, psrpcore.StreamType.default, pipeline_id))
             while (event := self._pool.next_event()) is not None:
                 if isinstance(event, psrpcore.CreatePipelineEvent):
@@ -130,7 +128,7 @@ class Shell:
         return running
 
     def _start(self, pipeline_id: uuid.UUID) -> None:
-        running = self._running(pipeline_id)
+        running = self._by_pipeline(pipeline_id)
         running.pipeline.start()
         metadata = running.pipeline.metadata
         running.text = "\n".join(str(command.command_text) for command in getattr(metadata, "commands", ()))
@@ -193,9 +191,20 @@ class Shell:
         while (payload := self._pool.data_to_send()) is not None:
             if payload.pipeline_id is None:
                 self._output.extend(payload.data)
-            elif (running := self._pipelines.get(payload.pipeline_id)) is not None:
-                running.output.extend(payload.data)
+            else:
+                self._by_pipeline(payload.pipeline_id).output.extend(payload.data)
         self._news.notify_all()
+
+    def _by_pipeline(self, pipeline_id: uuid.UUID) -> _Running:
+        return next(item for item in self._pipelines.values() if item.pipeline.pipeline_id == pipeline_id)
+
+
+def _pipeline_id(fragments: bytes) -> uuid.UUID:
+    """Return the id that a pipeline has in its messages ([MS-PSRP] 2.2.1, 2.2.4).
+
+    Windows goes by the command's id of WS-Management, and some clients write this one in another order of bytes.
+    """
+    return uuid.UUID(bytes_le=fragments[45:61])
 
 
 class PipelineStreams:
