@@ -41,13 +41,18 @@ def control_data(instance: Instance) -> Procedure[ControlData]:
         what=f"cannot read the state of the PostgreSQL server on {instance.data_directory}",
         remedy="if the policy has [[database.clusters]], correct programs, data_directory and user there",
     )
-    pairs = (line.partition(":") for line in result.text.splitlines())
+    return parse_control_data(result.text, warnings=result.error_text)
+
+
+def parse_control_data(text: str, *, warnings: str = "") -> ControlData:
+    """Return what the tool printed, and warned of. Raises GuestCommandError for what makes no sense."""
+    pairs = (line.partition(":") for line in text.splitlines())
     said = {label.strip(): value.strip() for label, colon, value in pairs if colon}
     if _STATE not in said:
-        raise GuestCommandError("the output of pg_controldata makes no sense", details=result.text[:500])
+        raise GuestCommandError("the output of pg_controldata makes no sense", details=text[:500])
     return ControlData(
         state=said[_STATE],
         observed=tuple((name, said[label]) for label, name in _OBSERVED.items() if label in said),
         # On stdout in capitals up to PostgreSQL 16, on stderr in small letters since.
-        doubtful="warning" in (result.text + result.error_text).lower(),
+        doubtful="warning" in (text + warnings).lower(),
     )

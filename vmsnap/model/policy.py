@@ -176,11 +176,18 @@ class ClusterPolicy(_Section):
 class DatabasePolicy(_Section):
     """Which database, and how long its work in flight may take to finish in the clone."""
 
-    engine: Literal["postgresql"] = "postgresql"
+    engine: Literal["postgresql", "postgresql-windows", "sqlserver"] = "postgresql"
     drain_deadline: Duration = timedelta(seconds=60)
     stop_deadline: PositiveDuration = timedelta(minutes=5)
     clusters: tuple[ClusterPolicy, ...] = ()
     before_drain: tuple[tuple[str, ...], ...] = ()
+
+    @model_validator(mode="after")
+    def _clusters_are_of_linux(self) -> DatabasePolicy:
+        if self.clusters and self.engine != "postgresql":
+            msg = f'engine = "{self.engine}" finds its servers itself and has no [[database.clusters]]'
+            raise ValueError(msg)
+        return self
 
 
 class DnsPolicy(_Section):

@@ -1,0 +1,71 @@
+"""PowerShell in a Windows guest, as commands: a constant script with its parameters beside it, and JSON back.
+
+The script goes in ``-EncodedCommand``, which no quoting can spoil, and its parameters as JSON on standard input, where they
+are data. Windows PowerShell 5.1, which every Windows since Server 2016 has, is enough.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import cache
+from importlib import resources
+
+from vmsnap.engines.asking import ask
+from vmsnap.errors import GuestCommandError
+from vmsnap.model.command import Command, CommandResult, Procedure
+
+_PROLOGUE = """$ErrorActionPreference = 'Stop'
+$ProgressPreference = 'SilentlyContinue'
+[Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false
+$given = $input | Out-String | ConvertFrom-Json
+"""
+
+Parameters = Mapping[str, str | int | list[str]]
+
+
+def powershell(*names: str, parameters: Parameters | None = None, timeout: timedelta | None = None) -> Command:
+    """Return the command that runs scripts of this package one after another; ``$given`` has their parameters.
+
+    JSON is sent in ASCII, whatever code page the guest's console has.
+    """
+    text = _PROLOGUE + "".join(map(script_text, names))
+    encoded = base64.b64encode(text.encode("utf-16-le")).decode("ascii")
+    return Command(
+        argv=("powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded),
+        stdin=json.dumps(dict(parameters or {})).encode("ascii"),
+        timeout=timeout,
+    )
+
+
+@cache
+def script_text(name: str) -> str:
+    """Return the text of a script without its comments, which the guest has no use for and a command line no room."""
+    text = resources.files(__package__).joinpath("scripts", f"{name}.ps1").read_text(encoding="utf-8")
+    return "".join(line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("#"))
+
+
+def names_in(command: Command) -> tuple[str, ...]:
+    """Return the scripts that a command of ``powershell`` runs, for messages and tests."""
+    text = base64.b64decode(command.argv[-1]).decode("utf-16-le")
+    folder = resources.files(__package__).joinpath("scripts")
+    known = sorted(file.name.removesuffix(".ps1") for file in folder.iterdir() if file.name.endswith(".ps1"))
+    found = [(text.index(script_text(name)), name) for name in known if script_text(name) in text]
+    return tuple(name for _, name in sorted(found))
+
+
+def ask_json(command: Command, *, what: str, remedy: str | None = None) -> Procedure[object]:
+    """Run a script that prints JSON and return it. Raises GuestCommandError for any failure, saying ``what`` failed."""
+    result = yield from ask(command, what=what, remedy=remedy)
+    return parse_json(result, what=what)
+
+
+def parse_json(result: CommandResult, *, what: str) -> object:
+    """Return the JSON that a script printed. Raises GuestCommandError."""
+    try:
+        answer: object = json.loads(result.text.strip().removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
+    except ValueError as error:
+        raise GuestCommandError(f"{what}: the answer makes no sense", details=result.text[:500]) from error
+    return answer
