@@ -13,7 +13,6 @@ import pytest
 import tree_sitter_powershell
 from tree_sitter import Language, Parser
 
-from tests.unit.test_engines_pg_control import control_file
 from vmsnap.engines.pg_control import ClusterState
 from vmsnap.engines.pg_windows import WINDOWS_DRAIN_SCRIPT, WindowsPostgreSQL
 from vmsnap.engines.registry import engine_for
@@ -24,6 +23,7 @@ from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, Preco
 from vmsnap.model.command import Command, CommandResult, Procedure
 from vmsnap.model.drain import Instance
 from vmsnap.model.policy import DatabasePolicy
+from vmsnap.testing.fake_postgresql import control_file
 
 T = TypeVar("T")
 MINUTE = timedelta(minutes=1)
@@ -230,7 +230,7 @@ class TestSqlServer:
             Guest({"sqlserver_open+sqlserver_look": answer}).converse(SqlServer().locate(SALES))
 
     def test_a_volume_that_is_not_ntfs_is_refused(self) -> None:
-        look = {"Files": [], "Unready": [], "Copies": []}
+        look: dict[str, list[str]] = {"Files": [], "Unready": [], "Copies": []}
         locate = said(json.dumps([{**_volume(FOLDER + r"\Log"), "Facts": "The FSCTL is not supported"}]))
         guest = Guest({"sqlserver_open+sqlserver_look": look, "windows_locate": locate})
         with pytest.raises(PreconditionError, match="no NTFS volume"):
