@@ -9,10 +9,14 @@ import pytest
 
 from tests.unit.hyperv_hosts import DISK_BYTES, EXPORTS, add_guest, make_host
 from vmsnap.errors import GuestUnreachableError
+from vmsnap.hypervisors.hyperv.commands import Commands
+from vmsnap.hypervisors.hyperv.connection import HostConnection, Login
 from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
 from vmsnap.hypervisors.hyperv.fence import HyperVFence
 from vmsnap.hypervisors.hyperv.host import Host
+from vmsnap.hypervisors.hyperv.running import ScriptRunner
 from vmsnap.hypervisors.hyperv.tags import RunFolders
+from vmsnap.hypervisors.hyperv.transport import Transport
 from vmsnap.model.capture import CaptureChoice, CaptureSettings, DiskImage
 from vmsnap.model.guest import GuestState
 from vmsnap.model.isolation import FencePlan, ProofKind
@@ -20,17 +24,18 @@ from vmsnap.model.journal import ResourceKind
 from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.ports.network import Fence
 from vmsnap.testing.fence_contract import FenceContract, FenceHarness
+from vmsnap.testing.hyperv.endpoint import PASSWORD, USER, Endpoint
 from vmsnap.testing.hyperv.machine import HyperVHost
-from vmsnap.testing.hyperv.running import TwinRunner
+from vmsnap.testing.hyperv.running import TwinDispatcher, TwinRunner
 from vmsnap.testing.hyperv.values import SwitchType, VMNetworkAdapter, VMState
 from vmsnap.testing.hypervisor_contract import BootingContract, HypervisorContract, HypervisorHarness, Manner
 from vmsnap.testing.world import FakeClock
 
 
-def connect(machine: HyperVHost) -> Host:
+def connect(machine: HyperVHost, runner: ScriptRunner | None = None) -> Host:
     """Return the host as a driver reaches it, its folder of exports being mounted where it is."""
     folders = RunFolders(root=EXPORTS, mounted=str(machine.files.local(EXPORTS)))
-    return Host(TwinRunner(machine), folders=folders)
+    return Host(runner or TwinRunner(machine), folders=folders)
 
 
 class NoLogins:
@@ -57,10 +62,14 @@ class HyperVHarness:
             add_guest(self.machine, "old", disks=2, generation=1)
         self._scratch = folder
         self.hypervisor: Hypervisor = self.another_process()
-        self.fence: Fence = HyperVFence(connect(self.machine))
+        self.fence: Fence = HyperVFence(connect(self.machine, self.runner()))
+
+    def runner(self) -> ScriptRunner:
+        """Return the line of another process to the host."""
+        return TwinRunner(self.machine)
 
     def another_process(self) -> Hypervisor:
-        return HyperVHypervisor(connect(self.machine), clock=FakeClock(), logins=NoLogins())
+        return HyperVHypervisor(connect(self.machine, self.runner()), clock=FakeClock(), logins=NoLogins())
 
     def require_answer(self, domain: str) -> None:
         (vm,) = self.machine.get_vm(name=domain)
@@ -102,6 +111,43 @@ class TestHyperVHypervisorThatTakesDisksAlone(BootingContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
         harness = HyperVHarness(tmp_path, settings=CaptureSettings(mode=CaptureChoice.BOOT))
+        yield harness
+        harness.close()
+
+
+class WireHarness(HyperVHarness):
+    """The same host behind WinRM on the loopback interface: every script crosses the wire, and its answer comes back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._endpoint: Endpoint | None = None
+        self._lines: list[Commands] = []
+        super().__init__(folder)
+
+    def runner(self) -> ScriptRunner:
+        if self._endpoint is None:
+            self._endpoint = Endpoint(TwinDispatcher(self.machine))
+        connection = HostConnection(
+            host="127.0.0.1",
+            port=self._endpoint.port,
+            tls=False,
+            login=Login(user=USER, password=PASSWORD),
+        )
+        line = Commands(Transport(connection))
+        self._lines.append(line)
+        return line
+
+    def close(self) -> None:
+        for line in self._lines:
+            line.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        super().close()
+
+
+class TestHyperVHypervisorOverTheWire(HypervisorContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Iterator[HypervisorHarness]:
+        harness = WireHarness(tmp_path)
         yield harness
         harness.close()
 

@@ -1,7 +1,8 @@
-"""Running scripts on the simulated host by their twins, without a wire between."""
+"""Running scripts on the simulated host by their twins: without a wire between, or behind the WinRM endpoint."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from threading import RLock
@@ -10,6 +11,7 @@ from vmsnap.hypervisors.hyperv.connection import Parameter, Row
 from vmsnap.hypervisors.hyperv.failures import ErrorRecord, translate
 from vmsnap.ports.clock import Cancel
 from vmsnap.testing.hyperv import twins_host, twins_machines
+from vmsnap.testing.hyperv.dispatch import Invocation, PowerShellError, Streams
 from vmsnap.testing.hyperv.failures import CmdletError
 from vmsnap.testing.hyperv.machine import HyperVHost
 from vmsnap.testing.hyperv.twins import TWINS, Emitted, Values, digest_of
@@ -28,6 +30,36 @@ def run_twin(host: HyperVHost, name: str, *, values: Values) -> list[Emitted]:
 
 def _quiet(_: str) -> None:
     """Stand for a hook nobody set."""
+
+
+class TwinDispatcher:
+    """What is behind the endpoint (``dispatch.Dispatcher``): scripts are known by their text, to the last byte."""
+
+    def __init__(self, host: HyperVHost) -> None:
+        self.host = host
+        self._lock = RLock()
+        self._names = {twin.sha256: name for name, twin in TWINS.items()}
+
+    def __call__(self, invocation: Invocation, streams: Streams) -> None:
+        """Run the twin of the script that came. Raises PowerShellError as the script would end."""
+        text = invocation.call.text
+        name = self._names.get(hashlib.sha256(text.encode()).hexdigest())
+        if name is None:
+            raise PowerShellError(f"nobody here knows the script: {text[:200]}", error_id="UnknownScript")
+        try:
+            with self._lock:
+                emitted = run_twin(self.host, name, values=dict(invocation.call.parameters))
+        except CmdletError as error:
+            raise PowerShellError(
+                error.message,
+                error_id=error.error_id,
+                category=error.category.value,
+                hresult=error.hresult,
+                exception_type=error.exception_type,
+                target=error.target,
+            ) from error
+        for item in emitted:
+            streams.write(item)
 
 
 class TwinRunner:
