@@ -68,13 +68,14 @@ class DatabaseGuest:
 
     def captured(self) -> DatabaseGuest:
         """Return the same guest at this instant."""
-        return self._with(self.guest.clone())
+        return self.with_guest(self.guest.clone())
 
     def booted(self) -> DatabaseGuest:
         """Return the guest as it comes up from its disks."""
-        return self._with(self.guest.crashed())
+        return self.with_guest(self.guest.crashed())
 
-    def _with(self, guest: FakeGuest) -> DatabaseGuest:
+    def with_guest(self, guest: FakeGuest) -> DatabaseGuest:
+        """Return the same disks with another guest on them."""
         other = DatabaseGuest(guest, disks=0)
         other.writes = tuple(set(words) for words in self.writes)
         other.obeys, other.ends_in_order, other.heartbeat = self.obeys, self.ends_in_order, self.heartbeat
