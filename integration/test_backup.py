@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import time
+import xml.etree.ElementTree as ET
 from typing import Any
 
+import libvirt
 import psycopg
 
 from integration.conftest import MakeGuest
@@ -19,10 +21,13 @@ from integration.lab.lab import Lab
 from integration.markers import require_instant
 from vmsnap.model.isolation import ProofKind
 
+CHECKPOINT = "<domaincheckpoint><name>nightly</name></domaincheckpoint>"
+
 
 def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Installation) -> None:
     vmsnap.policy(guest.name)
     definition = guest.domain.XMLDesc(0)
+    others = guest.domain.checkpointCreateXML(CHECKPOINT, 0)
     guest.start_pgbench(clients=2)
     try:
         with LabClient(guest.address()) as client:
@@ -52,6 +57,12 @@ def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Instal
 
     second = vmsnap.ok("backup", guest.name)
     assert second["store"]["new_bytes"] < first["store"]["new_bytes"]
+    _require_hints(second, since=first)
+    checked = ET.fromstring(others.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE))  # noqa: S314 - of libvirt
+    assert all(int(disk.get("size", "0")) > 0 for disk in checked.findall("disks/disk")), "it goes on counting"
+    others.delete(0)
+    whole = vmsnap.run("verify", second["snapshot"], "--json")
+    assert whole.exit_code == 0, whole.explain()
     assert [item["snapshot"] for item in vmsnap.ok("list", guest.name)["snapshots"]] == [
         first["snapshot"],
         second["snapshot"],
@@ -70,6 +81,15 @@ def test_backup_under_load_and_a_test_vm_from_it(guest: LabGuest, vmsnap: Instal
     assert held.exit_code == 0, held.explain()
     assert vmsnap.run("env", "destroy", made["environment"]).exit_code == 0
     assert vmsnap.ok("env", "list")["environments"] == []
+
+
+def _require_hints(report: Any, *, since: Any) -> None:
+    """The backup read what changed since another, and a sample of the rest."""
+    assert {read["since"] for read in report["reads"].values()} == {since["snapshot"]}, report["reads"]
+    assert all(read["sampled_blocks"] > 0 for read in report["reads"].values())
+    assert report["store"]["read_bytes"] < since["store"]["read_bytes"] / 2
+    assert report["store"]["read_bytes"] >= report["store"]["new_bytes"]
+    print(f"read {report['store']['read_bytes']:,} of {since['store']['read_bytes']:,} bytes")
 
 
 def _reach(vmsnap: Installation, name: str, *, lab: Lab) -> None:
