@@ -19,7 +19,7 @@ from vmsnap.stores.packs.collecting import Collecting, collect
 from vmsnap.stores.packs.intents import new_token
 from vmsnap.stores.packs.lease import LASTS, Clocks
 from vmsnap.stores.packs.marking import Marking, mark
-from vmsnap.stores.packs.names import COLLECTOR_LOCK, REPOSITORY, SNAPSHOTS
+from vmsnap.stores.packs.names import COLLECTOR_LOCK, REPOSITORY, RESTORE_PROGRAM, SNAPSHOTS
 from vmsnap.stores.packs.removing import remove
 from vmsnap.stores.packs.repository import open_repository
 from vmsnap.testing.memory_objects import MemoryBucket, MemoryObjects
@@ -187,4 +187,4 @@ class Interleaving(RuleBasedStateMachine):
 
 
 def _belongs(name: str) -> bool:
-    return name in {REPOSITORY, COLLECTOR_LOCK} or name.startswith(SNAPSHOTS)
+    return name in {REPOSITORY, RESTORE_PROGRAM, COLLECTOR_LOCK} or name.startswith(SNAPSHOTS)

@@ -8,6 +8,7 @@ from vmsnap.errors import VerificationError
 from vmsnap.model.ids import SnapshotId, is_run_id
 
 REPOSITORY = "vmsnap-packs.json"
+RESTORE_PROGRAM = "restore.py"
 PACKS = "packs/"
 MAPS = "maps/"
 MOVES = "moves/"

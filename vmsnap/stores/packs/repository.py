@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.resources import files
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +28,7 @@ from vmsnap.stores.packs.manifests import Absence, PackedSnapshot, decode
 from vmsnap.stores.packs.maps import LEAF_TAG, Leaf, Root, decode_leaf, decode_root
 from vmsnap.stores.packs.names import (
     REPOSITORY,
+    RESTORE_PROGRAM,
     SNAPSHOTS,
     damaged,
     guest_prefix,
@@ -158,6 +160,8 @@ def initialise(store: ObjectStore, *, key: bytes | None, now: datetime) -> Repos
         key_check=None if key is None else KeyedSeal(key, repository=identity).key_check,
     )
     with contextlib.suppress(ObjectConflictError):  # another was faster, and its description counts
+        # First, so that who has a copy of the place has the means to read it as well.
+        store.put(RESTORE_PROGRAM, data=(files(__package__) / "restore.py").read_bytes())
         store.put_new(REPOSITORY, data=record.model_dump_json(indent=2).encode() + b"\n")
     return open_repository(store, key=key)
 

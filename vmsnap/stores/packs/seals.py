@@ -71,7 +71,8 @@ class KeyedSeal:
         def derived(purpose: str) -> bytes:
             return hmac.digest(key, f"vmsnap packs 1 {purpose} {repository}".encode(), "sha256")
 
-        self._cipher = AESGCM(derived("data"))
+        # What 'openssl enc -md sha256 -nosalt' makes of a password, so that a program can be given it without an argument.
+        self._cipher = AESGCM(hashlib.sha256(derived("data").hex().encode()).digest())
         self._nonce_key = derived("nonce")
         self._id_key = derived("id")
         self._signature_key = derived("signature")
