@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 
 from vmsnap.errors import VerificationError, VmsnapError
 from vmsnap.model.ids import SnapshotId
@@ -11,6 +12,37 @@ from vmsnap.model.manifest import Snapshot
 from vmsnap.model.report import VerifyReport
 
 _FUTURE_SLACK = timedelta(days=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One of ``of`` parts of everything, to be read in one go; the numbers 0 to ``of`` - 1 in turn come to all of it."""
+
+    number: int
+    of: int
+
+    def has(self, place: int) -> bool:
+        """Tell whether what has this number is in the share."""
+        return place % self.of == self.number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What reading a copy of a snapshot again came to: blocks read, a line a defect, the names of the objects to blame."""
+
+    blocks: int
+    defects: tuple[str, ...]
+    bad: frozenset[str] = frozenset()
+
+
+def share_of_day(share_per_day: float, *, day: date) -> Share:
+    """Return the share to read on a day: with 0.05 one of 20, another one each day.
+
+    The count of shares is never divisible by 7: whoever leaves out each Sunday leaves out another share each time.
+    """
+    of = max(1, math.ceil(round(1 / share_per_day, 6)))
+    of += of % 7 == 0
+    return Share(number=day.toordinal() % of, of=of)
 
 
 @dataclass(frozen=True, kw_only=True)
