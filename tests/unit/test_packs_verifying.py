@@ -67,8 +67,8 @@ def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
     bucket = MemoryBucket()
     repository = fresh(MemoryObjects(bucket), key=request.param)
     local = Local(folder=tmp_path)
-    send(repository, task=local.task(1, disks={"vda": DISK}, nvram=b"variables"), index=tmp_path / "index")
-    send(repository, task=local.task(2, disks={"vda": CHANGED}), index=tmp_path / "index")
+    send(repository, copy=local.snapshot(1, disks={"vda": DISK}, nvram=b"variables"), index=tmp_path / "index")
+    send(repository, copy=local.snapshot(2, disks={"vda": CHANGED}), index=tmp_path / "index")
     return Place(bucket=bucket, repository=repository, key=request.param)
 
 
@@ -88,10 +88,8 @@ def test_a_flipped_bit_costs_the_blocks_of_its_frame(place: Place) -> None:
     place.bucket.damage(pack, data=flipped(place.data(pack), at=wanted.place.offset + 20))
     found = place.check()
     assert found.bad == {pack}
-    (line,) = found.defects
-    assert line.startswith(f"snapshot {FIRST} of 'db', vda: block")
-    assert pack in line
-    assert found.blocks < 10
+    assert all(line.startswith(f"snapshot {FIRST} of 'db', vda: block") and pack in line for line in found.defects)
+    assert 6 <= found.blocks <= 9, "the blocks of the other frames are read"
     assert place.check(SECOND).bad == {pack}, "the block is shared"
 
 
@@ -167,8 +165,8 @@ def test_a_manifest_from_another_repository_or_name_is_refused(place: Place, tmp
     name = snapshot_name("db", snapshot=FIRST)
     other = fresh(MemoryObjects(MemoryBucket()), key=place.key)
     (tmp_path / "other").mkdir()
-    task = Local(folder=tmp_path / "other").task(1, disks={"vda": DISK})
-    send(other, task=task, index=tmp_path / "other index")
+    copy = Local(folder=tmp_path / "other").snapshot(1, disks={"vda": DISK})
+    send(other, copy=copy, index=tmp_path / "other index")
     for data, said in (
         (other.store.get(name).data, f"it is from repository {other.id}"),
         (place.data(snapshot_name("db", snapshot=SECOND)), "under another name"),
@@ -197,7 +195,7 @@ def test_the_shares_of_all_days_are_the_whole(tmp_path: Path) -> None:
     for number in range(1, 9):  # a pack each
         seeds = [*range(1, number), 100 + number]
         disk = b"".join(map(block, seeds))
-        send(repository, task=local.task(number, disks={"vda": disk}), index=tmp_path / "index")
+        send(repository, copy=local.snapshot(number, disks={"vda": disk}), index=tmp_path / "index")
     place = Place(bucket=bucket, repository=repository, key=None)
     last = SnapshotId(f"{8:010x}")
     whole = place.check(last)

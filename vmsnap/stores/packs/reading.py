@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vmsnap.errors import ObjectNotFoundError
+from vmsnap.errors import DriverError, ObjectNotFoundError, VerificationError
 from vmsnap.stores.blocks import BLOCK_BYTES, HOLE, block_count
 from vmsnap.stores.packs.frames import Place, block_of, checked, open_frame
 from vmsnap.stores.packs.maps import LEAF_BLOCKS, MOVES_TAG, Leaf, Root, decode_leaf, leaf_length
@@ -48,14 +48,22 @@ class PackReader:
     def fetch(self, fetch: Fetch) -> Iterator[tuple[Wanted, memoryview, bytes]]:
         """Read the blocks of one fetch, each compared with its id; with each comes the SHA-256 of its bytes.
 
-        A pack that was rewritten is followed to where its blocks are now. Raises VerificationError, StoreUnreachableError.
+        A pack that was rewritten is followed to where its blocks are now, be it gone or damaged. Raises VerificationError,
+        StoreUnreachableError.
         """
+        done = 0
         try:
-            data = self.repository.store.get_range(pack_name(fetch.pack), offset=fetch.offset, length=fetch.length)
-        except ObjectNotFoundError as error:
-            yield from self._moved(fetch, error=error)
-            return
+            for found in self._here(fetch):
+                done += 1
+                yield found
+        except (VerificationError, DriverError) as error:
+            if error.transient:
+                raise
+            yield from self._moved(fetch, done=done, error=error)
+
+    def _here(self, fetch: Fetch) -> Iterator[tuple[Wanted, memoryview, bytes]]:
         name, seal = pack_name(fetch.pack), self.repository.seal
+        data = self.repository.store.get_range(name, offset=fetch.offset, length=fetch.length)
         opened: tuple[tuple[int, int], bytes] | None = None
         for wanted in fetch.blocks:
             frame = (wanted.place.offset, wanted.place.length)
@@ -65,14 +73,20 @@ class PackReader:
             block = block_of(opened[1], slot=wanted.place.slot)
             yield wanted, block, checked(block, identity=wanted.identity, seal=seal, name=name)
 
-    def _moved(self, fetch: Fetch, *, error: ObjectNotFoundError) -> Iterator[tuple[Wanted, memoryview, bytes]]:
+    def _moved(
+        self, fetch: Fetch, *, done: int, error: VerificationError | DriverError
+    ) -> Iterator[tuple[Wanted, memoryview, bytes]]:
+        """Read from where they are now the blocks of a fetch that were not ``done`` when it failed."""
         moves = self._moves_of(fetch.pack)
+        missing = isinstance(error, ObjectNotFoundError)
         if moves is None:
-            raise damaged(pack_name(fetch.pack), what="it is missing") from error
+            raise damaged(pack_name(fetch.pack), what="it is missing") if missing else error
         places = dict(moves.places())
         again = []
-        for wanted in fetch.blocks:
+        for wanted in fetch.blocks[done:]:
             place = places.get(wanted.identity)
+            if place is None and not missing:
+                raise error
             if place is None:
                 raise damaged(
                     pack_name(fetch.pack), what=f"it was rewritten without block {wanted.identity.hex()}"

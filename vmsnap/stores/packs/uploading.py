@@ -6,6 +6,7 @@ The order of what is written is the whole safety of the repository; ``docs/packs
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from vmsnap.errors import DriverError, ObjectConflictError, ObjectNotFoundError
+from vmsnap.errors import DriverError, ObjectConflictError, ObjectNotFoundError, VerificationError
 from vmsnap.model.manifest import Manifest
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.objects import ObjectStore
@@ -32,18 +33,32 @@ from vmsnap.stores.packs.packing import Packer
 from vmsnap.stores.packs.repository import Repository
 from vmsnap.stores.packs.sources import BATCH_BLOCKS, Source, open_bytes, open_disk
 
+_LOG = logging.getLogger(__name__)
 _FIRST_TAIL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """How to upload. ``upload`` is the token; the same again continues where a dead process stopped."""
+    """How to upload. ``upload`` is the token; the same again continues where a dead process stopped.
+
+    ``instead_of``: the snapshot is there, damaged, and is written anew in its place; its maps are not used, and nor are the
+    packs that are known to be damaged.
+    """
 
     upload: str
     host: str
     connections: int = 4
     retain_until: datetime | None = None
+    instead_of: Damaged | None = None
     now: Callable[[], datetime]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damaged:
+    """A snapshot to write anew: the version of its manifest's object, None for a lost one, and the names of bad packs."""
+
+    version: str | None
+    packs: frozenset[str]
 
 
 def upload(
@@ -62,7 +77,9 @@ def upload(
     """
     manifest = copy.snapshot.manifest
     name = snapshot_name(manifest.guest, snapshot=manifest.id)
-    before = repository.versioned_entry(name)
+    anew = means.instead_of
+    before = repository.versioned_entry(name) if anew is None else None
+    over = anew.version if anew is not None else None if before is None else before[1]
     total = sum(disk.size_bytes for disk in manifest.disks)
     if before is not None and isinstance(before[0], PackedSnapshot):
         intents.end(repository.store, upload=means.upload)
@@ -82,14 +99,14 @@ def upload(
         sending = _Sending(repository, means=means, index=index, token=intent.token, check=_both(cancel, heart))
         with closing(sending):
             sending.learn()
-            base = _base(repository, manifest=manifest)
+            base = _base(repository, manifest=manifest) if anew is None else None
             body = sending.send(copy, base=base, progress=progress)
             sending.check_presence()
         data = encode_snapshot(
             body, repository=repository.id, upload=means.upload, at=means.now(), seal=repository.seal
         )
         heart.confirm()
-        _publish(repository, name=name, data=data, over=None if before is None else before[1], means=means)
+        _publish(repository, name=name, data=data, over=over, means=means)
     intents.end(repository.store, upload=means.upload)
     return Sent(logical_bytes=total, stored_bytes=sending.stored_bytes)
 
@@ -114,7 +131,7 @@ def _publish(repository: Repository, *, name: str, data: bytes, over: str | None
                 store.retain(name, until=means.retain_until)
     except ObjectConflictError as error:
         # Where the first try's answer was lost, or another host was faster, the snapshot is there.
-        if isinstance(repository.entry(name), Absence | None):
+        if means.instead_of is not None or isinstance(repository.entry(name), Absence | None):
             raise taken_for_dead(means.upload) from error
 
 
@@ -180,10 +197,11 @@ class _Sending:
         """
         store = self._repository.store
         condemned = self._condemned = intents.condemned(store)
+        bad = self._means.instead_of.packs if self._means.instead_of is not None else frozenset()
         sizes: dict[bytes, int] = {}
         for info in store.list(PACKS):
             digest = digest_in(info.name)
-            if digest is not None and info.name not in condemned:
+            if digest is not None and info.name not in condemned and info.name not in bad:
                 sizes[digest] = info.size_bytes
         self._index.forget_others(sizes.keys())
 
@@ -192,6 +210,9 @@ class _Sending:
             try:
                 return digest, load_index(self._repository, pack=digest, size_bytes=sizes[digest])
             except ObjectNotFoundError:
+                return digest, None
+            except VerificationError as error:
+                _LOG.warning("%s; nothing is stored in reliance on it", error.brief)
                 return digest, None
 
         for digest, found in self._packer.ahead(self._index.unknown(sizes), task=load):
