@@ -78,7 +78,7 @@ class HyperVHypervisor:
         self._logins = logins
         self._clock = clock
         self._clones = Clones(host, clock=clock)
-        self._environments = Environments(host)
+        self._environments = Environments(host, clock=clock)
         self._removal = Removal(host, clock=clock)
 
     @property
@@ -181,7 +181,7 @@ class HyperVHypervisor:
         if not Path(here).is_dir():
             raise PreconditionError(
                 f"{folder} of the Hyper-V host is not found at {here}",
-                remedy="mount the share of hyperv.export_folder at hyperv.mounted_at (docs/hyper-v.md)",
+                remedy="mount the share of hyperv.export_folder at hyperv.export_mounted (docs/hyper-v.md)",
             )
 
     def copies_resource(self, plan: CapturePlan) -> Resource:
@@ -342,8 +342,11 @@ class HyperVHypervisor:
         run = resource.run
         if resource.kind is ResourceKind.MEMORY:
             self._removal.folder(run, Part.MEMORY, deadline=deadline)
-        elif resource.kind in (ResourceKind.CLONE_OVERLAYS, ResourceKind.ENVIRONMENT_DISKS):
+        elif resource.kind is ResourceKind.CLONE_OVERLAYS:
             self._removal.folder(run, None, deadline=deadline)
+        elif resource.kind is ResourceKind.ENVIRONMENT_DISKS:
+            self._removal.folder(run, None, deadline=deadline)
+            self._environments.collect_bases()
         elif resource.kind is ResourceKind.CLONE:
             self._removal.machines(run, kind=TagKind.CLONE, deadline=deadline)
         elif resource.kind is ResourceKind.ENVIRONMENT:

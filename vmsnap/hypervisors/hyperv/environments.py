@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 from datetime import timedelta
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 from vmsnap.errors import (
     BugError,
@@ -12,9 +11,9 @@ from vmsnap.errors import (
     EnvironmentNotFoundError,
     PreconditionError,
     SafetyError,
-    ToolError,
     UnknownOutcomeError,
 )
+from vmsnap.hypervisors.hyperv.bases import Bases
 from vmsnap.hypervisors.hyperv.failures import RemoteError
 from vmsnap.hypervisors.hyperv.fence import fence_tag, find_switch
 from vmsnap.hypervisors.hyperv.host import Host, NewDisk, NewMachine
@@ -26,9 +25,9 @@ from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import FencePlan, IsolationProof
 from vmsnap.model.manifest import MachineRecord
+from vmsnap.ports.clock import Clock
 
 _START = timedelta(minutes=5)
-_CONVERT = timedelta(hours=6)
 _MIB = 1 << 20
 
 
@@ -40,25 +39,26 @@ def environment_tag(run: RunId, *, guest: str = "") -> Tag:
 class Environments:
     """All environments of one host."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, clock: Clock) -> None:
         self._host = host
+        self._bases = Bases(host.folders, clock=clock)
 
     # Disks
 
     def prepare_disks(self, plan: EnvironmentPlan, *, images: tuple[DiskImage, ...]) -> None:
         """Put each stored image where Hyper-V can read it, as VHDX, and make a differencing disk over it.
 
-        The copy holds data only, but it is one: Hyper-V reads no image of a file system that is not its own.
+        The first test VM of a snapshot waits for the copy: Hyper-V reads no image of a file system that is not its own.
         """
         host = self._host
         host.make_folder(plan.run, Part.ENVIRONMENT)
         folder = PureWindowsPath(host.folders.of(plan.run, Part.ENVIRONMENT))
-        here = _require_seen(host, folder)
+        _require_seen(host, folder)
+        self._bases.collect()
         for image in images:
-            base = f"{image.target}-base.vhdx"
-            _convert(image, to=Path(here, base))
+            base = self._bases.use(image, run=plan.run)
             try:
-                host.make_child_disk(str(folder / f"{image.target}.vhdx"), parent=str(folder / base))
+                host.make_child_disk(str(folder / f"{image.target}.vhdx"), parent=base)
             except UnknownOutcomeError as error:
                 raise DriverError(
                     f"whether disk {image.target} of the environment was made is not known",
@@ -71,8 +71,11 @@ class Environments:
         folder = Path(self._host.folders.here(self._host.folders.of(run, Part.ENVIRONMENT)))
         if not folder.is_dir():
             return 0
-        children = [path for path in folder.glob("*.vhdx") if not path.name.endswith("-base.vhdx")]
-        return sum(path.stat().st_blocks * 512 for path in children)
+        return sum(path.stat().st_blocks * 512 for path in folder.glob("*.vhdx"))
+
+    def collect_bases(self) -> None:
+        """Remove copies of stored images that no test VM stands on any more."""
+        self._bases.collect()
 
     # The VM
 
@@ -199,46 +202,11 @@ def _taken(name: str) -> PreconditionError:
     )
 
 
-def _require_seen(host: Host, folder: PureWindowsPath) -> PurePosixPath:
-    """Return where a folder of the host is found here. Raises PreconditionError where it is not."""
+def _require_seen(host: Host, folder: PureWindowsPath) -> None:
+    """Raise PreconditionError where a folder of the host is not found here."""
     here = host.folders.here(str(folder))
     if not Path(here).is_dir():
         raise PreconditionError(
             f"{folder} of the Hyper-V host is not found at {here}",
-            remedy="mount the share of hyperv.export_folder at hyperv.mounted_at, writable for test VMs",
-        )
-    return here
-
-
-def _convert(image: DiskImage, *, to: Path) -> None:
-    """Write a stored image as a dynamic VHDX. Raises ToolError."""
-    argv = [
-        "qemu-img",
-        "convert",
-        "-f",
-        image.image_format,
-        "-O",
-        "vhdx",
-        "-o",
-        "subformat=dynamic",
-        image.path,
-        str(to),
-    ]
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_CONVERT.total_seconds(),
-            check=False,
-            text=True,
-        )
-    except FileNotFoundError as error:
-        raise PreconditionError("qemu-img is not installed", remedy="apt install qemu-utils") from error
-    except subprocess.TimeoutExpired as error:
-        raise ToolError(f"qemu-img did not write {to} within {_CONVERT}", remedy="is the share slow?") from error
-    if done.returncode != 0:
-        raise ToolError(
-            f"qemu-img could not write {to}: {done.stderr.strip()[:500]}",
-            remedy="is there room on the Hyper-V host's volume, and may this host write there?",
+            remedy="mount the share of hyperv.export_folder at hyperv.export_mounted, writable for test VMs",
         )
