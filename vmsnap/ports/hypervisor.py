@@ -27,6 +27,12 @@ class Hypervisor(Owner, Protocol):
     def guests(self) -> tuple[str, ...]:
         """Return the names of all guests, clones and environments of vmsnap not among them."""
 
+    def host_findings(self) -> tuple[Finding, ...]:
+        """Look whether the host answers, and whether it can be used. Changes nothing.
+
+        Raises what reaching it raises: PreconditionError, HostUnreachableError, DriverError.
+        """
+
     def inspect(self, guest: str) -> Guest:
         """Describe a guest. Raises GuestNotFoundError."""
 

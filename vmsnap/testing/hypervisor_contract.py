@@ -163,6 +163,12 @@ class HypervisorContract:
         """Return the harness of the driver under test."""
         raise NotImplementedError
 
+    def test_the_host_is_looked_at(self, harness: HypervisorHarness) -> None:
+        """It answers, and nothing stands against using it."""
+        findings = harness.hypervisor.host_findings()
+        assert findings
+        assert all(finding.severity is not Severity.REFUSAL for finding in findings)
+
     def test_a_guest_is_described(self, harness: HypervisorHarness) -> None:
         """All that a run is planned from is there, and the machine can be made again."""
         hypervisor = harness.hypervisor

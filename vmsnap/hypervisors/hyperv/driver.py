@@ -16,6 +16,7 @@ from vmsnap.errors import (
 )
 from vmsnap.hypervisors.hyperv.clones import Clones, clone_name, export_part
 from vmsnap.hypervisors.hyperv.environments import Environments
+from vmsnap.hypervisors.hyperv.examination import judge
 from vmsnap.hypervisors.hyperv.fence import fence_tag, find_switch
 from vmsnap.hypervisors.hyperv.findings import findings_of
 from vmsnap.hypervisors.hyperv.guestline import GuestLogins
@@ -113,6 +114,20 @@ class HyperVHypervisor:
         if settings.mode is CaptureChoice.AUTO:
             return ModeChoice(mode=CaptureMode.LIVE, reason="auto: Hyper-V exports a running guest with its memory")
         return ModeChoice(mode=CaptureMode(settings.mode), reason="the policy says so")
+
+    def host_findings(self) -> tuple[Finding, ...]:
+        """Look at the host, and whether the mounted folder is the one that it exports to."""
+        try:
+            seen = frozenset(entry.name for entry in Path(self._folders.mounted).iterdir() if entry.is_dir())
+        except OSError:
+            seen = None
+        return judge(
+            self._host.examine(),
+            folder=self._folders.root,
+            mounted=self._folders.mounted,
+            seen=seen,
+            now=self._clock.now(),
+        )
 
     def findings(self, guest: Guest, *, settings: CaptureSettings) -> tuple[Finding, ...]:
         """Look whether the guest can be captured now."""

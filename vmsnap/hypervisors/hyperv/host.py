@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from vmsnap.hypervisors.hyperv import rows
 from vmsnap.hypervisors.hyperv.connection import Login, Parameter, Row
+from vmsnap.hypervisors.hyperv.examination import NEEDED, Examination, examination_of
 from vmsnap.hypervisors.hyperv.guestline import DirectLine
 from vmsnap.hypervisors.hyperv.rows import (
     CheckedDisk,
@@ -145,6 +146,12 @@ class Host:
         """Return what the host has left, of memory and in the folder of exports."""
         (row,) = self._look("describe_host", doing="tell what it has left", parameters={"Folder": self.folders.root})
         return room_of(row)
+
+    def examine(self) -> Examination:
+        """Return what the host says of itself, for ``vmsnap doctor``."""
+        parameters: dict[str, Parameter] = {"Folder": self.folders.root, "Needed": list(NEEDED)}
+        (row,) = self._look("examine_host", doing="be looked at", parameters=parameters)
+        return examination_of(row)
 
     def run_folders(self) -> tuple[RunFolder, ...]:
         """Return the folders of runs."""

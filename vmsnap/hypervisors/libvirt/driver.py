@@ -57,7 +57,7 @@ from vmsnap.model.capture import (
     OnNoConvergence,
 )
 from vmsnap.model.environment import EnvironmentPlan
-from vmsnap.model.guest import Finding, Guest, GuestState, Nic
+from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.isolation import FencePlan, FencePort, IsolationProof
 from vmsnap.model.journal import Resource, ResourceKind
@@ -113,6 +113,11 @@ class LibvirtHypervisor:
         """Return the names of all guests."""
         mine = {name for name, _ in self._clones.tagged()}
         return tuple(sorted(set(self._connection.names()) - mine))
+
+    def host_findings(self) -> tuple[Finding, ...]:
+        """Look whether libvirt answers."""
+        message = f"answers, and knows {len(self.guests())} guests"
+        return (Finding(check="libvirt", severity=Severity.OK, message=message),)
 
     def inspect(self, guest: str) -> Guest:
         """Describe a guest."""

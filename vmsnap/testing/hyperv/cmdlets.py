@@ -126,6 +126,7 @@ Wait-VM: VM Name AsJob Passthru For Delay Timeout
 _OTHERS = """
 Get-CimInstance: ClassName InputObject Namespace Filter Property KeyOnly Query QueryDialect OperationTimeoutSec
     ResourceUri Shallow
+Get-CimClass: ClassName Namespace MethodName PropertyName QualifierName OperationTimeoutSec Amended
 Get-CimAssociatedInstance: InputObject ResultClassName Association Namespace OperationTimeoutSec KeyOnly ResourceUri
 Invoke-CimMethod: ClassName InputObject MethodName Arguments Namespace Query QueryDialect OperationTimeoutSec
     ResourceUri CimClass

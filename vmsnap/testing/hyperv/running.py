@@ -10,13 +10,13 @@ from threading import RLock
 from vmsnap.hypervisors.hyperv.connection import Parameter, Row
 from vmsnap.hypervisors.hyperv.failures import ErrorRecord, translate
 from vmsnap.ports.clock import Cancel
-from vmsnap.testing.hyperv import twins_host, twins_machines
+from vmsnap.testing.hyperv import twins_doctor, twins_host, twins_machines
 from vmsnap.testing.hyperv.dispatch import Invocation, PowerShellError, Streams
 from vmsnap.testing.hyperv.failures import CmdletError
 from vmsnap.testing.hyperv.machine import HyperVHost
 from vmsnap.testing.hyperv.twins import TWINS, Emitted, Values, digest_of
 
-ALL = (twins_host, twins_machines)
+ALL = (twins_host, twins_machines, twins_doctor)
 """Where the twins are; importing them registers them."""
 
 
