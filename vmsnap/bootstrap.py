@@ -17,6 +17,7 @@ from vmsnap.disks.filesystems import OfflineInspector
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
 from vmsnap.guests.access import Access
+from vmsnap.model.collection import CollectReport
 from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome, PruneFailure, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
@@ -49,11 +50,12 @@ from vmsnap.monitoring.metrics import Metric
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.service import HostServices
 from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
-from vmsnap.offsite import replica_of
+from vmsnap.offsite import replica_of, upkeep_of
 from vmsnap.oversight import Hearing, Oversight
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import Observer
 from vmsnap.ports.progress import Progress
+from vmsnap.ports.upkeep import CollectWishes
 from vmsnap.state.admissions import FileAdmissions
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
@@ -68,6 +70,7 @@ from vmsnap.stores.images import ImagesStore
 from vmsnap.virtual import open_virtual
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
+from vmsnap.workflow.collect import collect
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.export import export
 from vmsnap.workflow.hinting import hint_findings
@@ -132,6 +135,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         clock=clock,
         engine_for=engine_for,
         new_run_id=new_run_id,
+        upkeep=None if settings.replica is None else upkeep_of(settings.replica, clock=clock),
     )
 
 
@@ -238,6 +242,10 @@ class Application:
             if error is not None:
                 failures.append(PruneFailure(guest=check.guest or check.path.name, error=error))
         return PruneReport(decisions=tuple(decisions), failures=tuple(failures))
+
+    def collect(self, wishes: CollectWishes, *, progress: Progress, cancel: Cancel) -> CollectReport:
+        """Remove what nobody needs at the replica."""
+        return collect(self._world, policies=self._policies.all(), wishes=wishes, progress=progress, cancel=cancel)
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         """Return what retention will have kept, of one guest or of all that have a policy."""

@@ -10,11 +10,14 @@ from vmsnap.errors import BugError
 from vmsnap.model.objects import S3Place
 from vmsnap.ports.clock import Clock
 from vmsnap.ports.objects import ObjectStore
+from vmsnap.ports.upkeep import Upkeep
 from vmsnap.stores.objects.directory import DirectoryObjects
 from vmsnap.stores.objects.pacing import PacedObjects
 from vmsnap.stores.objects.retrying import Patience, Repeating, RetryingObjects
 from vmsnap.stores.objects.s3 import S3Objects
 from vmsnap.stores.packs.replica import PacksReplica
+from vmsnap.stores.packs.repository import Repository, open_repository
+from vmsnap.stores.packs.upkeep import PackedUpkeep
 
 _MIB = 1024 * 1024
 
@@ -48,6 +51,15 @@ def replica_of(settings: ReplicaSettings, *, state: Path, clock: Clock) -> Packs
         connections=settings.connections,
         clock=clock,
     )
+
+
+def upkeep_of(settings: ReplicaSettings, *, clock: Clock) -> Upkeep:
+    """Return what keeps the replica in order. Asks nothing of it yet, and reads no credential."""
+
+    def opened() -> Repository:
+        return open_repository(objects_of(settings, clock=clock), key=encryption_key_of(settings))
+
+    return PackedUpkeep(opened, clock=clock, locks=settings.object_lock != "off", connections=settings.connections)
 
 
 def _place(settings: ReplicaSettings) -> S3Place:

@@ -33,6 +33,7 @@ from vmsnap.errors import (
     VmsnapError,
 )
 from vmsnap.model.capture import CaptureMode
+from vmsnap.model.collection import CollectReport, Heap
 from vmsnap.model.due import DueEntry, DueReport, Outcome, PruneFailure, PruneReport
 from vmsnap.model.environment import Environment
 from vmsnap.model.forecast import Forecast, every_so_often, forecast
@@ -87,6 +88,7 @@ from vmsnap.model.verification import VerifyEntry
 from vmsnap.monitoring.metrics import Metric, Sample
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
+from vmsnap.ports.upkeep import CollectWishes
 
 AT = datetime(2026, 11, 21, 2, 0, 3, tzinfo=UTC)
 NOW = AT + timedelta(hours=6)
@@ -362,6 +364,21 @@ class FakeApplication:
             ),
         )
         return PruneReport(decisions=decisions, failures=self.prune_failures)
+
+    def collect(self, wishes: CollectWishes, *, progress: Progress, cancel: Cancel) -> CollectReport:
+        self._called("collect", wishes)
+        progress.step("looking what the snapshots need")
+        return CollectReport(
+            started=AT,
+            finished=AT + timedelta(seconds=9),
+            dry_run=wishes.dry_run,
+            snapshots=3,
+            used=Heap(objects=40, size_bytes=600 << 20),
+            removed=Heap() if wishes.dry_run else Heap(objects=2, size_bytes=30 << 20),
+            found=Heap(objects=1, size_bytes=16 << 20),
+            waiting=Heap(objects=4, size_bytes=64 << 20),
+            reasons=() if wishes.dry_run else ("what is found stays for 1d first",),
+        )
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         self._called("forecast", guest, span, every)

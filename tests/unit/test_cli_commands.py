@@ -30,6 +30,7 @@ from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
 from vmsnap.model.verification import VerifyEntry, damage
+from vmsnap.ports.upkeep import CollectWishes
 
 WARNED = (
     Finding(check="store", severity=Severity.OK, message="XFS with reflinks", remedy="nothing"),
@@ -358,6 +359,21 @@ def test_prune_tells_of_guests_that_failed_and_of_all_others(program: Program) -
     document = program("prune", "--json").json
     assert len(document["decisions"]) == 2
     assert document["failures"][0]["guest"] == "db2"
+
+
+def test_gc_says_what_was_freed_and_what_waits(program: Program) -> None:
+    outcome = program("gc")
+    assert program.application.calls == [("collect", CollectWishes())]
+    assert "Freed: 2 objects, 30.0 MiB." in outcome.stdout
+    assert "4 objects, 64.0 MiB: what is found stays for 1d first." in outcome.stdout
+    assert "Nothing was removed: dry run." in program("gc", "--dry-run").stdout
+    program("gc", "--now", "--no-rewrite", "--wait")
+    wishes = CollectWishes(grace=timedelta(0), rewrite=False, waits=True)
+    assert program.application.calls[-1] == ("collect", wishes)
+    document = program("gc", "--json", "--grace", "2h").json
+    assert program.application.calls[-1] == ("collect", CollectWishes(grace=timedelta(hours=2)))
+    assert document["removed"] == {"objects": 2, "size_bytes": 30 << 20}
+    assert document["dry_run"] is False
 
 
 def test_prune_in_json(program: Program) -> None:
@@ -750,7 +766,7 @@ def _commands() -> list[tuple[str, ...]]:
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
         "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
-        "env register", "env serve", "env show", "export", "history", "list", "metrics", "pin", "policy check",
+        "env register", "env serve", "env show", "export", "gc", "history", "list", "metrics", "pin", "policy check",
         "policy show", "provision", "prune", "reconcile", "replicate", "restore", "run", "show", "unpin", "verify",
     ]  # fmt: skip
 

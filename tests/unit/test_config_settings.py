@@ -76,6 +76,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         tick = "10s"
         reconcile_every = "1m"
         prune_every = "2h"
+        collect_every = "2d"
         stop_deadline = "3m"
         [metrics]
         listen = "[::1]:9642"
@@ -116,7 +117,13 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         "libvirt": {"uri": "qemu+unix:///system?socket=/d"},
         "isolation": {"service_network": "100.64.0.0/24"},
         "limits": {"runs_per_host": 3, "runs_per_storage": 2, "clones_per_host": 6},
-        "daemon": {"tick": "10s", "reconcile_every": "1m", "prune_every": "2h", "stop_deadline": "3m"},
+        "daemon": {
+            "tick": "10s",
+            "reconcile_every": "1m",
+            "prune_every": "2h",
+            "collect_every": "2d",
+            "stop_deadline": "3m",
+        },
         "metrics": {"listen": "[::1]:9642", "textfile": "/e/vmsnap.prom"},
         "notifications": {
             "urls": ["**********"],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from vmsnap.model.collection import CollectReport
 from vmsnap.model.due import DueReport, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding
@@ -34,6 +35,7 @@ from vmsnap.model.verification import VerifyEntry
 from vmsnap.monitoring.metrics import Metric
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
+from vmsnap.ports.upkeep import CollectWishes
 
 
 class Application(Protocol):
@@ -61,6 +63,9 @@ class Application(Protocol):
 
         ``many``: remove even most of a guest's snapshots. Of all, one that fails stops no other and is in the report.
         """
+
+    def collect(self, wishes: CollectWishes, *, progress: Progress, cancel: Cancel) -> CollectReport:
+        """Remove what nobody needs at the replica, and lock for longer what is kept. Raises PreconditionError without one."""
 
     def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
         """Return what retention will have kept after ``span`` of a backup each ``every``; None: as scheduled."""

@@ -11,6 +11,7 @@ from vmsnap.cli.failures import error_fields
 
 if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
+    from vmsnap.model.collection import CollectReport
     from vmsnap.model.due import DueEntry, DueReport, PruneReport
     from vmsnap.model.forecast import Forecast
     from vmsnap.model.guest import Finding
@@ -105,11 +106,18 @@ def prune_document(report: PruneReport, *, dry_run: bool) -> Document:
                 "reasons": list(decision.reasons),
                 "rules": list(decision.rules),
                 "removed_bytes": decision.removed_bytes,
+                "place": decision.place.value,
             }
             for decision in report.decisions
         ],
         "failures": [{"guest": failure.guest, **error_fields(failure.error)} for failure in report.failures],
     }
+
+
+def collect_document(report: CollectReport) -> Document:
+    """Return the document of ``vmsnap gc``. ``waiting`` was found before, and cannot go yet: ``reasons`` say why."""
+    document: Document = report.model_dump(mode="json")
+    return document
 
 
 def forecasts_document(forecasts: Sequence[Forecast]) -> Document:

@@ -15,6 +15,7 @@ from vmsnap.cli.daemon import daemon
 from vmsnap.cli.dhcp import dhcp
 from vmsnap.cli.doctor import doctor
 from vmsnap.cli.env import environments
+from vmsnap.cli.gc import collect_garbage
 from vmsnap.cli.group import ErrorGroup
 from vmsnap.cli.history import history
 from vmsnap.cli.list import list_snapshots
@@ -92,6 +93,7 @@ app.command("replicate", rich_help_panel=_KEEP)(replicate)
 app.command("restore", rich_help_panel=_KEEP)(restore)
 app.command("export", rich_help_panel=_KEEP)(export)
 app.command("verify", rich_help_panel=_KEEP)(verify)
+app.command("gc", rich_help_panel=_KEEP)(collect_garbage)
 app.command("daemon", rich_help_panel=_HOST)(daemon)
 app.command("history", rich_help_panel=_HOST)(history)
 app.command("doctor", rich_help_panel=_HOST)(doctor)

@@ -29,6 +29,11 @@ _DOUBT = (
     "a clock calls old, or not pinned any more, stays. If the clock is right, add --trust-clock."
 )
 
+_UNKNOWN = (
+    "The replica cannot be asked which copies it has, so nothing that it might lack was removed here. "
+    "'vmsnap doctor' says what is wrong with it."
+)
+
 
 def prune(
     ctx: typer.Context,
@@ -63,6 +68,9 @@ def prune(
 
     Where a policy says that more than half of a guest's snapshots shall go at once, and more than five, none goes unless --many
     is given: the policy was changed, and perhaps by mistake. Of several guests, one that fails stops no other.
+
+    Of a guest with copies at the replica, those are decided of too, by [replica.retention]. The last copy of a snapshot goes only
+    where the rules of both places let it go. What copies needed at the replica is freed by 'vmsnap gc'.
 
     --simulate removes nothing. It draws a calendar of what the policy will have kept.
 
@@ -114,9 +122,11 @@ def _print_decisions(console: Console, decisions: Sequence[PruneDecision], *, dr
     if not decisions:
         print_lines(console, ["No snapshots: nothing to decide."])
         return
+    places = ("WHERE",) if any(decision.place == "replica" for decision in decisions) else ()
     rows = [
         (
             _verdict(decision, dry_run=dry_run),
+            *(decision.place.value for _ in places),
             decision.snapshot.manifest.guest,
             decision.snapshot.id,
             minute(decision.snapshot.manifest.captured),
@@ -124,7 +134,7 @@ def _print_decisions(console: Console, decisions: Sequence[PruneDecision], *, dr
         )
         for decision in decisions
     ]
-    print_table(console, header=("", "GUEST", "SNAPSHOT", "WHEN", "WHY"), rows=rows)
+    print_table(console, header=("", *places, "GUEST", "SNAPSHOT", "WHEN", "WHY"), rows=rows)
     goes = [decision for decision in decisions if not decision.keep]
     freed = sum(decision.removed_bytes or 0 for decision in goes)
     end = "nothing was removed: dry run" if dry_run else f"{size(freed)} freed"
@@ -132,6 +142,8 @@ def _print_decisions(console: Console, decisions: Sequence[PruneDecision], *, dr
     print_lines(console, [f"{len(decisions) - len(goes)} kept, {len(goes)} {verb}; {end}."])
     if any("clock-in-doubt" in decision.rules for decision in decisions):
         print_lines(console, [_DOUBT])
+    if any("replica-unknown" in decision.rules for decision in decisions):
+        print_lines(console, [_UNKNOWN])
 
 
 def _verdict(decision: PruneDecision, *, dry_run: bool) -> str:

@@ -110,6 +110,7 @@ class DaemonSettings(_Section):
     tick: Annotated[PositiveDuration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=10))] = timedelta(seconds=30)
     reconcile_every: PositiveDuration = timedelta(minutes=5)
     prune_every: PositiveDuration = timedelta(hours=1)
+    collect_every: PositiveDuration = timedelta(days=1)
     stop_deadline: PositiveDuration = timedelta(minutes=19)
 
 

@@ -14,6 +14,8 @@ from vmsnap.model.policy import Policy
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import ChoreDone
 from vmsnap.ports.progress import Progress
+from vmsnap.ports.upkeep import CollectWishes
+from vmsnap.workflow.collect import collect
 from vmsnap.workflow.provision import destroy_environment
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.reconcile import reconcile
@@ -22,7 +24,8 @@ from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.verify import verify_due
 from vmsnap.workflow.world import World
 
-RECONCILE, PRUNE, EXPIRE, VERIFY, REPLICATE = "reconcile", "prune", "expire", "verify", "replicate"
+RECONCILE, PRUNE, EXPIRE, VERIFY = "reconcile", "prune", "expire", "verify"
+REPLICATE, COLLECT = "replicate", "collect"
 _LOG = logging.getLogger(__name__)
 _VERIFY_AGAIN = timedelta(hours=6)
 """Until a snapshot that could not be read is tried again."""
@@ -71,6 +74,11 @@ class Chores:
         """Send to the replica what policies want there and is not there yet."""
         if any(is_replicated(policy) for policy in policies):
             self._begin(REPLICATE, world, work=lambda: self._replicate(world, policies=policies))
+
+    def begin_collect(self, world: World, *, policies: Sequence[Policy]) -> None:
+        """Remove what nobody needs at the replica."""
+        if world.upkeep is not None:
+            self._begin(COLLECT, world, work=lambda: self._collect(world, policies=policies))
 
     def _begin(self, name: str, world: World, *, work: Callable[[], Iterator[ChoreDone]]) -> None:
         if name in self._going or self._cancel.is_set():
@@ -143,6 +151,25 @@ class Chores:
             if entry.report is not None:
                 _LOG.info("snapshot %s of %s is at the replica", entry.report.snapshot, entry.guest)
             yield ChoreDone(name=REPLICATE, at=world.clock.now(), guest=entry.guest, error=entry.error)
+
+    def _collect(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
+        # A collector that died holds the lease: it is watched, and taken over from.
+        wishes = CollectWishes(waits=True)
+        try:
+            report = collect(world, policies=policies, wishes=wishes, progress=self._progress, cancel=self._cancel)
+        except BusyError as error:
+            _LOG.info("%s", error.brief)
+            return
+        freed, found = report.removed, report.found
+        _LOG.info(
+            "the replica's garbage: %d objects of %d bytes removed, %d more of %d bytes found",
+            freed.objects, freed.size_bytes, found.objects, found.size_bytes,
+        )  # fmt: skip
+        for one in report.ended:
+            _LOG.warning(
+                "upload %s of snapshot %s from %s was called over: %s", one.upload, one.snapshot, one.host, one.reason
+            )
+        yield from ()
 
     def _verify(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
         now = world.clock.monotonic()

@@ -139,6 +139,10 @@ class Duties:
         """Begin to read again what is due for it."""
         self._chores.begin_verify(self._world, policies=self._loaded.policies)
 
+    def collect(self) -> None:
+        """Begin to collect the replica's garbage, where there is one."""
+        self._chores.begin_collect(self._world, policies=self._loaded.policies)
+
     def take_news(self) -> bool:
         """Hear what has ended since, and tell it. Returns whether there is room now for what waited.
 

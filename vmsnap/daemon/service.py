@@ -130,6 +130,7 @@ class Daemon:
             (settings.prune_every, duties.prune),
             # Reads every manifest, for what comes up once in days.
             (settings.prune_every, duties.verify),
+            (settings.collect_every, duties.collect),
         )
 
     def _read_again(self, duties: Duties) -> None:

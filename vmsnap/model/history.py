@@ -116,6 +116,7 @@ class Action(StrEnum):
     REPLICATE = "replicate"
     RESTORE = "restore"
     EXPORT = "export"
+    COLLECT = "collect"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -179,8 +180,17 @@ class ExportReport(_Report):
     seconds: float
 
 
+class Place(StrEnum):
+    """Where a copy of a snapshot is."""
+
+    LOCAL = "local"
+    REPLICA = "replica"
+
+
 class PruneDecision(_Report):
-    """What retention says of one snapshot, and why. ``removed_bytes`` None: it was not removed.
+    """What retention says of one copy of a snapshot, and why. ``removed_bytes`` None: it was not removed.
+
+    At the replica nothing is freed at once: what only that copy needed is garbage, to be collected.
 
     ``rules`` names what decided, in the order of ``reasons``: a key of the policy, or a ``retention.Keeper``.
     """
@@ -190,6 +200,7 @@ class PruneDecision(_Report):
     reasons: tuple[str, ...]
     rules: tuple[str, ...] = ()
     removed_bytes: int | None = None
+    place: Place = Place.LOCAL
 
 
 class Undone(_Report):

@@ -52,6 +52,9 @@ class Keeper(StrEnum):
     BEYOND = "beyond"
     ANOTHER_STAYS = "another-stays"
     PIN_ENDED = "pin-ended"
+    LAST_COPY = "last-copy"
+    COPY_STAYS = "copy-stays"
+    REPLICA_UNKNOWN = "replica-unknown"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,14 +13,14 @@ from vmsnap.model.durations import Duration, PositiveDuration, format_duration
 DEFAULT_KEEP_LAST = 7
 
 # The newest snapshots of N periods span N - 2 whole ones at least, and none is shorter than this.
-_SHORTEST_PERIOD = {
+SHORTEST_PERIOD = {
     "keep_hourly": timedelta(hours=1),
     "keep_daily": timedelta(hours=23),
     "keep_weekly": timedelta(days=7) - timedelta(hours=1),
     "keep_monthly": timedelta(days=28),
     "keep_yearly": timedelta(days=365),
 }
-_KEEP = ("keep_last", *_SHORTEST_PERIOD)
+_KEEP = ("keep_last", *SHORTEST_PERIOD)
 
 
 class Counting(StrEnum):
@@ -60,7 +60,7 @@ class RetentionPolicy(BaseModel):
     def _last_gives_way_to_others(cls, given: Any) -> Any:
         if not isinstance(given, dict) or "keep_last" in given:
             return given
-        if given.get("replace_on_next") or any(given.get(name) for name in _SHORTEST_PERIOD):
+        if given.get("replace_on_next") or any(given.get(name) for name in SHORTEST_PERIOD):
             return {**given, "keep_last": 0}
         if given.get("max_age") is not None and not given.get("min_age"):
             msg = (
@@ -91,7 +91,7 @@ class RetentionPolicy(BaseModel):
         if self.min_age > max_age:
             msg = f"min_age {format_duration(self.min_age)} is longer than max_age {format_duration(max_age)}"
             raise ValueError(msg)
-        for name, shortest in _SHORTEST_PERIOD.items():
+        for name, shortest in SHORTEST_PERIOD.items():
             count = getattr(self, name)
             if count - 2 > max_age / shortest:
                 msg = (

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from zoneinfo import ZoneInfo
 
-from vmsnap.errors import ConfigError, HeldError, PreconditionError
+from vmsnap.errors import ConfigError, HeldError, PreconditionError, VmsnapError
+from vmsnap.model.copies import Held, Rules, decide_copies, locked_until
 from vmsnap.model.forecast import Forecast, as_scheduled, every_so_often, forecast
 from vmsnap.model.history import Action
+from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy
-from vmsnap.model.report import PruneDecision
+from vmsnap.model.report import Place, PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
+from vmsnap.ports.upkeep import Upkeep
 from vmsnap.workflow.chronicle import audit, audited
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=1)
 _FEW = 5
 """So many may go at once, whatever part of all they are."""
+_LOCKED_AT_LEAST = timedelta(days=7)
+"""Copies that are kept are locked for so long from each collection on, where copies are locked."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -25,6 +32,9 @@ def prune(
     world: World, *, policy: Policy, dry_run: bool, trust_clock: bool = False, many: bool = False
 ) -> tuple[PruneDecision, ...]:
     """Remove what the policy does not keep; say of every snapshot why. A dry run only says.
+
+    Where the guest has copies at a replica: of those too, by their own rules, and the last copy of a snapshot goes only where
+    both places' rules let it go. Where the replica cannot be asked, nothing goes here.
 
     ``trust_clock``: somebody says that the clock is right, however far it is from the newest snapshots. ``many``: somebody
     wants more than half of a guest's snapshots removed at once, if the policy does.
@@ -36,14 +46,18 @@ def prune(
             _finish_removals(world, policy.guest)
         snapshots = world.store.snapshots(policy.guest)
         held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
-        decisions = decide(
-            snapshots,
-            policy=policy.retention,
-            held=held,
-            now=world.clock.now(),
-            zone=ZoneInfo(policy.time_zone),
-            trust_clock=trust_clock,
-        )
+        upkeep = world.upkeep if policy.replica.enabled else None
+        if upkeep is None:
+            decisions = decide(
+                snapshots,
+                policy=policy.retention,
+                held=held,
+                now=world.clock.now(),
+                zone=ZoneInfo(policy.time_zone),
+                trust_clock=trust_clock,
+            )
+        else:
+            decisions = _decide_copies(world, upkeep, policy=policy, here=snapshots, trust_clock=trust_clock)
         doubtful = [decision.snapshot.id for decision in decisions if Keeper.CLOCK_IN_DOUBT in decision.rules]
         if doubtful:
             _LOG.warning(
@@ -54,11 +68,55 @@ def prune(
         if dry_run:
             return decisions
         if not many:
-            _brake(decisions, guest=policy.guest)
+            for place in Place:
+                _brake([one for one in decisions if one.place is place], guest=policy.guest)
         return tuple(_carry_out(world, decision) for decision in decisions)
 
 
-def _brake(decisions: tuple[PruneDecision, ...], *, guest: str) -> None:
+def lock_copies(world: World, upkeep: Upkeep, *, policy: Policy) -> int:
+    """Lock a guest's copies at the replica, those that retention keeps, for as long as they stay in any case.
+
+    Returns how many objects were locked for longer. May be repeated. Raises VerificationError, StoreUnreachableError.
+    """
+    copies = upkeep.copies(policy.guest)
+    here = world.store.snapshots(policy.guest)
+    rules, held = _rules(world, policy, trust_clock=False), Held(away=copies.held)
+    decisions = decide_copies(here, copies.snapshots, rules=rules, held=held)
+    until = locked_until(
+        [one.snapshot for one in decisions if one.place is Place.REPLICA and one.keep],
+        policy=rules.away,
+        now=rules.now,
+        zone=rules.zone,
+        at_least=_LOCKED_AT_LEAST,
+    )
+    return upkeep.lock(policy.guest, until=until)
+
+
+def _rules(world: World, policy: Policy, *, trust_clock: bool) -> Rules:
+    return Rules(
+        here=policy.retention,
+        away=policy.replica.retention or policy.retention,
+        now=world.clock.now(),
+        zone=ZoneInfo(policy.time_zone),
+        trust_clock=trust_clock,
+    )
+
+
+def _decide_copies(
+    world: World, upkeep: Upkeep, *, policy: Policy, here: Sequence[Snapshot], trust_clock: bool
+) -> tuple[PruneDecision, ...]:
+    """Decide of the copies here and at the replica, or, where it cannot be asked, of those here."""
+    away: tuple[Snapshot, ...] | None = None
+    held = Held(here=frozenset(one.id for one in here if world.store.holders(one)))
+    try:
+        copies = upkeep.copies(policy.guest)
+        away, held = copies.snapshots, replace(held, away=copies.held)
+    except VmsnapError as error:
+        _LOG.warning("the replica cannot be asked for copies of %s, so none goes here: %s", policy.guest, error.brief)
+    return decide_copies(here, away, rules=_rules(world, policy, trust_clock=trust_clock), held=held)
+
+
+def _brake(decisions: Sequence[PruneDecision], *, guest: str) -> None:
     """Refuse to remove most of a guest's snapshots at once. Day by day few go: so many mean that a policy was changed."""
     goes = sum(not decision.keep for decision in decisions)
     if goes > _FEW and goes > len(decisions) / 2:
@@ -94,17 +152,38 @@ def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta |
 def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
     if decision.keep:
         return decision
-    snapshot = decision.snapshot
+    snapshot, upkeep = decision.snapshot, world.upkeep
+    if Keeper.COPY_STAYS in decision.rules and decision.place is Place.LOCAL and upkeep is not None:
+        decision = _only_with_a_copy(decision, upkeep=upkeep)
+        if decision.keep:
+            return decision
+    away = decision.place is Place.REPLICA
     try:
         with audited(
             world,
             Action.PRUNE,
             guest=snapshot.manifest.guest,
             subject=snapshot.id,
-            detail=f"of {snapshot.manifest.captured:%Y-%m-%d %H:%M:%SZ}: {'; '.join(decision.reasons)}",
+            detail=f"{'at the replica, ' if away else ''}of {snapshot.manifest.captured:%Y-%m-%d %H:%M:%SZ}: "
+            f"{'; '.join(decision.reasons)}",
         ):
-            removed = world.store.remove(snapshot)
+            removed = 0
+            if not away:
+                removed = world.store.remove(snapshot)
+            elif upkeep is not None:
+                upkeep.remove(snapshot)
     except HeldError as error:
-        # An environment was made of it since the decision.
+        # An environment was made of it since the decision, or it is locked.
         return decision.model_copy(update={"keep": True, "reasons": (error.brief,), "rules": (Keeper.IN_USE.value,)})
     return decision.model_copy(update={"removed_bytes": removed})
+
+
+def _only_with_a_copy(decision: PruneDecision, *, upkeep: Upkeep) -> PruneDecision:
+    """Return a decision to remove because a copy stays as one to keep, where that copy is not there at this moment."""
+    try:
+        if upkeep.has(decision.snapshot):
+            return decision
+        rule, why = Keeper.LAST_COPY, "the last copy: the one at the replica has just gone"
+    except VmsnapError as error:
+        rule, why = Keeper.REPLICA_UNKNOWN, f"whether the replica has a copy is not known: {error.brief}"
+    return decision.model_copy(update={"keep": True, "reasons": (why,), "rules": (rule.value,)})

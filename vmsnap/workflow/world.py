@@ -25,6 +25,7 @@ from vmsnap.ports.replica import Replica
 from vmsnap.ports.service import Residences, Services
 from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
 from vmsnap.ports.store import SnapshotStore
+from vmsnap.ports.upkeep import Upkeep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class World:
     """The drivers of one installation. ``direct`` connects from the host, to production; it reads SSH host keys.
 
     ``replica`` None: the host has none. ``starter``: who or what started this process, for the history.
+    ``upkeep`` None: there is no replica.
     """
 
     hypervisor: Hypervisor
@@ -60,6 +62,7 @@ class World:
     clock: Clock
     engine_for: Callable[[DatabasePolicy], Engine]
     new_run_id: Callable[[], RunId]
+    upkeep: Upkeep | None = None
 
     @property
     def owners(self) -> tuple[Owner, ...]:

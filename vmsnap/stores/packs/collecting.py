@@ -288,7 +288,8 @@ class _Pass:
             self._store.delete(name)
         except HeldError:
             return False
-        size = self._objects.unused.get(name, self._objects.pack_sizes.get(name))
+        # Not looked at again: whoever finds garbage after this must not find it once more.
+        size = self._objects.unused.pop(name, self._objects.pack_sizes.get(name))
         if size is not None:
             self._sums.removed = self._sums.removed.plus(size)
         return True
