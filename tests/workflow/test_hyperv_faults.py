@@ -11,9 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.invocations import Work, backup, destroy, invoke, provision, recovers, simply, succeed
+from tests.workflow.invocations import (
+    Work,
+    backup,
+    destroy,
+    invoke,
+    provision,
+    reconciling,
+    recovers,
+    simply,
+    succeed,
+)
 from vmsnap.errors import HostUnreachableError, UnknownOutcomeError, VmsnapError
 from vmsnap.testing.faults import DEATHS, Call, Fault, Mode
+from vmsnap.testing.hyperv.orphans import Orphanage
 from vmsnap.testing.hyperv.world import HyperVWorld
 
 Prepare = Callable[[Path], HyperVWorld]
@@ -165,3 +176,29 @@ def test_the_answer_to_any_script_is_lost(tmp_path: Path, what: str, trouble: st
         problems += [f"{name}: {text}" for text in found]
     assert problems == []
     assert len(scripts) > 3
+
+
+@pytest.mark.parametrize("what", list(WORKS))
+def test_a_script_goes_on_when_its_client_is_long_dead(tmp_path: Path, what: str) -> None:
+    """The client dies in the middle of a script. Others reconcile meanwhile; later the host does the rest of the script.
+
+    Whatever it still makes then is never a clone that could run or reach anybody, and the next to reconcile finds it.
+    """
+    prepare, work = WORKS[what]
+    problems, places = [], []
+    for number in range(1000):
+        lab = prepare(tmp_path / f"{number}")
+        lab.orphanage = Orphanage(lab.machine, number=number)
+        outcome = invoke(lab, work())
+        orphanage, lab.orphanage = lab.orphanage, None
+        if not orphanage.place:
+            assert outcome.error is None
+            break
+        places.append(orphanage.place)
+        simply(lab, reconciling)
+        orphanage.let_go()
+        found = [f"harm: {text}" for text in lab.host.harm()]
+        found += [*recovers(lab), *_left(lab)]
+        problems += [f"{orphanage.place}: {text}" for text in found]
+    assert problems == []
+    assert len(places) > 3

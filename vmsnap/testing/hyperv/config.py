@@ -123,6 +123,7 @@ class Config(Hardware):
             }:
                 self.wrong_state("Remove-VM", vm=one)
             self.between("Remove-VM")
+            self.chosen("Remove-VM", vm=one, name=None)
             self.vms.remove(one)
             for path in one.truth.files:
                 if self.files.exists(path):

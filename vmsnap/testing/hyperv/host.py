@@ -24,6 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="HostState")
 COMPUTER = "HV-HOST"
+_LOOKS = ("Get-", "Test-")
 
 
 @dataclass(kw_only=True)
@@ -73,7 +74,8 @@ class HostState(Inventory):
     """What is on a host and goes on in it.
 
     ``between`` is called with the name of a place inside an operation that takes long: the client may die there, by an
-    exception, and the operation goes on in the host. ``rights`` False: the account may not use Hyper-V.
+    exception, and the operation goes on in the host. ``entering`` is called with the name of each cmdlet that changes something,
+    before it does. ``rights`` False: the account may not use Hyper-V.
     ``on_end`` is called with a VM whose worker ends, and whether that was a shutdown of its guest's own.
     ``step_seconds``: how long each step of such an operation takes, during which others may call.
     """
@@ -96,6 +98,7 @@ class HostState(Inventory):
         self.turn = threading.Condition(threading.RLock())
         self.step_seconds = 0.0
         self.between: Callable[[str], None] = _nothing
+        self.entering: Callable[[str], None] = _nothing
         self.on_end: Callable[[VirtualMachine, bool], None] = _no_matter
         self.rights = True
         self.is_clustered_host = False
@@ -109,6 +112,8 @@ class HostState(Inventory):
     def begin(self, name: str) -> None:
         """Begin a cmdlet: what goes on in the host comes a step further."""
         self.calls.append(name)
+        if not name.startswith(_LOOKS):
+            self.entering(name)
         for job in tuple(self.jobs):
             if not job.watched:
                 self._step(job)

@@ -73,7 +73,7 @@ class Looking(HostState):
         """Return the VMs that ``-VM`` or ``-Name`` mean: all of that name."""
         self.need_rights(cmdlet)
         found = [one for one in self.vms if one is vm or (name is not None and one.name.casefold() == name.casefold())]
-        if not found and (vm is None or not vm.truth.planned):
+        if not found and (vm is None or vm not in self.planned):
             about = (vm.name if vm is not None else name,)
             self.refuse(cmdlet, text=failures.NO_SUCH_VM, about=about, reason=Reason.INVALID_PARAMETER)
         return found or ([vm] if vm is not None else [])

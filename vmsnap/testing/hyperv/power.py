@@ -49,9 +49,12 @@ class Power(Looking):
                 self.between("Start-VM")
             finally:
                 # The host starts it whatever becomes of the client.
-                vm.state = VMState.RUNNING
-                vm.truth.inside = vm.truth.inside.booted() if saved is None else saved.inside
-                vm.truth.saved = None if before is VMState.SAVED else vm.truth.saved
+                if vm in self.vms and vm.state is VMState.STARTING:
+                    vm.state = VMState.RUNNING
+                    vm.truth.inside = vm.truth.inside.booted() if saved is None else saved.inside
+                    vm.truth.saved = None if before is VMState.SAVED else vm.truth.saved
+            if vm not in self.vms or vm.state is not VMState.RUNNING:
+                self.wrong_state("Start-VM", vm=vm)
         vm.state = VMState.RUNNING
 
     def _check_memory(self, vm: VirtualMachine) -> None:

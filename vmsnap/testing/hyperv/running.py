@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from threading import RLock
 
+from vmsnap.errors import VmsnapError
 from vmsnap.hypervisors.hyperv.connection import Parameter, Row
 from vmsnap.hypervisors.hyperv.failures import ErrorRecord, translate
 from vmsnap.ports.clock import Cancel
@@ -95,12 +96,16 @@ class TwinRunner:
             try:
                 rows = tuple(run_twin(self.host, name, values=dict(parameters or {})))
             except CmdletError as error:
-                record = ErrorRecord(
-                    error_id=error.error_id, hresult=error.hresult, category=error.category, message=error.message
-                )
-                raise translate(record, doing=doing) from error
+                raise self.translated(error, doing=doing) from error
         self.after(name)
         return rows
+
+    def translated(self, error: CmdletError, *, doing: str) -> VmsnapError:
+        """Return what the driver is told of a script's failure."""
+        record = ErrorRecord(
+            error_id=error.error_id, hresult=error.hresult, category=error.category, message=error.message
+        )
+        return translate(record, doing=doing)
 
     def close(self) -> None:
         """Do nothing."""

@@ -237,7 +237,7 @@ class Transfer(Config):
         vm = report.vm
         if report.incompatibilities:
             self.refuse("Import-VM", text=failures.NEEDS_REPAIR, reason=Reason.CONFIGURATION)
-        if not vm.truth.planned or any(one.id == vm.id for one in self.vms):
+        if vm not in self.planned or any(one.id == vm.id for one in self.vms):
             self.refuse("Import-VM", text=failures.TAKEN_ID, about=(vm.id,), reason=Reason.OPERATION_FAILED)
         self._import(report)
         return vm

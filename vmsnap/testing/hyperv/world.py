@@ -31,6 +31,7 @@ from vmsnap.testing.fake_postgresql import FakeCluster
 from vmsnap.testing.faults import Faults
 from vmsnap.testing.hyperv.failures import Speech
 from vmsnap.testing.hyperv.machine import HyperVHost
+from vmsnap.testing.hyperv.orphans import Orphanage, OrphaningRunner
 from vmsnap.testing.hyperv.running import TwinRunner
 from vmsnap.testing.hyperv.values import (
     Controller,
@@ -179,7 +180,7 @@ class HyperVWorld(FakeWorld):
     """An installation beside a Hyper-V host with one running PostgreSQL guest, ``db``. See ``FakeWorld``.
 
     ``script``: called with the name of each script before (``NAME: before``) and after it ran, in the process's own thread;
-    it may raise.
+    it may raise. ``orphanage``: where a process with faults dies in the middle of a script, which goes on later.
     """
 
     def __init__(self, folder: Path, *, disks: int = 1, speech: Speech | None = None) -> None:
@@ -188,6 +189,7 @@ class HyperVWorld(FakeWorld):
         self.machine.files.make_folder(EXPORTS)
         self.machine.on_end = self._show
         self.script: ScriptHook = _nothing
+        self.orphanage: Orphanage | None = None
         self._faults: Faults | None = None
         self._watches: list[SwitchWatch] = []
         super().__init__(folder, disks=disks)
@@ -235,10 +237,15 @@ class HyperVWorld(FakeWorld):
         )
         if faults is None:
             return world
-        self.machine.between = faults.point
+        if self.orphanage is None:
+            self.machine.between = faults.point
         return faults.world(world)
 
     def _connect(self) -> Host:
+        folders = RunFolders(root=EXPORTS, mounted=str(self.machine.files.local(EXPORTS)))
+        if self.orphanage is not None and self._faults is not None:
+            died = self._faults.die
+            return Host(OrphaningRunner(self.machine, orphanage=self.orphanage, died=died), folders=folders)
         faults, thread = self._faults, threading.get_ident()
 
         def pass_by(place: str) -> None:
@@ -256,7 +263,7 @@ class HyperVWorld(FakeWorld):
             before=lambda name: pass_by(f"{name}: before"),
             after=lambda name: pass_by(f"{name}: after"),
         )
-        return Host(runner, folders=RunFolders(root=EXPORTS, mounted=str(self.machine.files.local(EXPORTS))))
+        return Host(runner, folders=folders)
 
     def end(self) -> None:
         """End the present process."""
