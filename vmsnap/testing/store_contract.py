@@ -18,7 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from vmsnap.errors import BusyError, CancelledError, HeldError, SafetyError, SnapshotNotFoundError, VmsnapError
+from vmsnap.errors import (
+    BusyError,
+    CancelledError,
+    HeldError,
+    PreconditionError,
+    SafetyError,
+    SnapshotNotFoundError,
+    VerificationError,
+    VmsnapError,
+)
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.drain import CleanShutdown, FileSystemState, InstanceEvidence
 from vmsnap.model.guest import Severity
@@ -40,7 +49,7 @@ from vmsnap.model.manifest import (
     StoreRecord,
     Verification,
 )
-from vmsnap.ports.store import SnapshotStore, Staging
+from vmsnap.ports.store import DiskContent, SnapshotStore, Staging
 from vmsnap.testing.cancels import CancelledAtOnce, NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
 
@@ -620,6 +629,61 @@ class StoreContract:
         snapshot = self.save(store, make_view(blocks(1)))
         with pytest.raises(CancelledError):
             store.verify(snapshot, progress=no_progress, cancel=CancelledAtOnce())
+
+    # A snapshot of another store is received.
+
+    def test_a_copy_is_published_by_its_digests(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        snapshot = self.save(store, make_view(blocks(0, 3, 63)))
+        kept = self._taken_out(store, snapshot)
+        store.remove(snapshot)
+        staging = store.stage(new_run_id(), guest=GUEST)
+        for record, fill in kept:
+            store.receive_disk(staging, record=record, fill=fill)
+        assert store.snapshots() == ()
+        copy = store.publish_copy(staging, manifest=snapshot.manifest)
+        assert copy.manifest == snapshot.manifest
+        assert store.find(snapshot.id) == copy
+        self.assert_sound(store, copy)
+        again = store.stage(new_run_id(), guest=GUEST)
+        for record, fill in kept:
+            store.receive_disk(again, record=record, fill=fill)
+        with pytest.raises(PreconditionError):
+            store.publish_copy(again, manifest=snapshot.manifest)
+        store.release(store.staging_resource(again.run, guest=GUEST), deadline=timedelta(seconds=5))
+        self.assert_sound(store, copy)
+
+    def test_a_copy_that_is_not_whole_or_is_another_is_not_published(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        snapshot = self.save(store, make_view(blocks(0, 3)))
+        other = self.save(store, make_view(blocks(1)), captured=NOON + timedelta(hours=1))
+        ((_, wrong),) = self._taken_out(store, other)
+        store.remove(snapshot)
+        staging = store.stage(new_run_id(), guest=GUEST)
+        with pytest.raises(VerificationError):
+            store.receive_disk(staging, record=snapshot.manifest.disks[0], fill=wrong)
+        staging = store.stage(new_run_id(), guest=GUEST)
+        with pytest.raises(SafetyError):
+            store.publish_copy(staging, manifest=snapshot.manifest)
+        assert [one.id for one in store.snapshots()] == [other.id]
+
+    def _taken_out(
+        self, store: SnapshotStore, snapshot: Snapshot
+    ) -> list[tuple[DiskRecord, Callable[[DiskContent], None]]]:
+        """Return each disk's record and what fills files with its bytes."""
+        found: list[tuple[DiskRecord, Callable[[DiskContent], None]]] = []
+        for content in store.contents(snapshot):
+            image, digests = content.image.read_bytes(), content.digests.read_bytes()
+
+            def fill(target: DiskContent, image: bytes = image, digests: bytes = digests) -> None:
+                assert target.image.stat().st_size == target.record.size_bytes
+                target.image.write_bytes(image)
+                target.digests.write_bytes(digests)
+
+            found.append((content.record, fill))
+        return found
 
     def test_findings_tell_of_room(self, store: SnapshotStore) -> None:
         severities = {finding.severity for finding in store.findings(needed_bytes=1)}

@@ -51,7 +51,7 @@ def export(
             closing(world.journals.begin(run_id, kind=RunKind.EXPORT, guest=guest, at=started))
         )
         run = Run(world, journal=journal, progress=told)
-        with undone_on_failure(run.release_all, doing="the export"):
+        with undone_on_failure(run.end, doing="the export"):
             if replica is None:
                 hold = world.store.hold_resource(run_id, snapshot=snapshot)
                 run.acquire(hold, partial(world.store.hold, hold))
@@ -63,10 +63,9 @@ def export(
             with run.step("finish"):
                 files = tuple(str(world.folders.finish(resource, name=name)) for name in names.values())
         chronicle.learned(snapshot=snapshot.id)
-        errors = run.release_all()
+        errors = run.end()
         if errors:
             raise CleanupError(f"snapshot {snapshot.id} is exported, but the run left something behind", causes=errors)
-        journal.finish()
     return ExportReport(
         snapshot=snapshot.id,
         guest=guest,

@@ -52,16 +52,15 @@ def replicate(world: World, *, reference: str, progress: Progress, cancel: Cance
             closing(world.journals.begin(run_id, kind=RunKind.REPLICATE, guest=guest, at=started))
         )
         run = Run(world, journal=journal, progress=told)
-        with undone_on_failure(run.release_all, doing="sending to the replica"):
+        with undone_on_failure(run.end, doing="sending to the replica"):
             hold = world.store.hold_resource(run_id, snapshot=snapshot)
             run.acquire(hold, lambda: world.store.hold(hold))
             with run.step("send"):
                 sent = _send(world, replica, snapshot=snapshot, progress=told, cancel=cancel)
         chronicle.learned(snapshot=snapshot.id, store=_cost(sent, seconds=world.clock.monotonic() - began))
-        errors = run.release_all()
+        errors = run.end()
         if errors:
             raise CleanupError(f"snapshot {snapshot.id} is at the replica, but is still held here", causes=errors)
-        journal.finish()
     return ReplicateReport(
         snapshot=snapshot.id,
         guest=guest,

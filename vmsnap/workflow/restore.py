@@ -48,7 +48,7 @@ def restore(world: World, *, reference: str, progress: Progress, cancel: Cancel)
             closing(world.journals.begin(run_id, kind=RunKind.RESTORE, guest=manifest.guest, at=started))
         )
         run = Run(world, journal=journal, progress=told)
-        with undone_on_failure(run.release_all, doing="the restore"):
+        with undone_on_failure(run.end, doing="the restore"):
             with world.store.lock(manifest.guest, timeout=_LOCK_TIMEOUT):
                 resource = world.store.staging_resource(run_id, guest=manifest.guest)
                 staging = run.acquire(resource, lambda: world.store.stage(run_id, guest=manifest.guest))
@@ -60,10 +60,9 @@ def restore(world: World, *, reference: str, progress: Progress, cancel: Cancel)
         logical = sum(disk.size_bytes for disk in manifest.disks)
         cost = StoreRecord(logical_bytes=logical, new_bytes=needed, seconds=seconds)
         chronicle.learned(snapshot=snapshot.id, store=cost)
-        errors = run.release_all()
+        errors = run.end()
         if errors:
             raise CleanupError(f"snapshot {snapshot.id} is restored, but the run left something behind", causes=errors)
-        journal.finish()
     return _report(world, snapshot, began=began, there=False)
 
 

@@ -209,6 +209,17 @@ class Run:
         released = release_each(self._world, resources, journal=self._journal)
         return tuple(error for _, error in released if error is not None)
 
+    def end(self) -> tuple[VmsnapError, ...]:
+        """Undo everything, and finish the journal where nothing is left. Returns what went wrong; nothing is raised."""
+        errors = self.release_all()
+        if errors:
+            return errors
+        try:
+            self._journal.finish()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not hide how the run ended
+            return (as_vmsnap_error(error, doing="the end of the run"),)
+        return ()
+
     def keep_all(self) -> None:
         """Forget the stack without undoing it: the resources now belong to an environment."""
         self._stack.clear()
