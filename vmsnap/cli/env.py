@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from vmsnap.cli import reach
+from vmsnap.cli.cancel import cancelled_by_signals
 from vmsnap.cli.completion import complete_environment
 from vmsnap.cli.context import ConfigOption, JsonOption, begin
 from vmsnap.cli.documents import environment_document, environments_document
@@ -131,6 +133,27 @@ def destroy_environment(
         {"environment": name, "destroyed": True},
         human=lambda console: print_lines(console, [f"Environment {printable(name)} is gone."]),
     )
+
+
+@environments.command("serve-disks", hidden=True)
+def serve_disks(
+    ctx: typer.Context,
+    where: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="The environment's run, or its export's folder.")],
+    *,
+    config: ConfigOption = None,
+) -> None:
+    """Serve an environment's disks out of the replica, until stopped. The unit vmsnap-export@ runs this.
+
+    For example:
+
+        vmsnap env serve-disks 0a1b2c3d4e
+    """
+    session = begin(ctx, json=False, config=config)
+    from vmsnap.exporting import serve_export  # noqa: PLC0415 - no other command needs what that loads
+
+    stop = threading.Event()
+    with cancelled_by_signals(announce=stop.set):
+        serve_export(None if "/" in where else session.settings, where, stop=stop)
 
 
 environments.command("forward")(reach.forward)

@@ -30,7 +30,10 @@ class _Record(BaseModel):
 
 
 class PlanRecord(_Record):
-    """What is to be served, to whom: ``reader`` is the user and the group of the hypervisor's processes."""
+    """What is to be served, where and to whom.
+
+    ``reader``: the user and the group of the hypervisor's processes. ``place``: how to find the replica, as its opener wrote it.
+    """
 
     version: int = 1
     guest: str
@@ -38,6 +41,8 @@ class PlanRecord(_Record):
     hydrate: bool
     cache_bytes: int | None
     reader: tuple[int, int] | None
+    socket: str
+    place: str
 
 
 class DiskRecord(_Record):
@@ -108,7 +113,7 @@ class ExportFolder:
         """Tell whether the run has an export."""
         return (self.path / "plan.json").exists()
 
-    def make(self, plan: ExportPlan) -> None:
+    def make(self, plan: ExportPlan, *, socket: str, place: str) -> None:
         """Make the folder, or leave it as it is. QEMU's user passes through it to the images."""
         with translated(f"make the folder {self.path}"):
             self.path.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -118,6 +123,8 @@ class ExportFolder:
                 hydrate=plan.hydrate,
                 cache_bytes=plan.cache_bytes,
                 reader=plan.reader,
+                socket=socket,
+                place=place,
             )
             if not self.exists:
                 self._write("plan.json", record, sync=True)

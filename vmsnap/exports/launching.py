@@ -30,7 +30,7 @@ class Launcher(Protocol):
 
 
 class ProcessLauncher:
-    """A process in a session of its own, which outlives whoever starts it. ``argv`` is followed by the run's id."""
+    """A process in a session of its own, which outlives whoever starts it. ``argv`` is followed by the export's folder."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         self._argv = tuple(argv)
@@ -43,7 +43,7 @@ class ProcessLauncher:
             descriptor = os.open(folder.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "ab") as log:
                 process = subprocess.Popen(
-                    [*self._argv, folder.run],
+                    [*self._argv, str(folder.path)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -40,15 +40,18 @@ _ERRORS: dict[int, type[VmsnapError]] = {
     ExitCode.SAFETY: SafetyError,
     ExitCode.DEADLINE: DeadlineError,
 }
-LetGo = Callable[[SnapshotId, RunId], None]
-"""Releases a run's hold on a snapshot in the replica."""
+LetGo = Callable[[SnapshotId, RunId, str], None]
+"""Releases a run's hold on a snapshot in the replica at a place."""
 
 
 class ExportProcesses:
-    """The exports of this host: their folders in ``folder``, their sockets in ``runtime``."""
+    """The exports of this host: their folders in ``folder``, their sockets in ``runtime``. ``place``: of new ones' replica."""
 
-    def __init__(self, folder: Path, *, runtime: Path, launcher: Callable[[], Launcher], let_go: LetGo) -> None:
+    def __init__(
+        self, folder: Path, *, runtime: Path, launcher: Callable[[], Launcher], let_go: LetGo, place: str
+    ) -> None:
         self._folder = folder
+        self._place = place
         self._runtime = runtime
         self._find_launcher = launcher
         self._launcher: Launcher | None = None
@@ -84,7 +87,7 @@ class ExportProcesses:
     def begin(self, plan: ExportPlan) -> None:
         """Begin an export, or start it again where it died."""
         folder = self._of(plan.run)
-        folder.make(plan)
+        folder.make(plan, socket=self.socket(plan.run), place=self._place)
         self._start(folder)
 
     def revive(self, run: RunId) -> None:
@@ -181,7 +184,8 @@ class ExportProcesses:
         if status is None or not status.held:
             return
         try:
-            self._let_go(folder.plan().snapshot, folder.run)
+            plan = folder.plan()
+            self._let_go(plan.snapshot, folder.run, plan.place)
         except VmsnapError as error:
             # It ends by itself, and no environment stays because its replica is away.
             _LOG.warning(
