@@ -16,6 +16,7 @@ from vmsnap.disks.exporting import LocalFolders
 from vmsnap.disks.filesystems import OfflineInspector
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
+from vmsnap.exporting import exports_of
 from vmsnap.guests.access import Access
 from vmsnap.model.collection import CollectReport
 from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome, PruneFailure, PruneReport
@@ -74,6 +75,7 @@ from vmsnap.workflow.collect import collect
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.export import export
 from vmsnap.workflow.hinting import hint_findings
+from vmsnap.workflow.lazily import find_snapshot, hydrate, tend
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
@@ -123,6 +125,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         replica=None if settings.replica is None else replica_of(settings.replica, state=state, clock=clock),
         folders=LocalFolders(),
         store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies, now=clock.now),
+        exports=exports_of(settings.store.path, runtime=settings.runtime.path, replica=settings.replica),
         journals=FileJournals(state),
         locks=FileLocks(state, clock=clock),
         admissions=FileAdmissions(state, most=settings.limits.clones_per_host),
@@ -210,10 +213,16 @@ class Application:
         self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel
     ) -> ProvisionReport:
         """Make a test VM of a snapshot."""
-        snapshot = self._world.store.find(reference)
+        snapshot, origin = find_snapshot(self._world, reference, origin=options.origin)
         policy = self._environment_policy(snapshot.manifest.guest)
-        provision = Provision(self._world, options=options, policy=policy, progress=progress, cancel=cancel)
+        found = options.model_copy(update={"origin": origin})
+        provision = Provision(self._world, options=found, policy=policy, progress=progress, cancel=cancel)
         return provision.run(snapshot.id)
+
+    def hydrate_environment(self, name: str, *, progress: Progress, cancel: Cancel) -> EnvironmentStatus:
+        """Wait until an environment's data has come from the replica."""
+        hydrate(self._world, name=name, progress=progress, cancel=cancel)
+        return status_of(self._world, self._world.book.get(name))
 
     def _environment_policy(self, guest: str) -> EnvironmentPolicy:
         """Return what the policy says of environments; a snapshot outlives its guest's policy."""
@@ -255,8 +264,10 @@ class Application:
         return (self._policies.get(guest),) if guest is not None else self._policies.all()
 
     def reconcile(self) -> ReconcileReport:
-        """Undo what dead runs left."""
-        return reconcile(self._world)
+        """Undo what dead runs left, and look after environments straight from the replica."""
+        report = reconcile(self._world)
+        tend(self._world, failed=lambda environment, error: _LOG.warning("%s: %s", environment.name, error.brief))
+        return report
 
     def doctor(self, guest: str | None) -> tuple[Finding, ...]:
         """Look whether this host, and a guest on it, can be backed up."""

@@ -6,10 +6,12 @@ import hashlib
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from vmsnap.config.credentials import encryption_key_of
 from vmsnap.config.settings import DEFAULT_FILE, ReplicaSettings, Settings, load_settings
@@ -36,31 +38,32 @@ _RETRY_FOR = timedelta(seconds=5)
 _LET_GO_FOR = timedelta(seconds=10)
 
 
-def exports_of(settings: Settings, *, clock: Clock) -> ExportProcesses:
-    """Return the exports of this host. Opens nothing yet."""
-    replica = settings.replica
-
-    def launcher() -> Launcher:
-        argv = (sys.executable, "-m", "vmsnap", "env", "serve-disks")
-        return find_launcher(argv, units=_unit_serves(settings))
+def exports_of(
+    store: Path, *, runtime: Path, replica: ReplicaSettings | None, launcher: Callable[[], Launcher] | None = None
+) -> ExportProcesses:
+    """Return the exports of this host. Opens nothing yet. ``launcher`` None: as this host starts services."""
+    clock = SystemClock()
 
     def let_go(snapshot: SnapshotId, run: RunId, place: str) -> None:
-        objects = _objects(_place_of(place), clock=clock, retry_for=_LET_GO_FOR)
-        holds.release(objects, snapshot=snapshot, run=run)
+        holds.release(_objects(place_of(place), clock=clock, retry_for=_LET_GO_FOR), snapshot=snapshot, run=run)
+
+    def found() -> Launcher:
+        argv = (sys.executable, "-m", "vmsnap", "env", "serve-disks")
+        return find_launcher(argv, units=_unit_serves(store))
 
     return ExportProcesses(
-        settings.store.path / _FOLDER,
-        runtime=settings.runtime.path,
-        launcher=launcher,
+        store / _FOLDER,
+        runtime=runtime,
+        launcher=launcher or found,
         let_go=let_go,
-        place="" if replica is None else replica.model_dump_json(),
+        place="" if replica is None else replica.model_dump_json(exclude_unset=True),
     )
 
 
-def _unit_serves(settings: Settings) -> bool:
+def _unit_serves(store: Path) -> bool:
     """Tell whether the unit's process, which reads the default file, would find the same folders."""
     try:
-        return load_settings(DEFAULT_FILE).store.path == settings.store.path
+        return load_settings(DEFAULT_FILE).store.path == store
     except VmsnapError:
         return False
 
@@ -82,10 +85,16 @@ def serve_export(settings: Settings | None, where: str, *, stop: threading.Event
     ExportService(folder, socket=Path(plan.socket), replica=replica, now=clock.now, stop=stop).run()
 
 
-def _place_of(text: str) -> ReplicaSettings:
+def place_of(text: str) -> ReplicaSettings:
+    """Return where an export's replica is, as it was written down when the export was made. Raises ConfigError."""
     if not text:
         raise ConfigError("no replica is set", remedy="name it in [replica] of vmsnap.toml")
-    return ReplicaSettings.model_validate_json(text)
+    try:
+        return ReplicaSettings.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(
+            "where the replica is was written down by another vmsnap, and is not understood", details=str(error)
+        ) from error
 
 
 def _objects(place: ReplicaSettings, *, clock: Clock, retry_for: timedelta) -> ObjectStore:
@@ -161,7 +170,7 @@ class PacksReplica:
     def _open(self) -> tuple[Repository, PackedSnapshot]:
         with self._lock:
             if self._found is None:
-                place = _place_of(self._plan.place)
+                place = place_of(self._plan.place)
                 objects = _objects(place, clock=self._clock, retry_for=_RETRY_FOR)
                 repository = open_repository(objects, key=encryption_key_of(place))
                 self._found = repository, repository.snapshot(self._plan.guest, snapshot=self._plan.snapshot)

@@ -513,6 +513,10 @@ class FakeApplication:
         if name != "db1-test":
             raise EnvironmentNotFoundError(f"there is no environment '{name}'", remedy="there is 'db1-test'")
 
+    def hydrate_environment(self, name: str, *, progress: Progress, cancel: Cancel) -> EnvironmentStatus:
+        self._called("hydrate", name)
+        return sample_environment(name)
+
     def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
         self._called("extend", name, expires)
         status = sample_environment(name)

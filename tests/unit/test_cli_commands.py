@@ -143,6 +143,7 @@ def test_provision_in_json_has_the_promised_keys(program: Program) -> None:
         "answered_ms": None,
         "reach": "vmsnap env forward db1-3fa9 PORT",
         "dns_name": None,
+        "origin": "store",
         "warnings": [],
     }
 
@@ -754,7 +755,8 @@ def _commands() -> list[tuple[str, ...]]:
     def walk(command: Any, path: tuple[str, ...]) -> None:
         inner = getattr(command, "commands", None)
         if inner is None:
-            found.append(path)
+            if not command.hidden:  # a unit's own
+                found.append(path)
             return
         for name, sub in inner.items():
             walk(sub, (*path, name))
@@ -765,9 +767,10 @@ def _commands() -> list[tuple[str, ...]]:
 
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
-        "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env list",
-        "env register", "env serve", "env show", "export", "gc", "history", "list", "metrics", "pin", "policy check",
-        "policy show", "provision", "prune", "reconcile", "replicate", "restore", "run", "show", "unpin", "verify",
+        "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env hydrate",
+        "env list", "env register", "env serve", "env show", "export", "gc", "history", "list", "metrics",
+        "pin", "policy check", "policy show", "provision", "prune", "reconcile", "replicate", "restore",
+        "run", "show", "unpin", "verify",
     ]  # fmt: skip
 
 

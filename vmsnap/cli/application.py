@@ -58,6 +58,9 @@ class Application(Protocol):
     ) -> ProvisionReport:
         """Make a test VM of a snapshot."""
 
+    def hydrate_environment(self, name: str, *, progress: Progress, cancel: Cancel) -> EnvironmentStatus:
+        """Wait until all data of an environment straight from the replica is here, and it runs on that."""
+
     def prune(self, guest: str | None, *, dry_run: bool, trust_clock: bool = False, many: bool = False) -> PruneReport:
         """Apply retention to one guest or all; a dry run removes nothing. ``trust_clock``: the clock is right.
 

@@ -205,6 +205,7 @@ def environment_document(status: EnvironmentStatus) -> Document:
         "overlay_bytes": dumped["overlay_bytes"],
         "service_address": dumped["service_address"],
         "dns_name": dumped["dns_name"],
+        "export": dumped["export"],
     }
 
 

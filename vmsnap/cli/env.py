@@ -135,6 +135,29 @@ def destroy_environment(
     )
 
 
+@environments.command("hydrate")
+def hydrate_environment(
+    ctx: typer.Context, name: NameArgument, *, json: JsonOption = False, config: ConfigOption = None
+) -> None:
+    """Wait until all data of an environment from the replica is here.
+
+    From then on it runs on a local image and needs the replica no more. The daemon does the same in the background.
+
+    For example:
+
+        vmsnap env hydrate db1-test
+        vmsnap env show db1-test --json | jq -r .export.phase
+    """
+    session = begin(ctx, json=json, config=config)
+    application = session.application
+    with session.running() as (progress, cancel):
+        status = application.hydrate_environment(name, progress=progress, cancel=cancel)
+    session.show(
+        environment_document(status),
+        human=lambda console: print_lines(console, [f"Environment {printable(name)} is local."]),
+    )
+
+
 @environments.command("serve-disks", hidden=True)
 def serve_disks(
     ctx: typer.Context,
@@ -170,7 +193,7 @@ def _print(console: Console, statuses: Sequence[EnvironmentStatus]) -> None:
             status.environment.name,
             status.state.value if status.state else "GONE",
             status.environment.guest,
-            status.environment.snapshot,
+            f"{status.environment.snapshot}{_whence(status)}",
             minute(status.environment.created),
             minute(status.environment.expires, none="never"),
             status.environment.network or "fenced",
@@ -179,3 +202,15 @@ def _print(console: Console, statuses: Sequence[EnvironmentStatus]) -> None:
         for status in statuses
     ]
     print_table(console, header=_HEADER, rows=rows, spare=("CREATED", "NETWORK", "OVERLAY"))
+
+
+def _whence(status: EnvironmentStatus) -> str:
+    """Return how much of an environment's data has come from the replica; nothing once all of it is here."""
+    export = status.export
+    if export is None or export.phase.value == "local":
+        return ""
+    if export.waiting is not None:
+        return " (replica away)"
+    if not export.data_bytes:
+        return " (replica)"
+    return f" ({min(100, 100 * export.read_bytes // export.data_bytes)} % here)"

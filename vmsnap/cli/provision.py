@@ -13,6 +13,7 @@ from vmsnap.cli.documents import provision_document
 from vmsnap.cli.tables import print_lines
 from vmsnap.cli.text import milliseconds, moment, printable, seconds, size
 from vmsnap.cli.times import parse_span, parse_time, reference_time
+from vmsnap.errors import ConfigError
 
 if TYPE_CHECKING:
     from vmsnap.cli.application import Application
@@ -49,6 +50,15 @@ def provision(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return only once its guest agent answers.")] = False,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="store|replica",
+            help="Where its data comes from. [default: the replica where the snapshot is not in the store]",
+            show_default=False,
+        ),
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -57,17 +67,27 @@ def provision(
     It has a new name, UUID and MAC addresses, and its database starts without crash recovery. In its fence it reaches
     nobody; on a network it is whatever the guest was, so think of jobs and mails that it may send.
 
+    Straight from the replica it starts as quickly, and reads its data as it needs it; the rest follows, and then it is as any
+    other.
+
     For example:
 
         vmsnap provision db1 --ttl 4h --wait
         vmsnap provision db1 --at 2026-11-21T02:00Z --name db1-before-migration
+        vmsnap provision db1 --from replica
         vmsnap provision 3fa9 --network test-lab --json | jq -r .environment
     """
     session = begin(ctx, json=json, config=config)
-    from vmsnap.model.report import ProvisionOptions  # noqa: PLC0415 - pydantic is slow to load, and --help needs none
+    from vmsnap.model.report import Origin, ProvisionOptions  # noqa: PLC0415 - pydantic is slow to load, --help needs none
 
+    if origin is not None and origin not in list(Origin):
+        raise ConfigError(f"--from {origin}: there is no such place", remedy="--from store, or --from replica")
     options = ProvisionOptions(
-        name=name, ttl=parse_span(ttl, option="--ttl") if ttl is not None else None, network=network, wait=wait
+        name=name,
+        ttl=parse_span(ttl, option="--ttl") if ttl is not None else None,
+        network=network,
+        wait=wait,
+        origin=None if origin is None else Origin(origin),
     )
     when = reference_time(parse_time(at, option="--at")) if at is not None else None
     application = session.application
@@ -87,7 +107,8 @@ def _reference(source: str, *, when: str | None, application: Application) -> st
 def _print(console: Console, report: ProvisionReport) -> None:
     answered = f", its agent answered after {seconds(report.answered_ms / 1000)}" if report.answered_ms else ""
     name = printable(report.environment)
-    source = f"snapshot {report.snapshot} of {printable(report.guest)}"
+    replica = " in the replica" if report.origin.value == "replica" else ""
+    source = f"snapshot {report.snapshot} of {printable(report.guest)}{replica}"
     times = f"defined after {milliseconds(report.defined_ms)}, running after {milliseconds(report.running_ms)}"
     expires = moment(report.expires, none="never")
     print_lines(

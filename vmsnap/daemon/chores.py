@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from vmsnap.daemon.workers import Workers
 from vmsnap.errors import BusyError, CleanupError, DriverError, EnvironmentNotFoundError, VmsnapError
+from vmsnap.model.environment import Environment
 from vmsnap.model.history import Action
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.policy import Policy
@@ -16,6 +17,7 @@ from vmsnap.ports.observer import ChoreDone
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.upkeep import CollectWishes
 from vmsnap.workflow.collect import collect
+from vmsnap.workflow.lazily import complaint, tend
 from vmsnap.workflow.provision import destroy_environment
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.reconcile import reconcile
@@ -25,7 +27,7 @@ from vmsnap.workflow.verify import verify_due
 from vmsnap.workflow.world import World
 
 RECONCILE, PRUNE, EXPIRE, VERIFY = "reconcile", "prune", "expire", "verify"
-REPLICATE, COLLECT = "replicate", "collect"
+REPLICATE, COLLECT, TEND = "replicate", "collect", "tend"
 _LOG = logging.getLogger(__name__)
 _VERIFY_AGAIN = timedelta(hours=6)
 """Until a snapshot that could not be read is tried again."""
@@ -44,6 +46,7 @@ class Chores:
         self._going: set[str] = set()
         self._said: dict[str, str] = {}
         self._unreadable: dict[SnapshotId, float] = {}
+        self._untended: frozenset[str] = frozenset()
 
     @property
     def going(self) -> frozenset[str]:
@@ -65,6 +68,10 @@ class Chores:
     def begin_expire(self, world: World) -> None:
         """Remove the environments whose time has come."""
         self._begin(EXPIRE, world, work=lambda: self._expire(world))
+
+    def begin_tend(self, world: World) -> None:
+        """Look after the environments that are straight from the replica."""
+        self._begin(TEND, world, work=lambda: self._tend(world))
 
     def begin_verify(self, world: World, *, policies: Sequence[Policy]) -> None:
         """Read again what has not been read for as long as the policies say."""
@@ -170,6 +177,24 @@ class Chores:
                 "upload %s of snapshot %s from %s was called over: %s", one.upload, one.snapshot, one.host, one.reason
             )
         yield from ()
+
+    def _tend(self, world: World) -> Iterator[ChoreDone]:
+        failures: dict[str, VmsnapError] = {}
+
+        def failed(environment: Environment, error: VmsnapError) -> None:
+            failures[environment.guest] = error
+
+        for name in tend(world, failed=failed):
+            _LOG.info("environment %s needs the replica no more", name)
+        for environment in world.book.all():
+            status = world.exports.status(environment.run)
+            error = None if status is None else complaint(environment, status, now=world.clock.now())
+            if error is not None:
+                failures.setdefault(environment.guest, error)
+        # A guest whose environments are well again is told of too: it is a problem until then.
+        for guest in sorted(self._untended | failures.keys()):
+            yield ChoreDone(name=TEND, at=world.clock.now(), guest=guest, error=failures.get(guest))
+        self._untended = frozenset(failures)
 
     def _verify(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
         now = world.clock.monotonic()

@@ -125,6 +125,7 @@ class Duties:
         if self._monotonic() >= self._replicate_at:
             self._replicate_at = self._monotonic() + _REPLICATE_EVERY.total_seconds()
             self._chores.begin_replicate(self._world, policies=self._loaded.policies)
+        self._chores.begin_tend(self._world)
         self.last_tick = self._monotonic()
 
     def reconcile(self) -> None:

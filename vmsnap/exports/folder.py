@@ -18,8 +18,8 @@ from typing import TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from vmsnap.errors import BugError, DriverError, NoSpaceError
+from vmsnap.model.export import ExportPhase, ExportPlan
 from vmsnap.model.ids import RunId, SnapshotId, folder_name, is_run_id
-from vmsnap.ports.exports import ExportPhase, ExportPlan
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 RecordT = TypeVar("RecordT", bound=BaseModel)

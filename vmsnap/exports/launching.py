@@ -34,32 +34,30 @@ class ProcessLauncher:
 
     def __init__(self, argv: Sequence[str]) -> None:
         self._argv = tuple(argv)
-        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, folder: ExportFolder) -> None:
         """Start it. What it says goes to the folder's log."""
-        self._started = [process for process in self._started if process.poll() is None]
         try:
             descriptor = os.open(folder.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "ab") as log:
-                process = subprocess.Popen(
-                    [*self._argv, str(folder.path)],
+                # setsid(1) is gone at once, so that the process is nobody's child who would have to wait for it.
+                subprocess.run(
+                    ["setsid", "--fork", *self._argv, str(folder.path)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    start_new_session=True,
                     cwd="/",
+                    timeout=_TOOL_TIMEOUT.total_seconds(),
+                    check=True,
                 )
-        except OSError as error:
-            raise DriverError(f"the export of run {folder.run} cannot be started: {error.strerror}") from error
-        self._started.append(process)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise DriverError(f"the export of run {folder.run} cannot be started: {error}") from error
 
     def stop(self, folder: ExportFolder, *, deadline: timedelta) -> None:
         """End it: politely, and after half of the time by force."""
         half = deadline.total_seconds() / 2
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._end(folder, number=number, seconds=half):
-                self._started = [process for process in self._started if process.poll() is None]
                 return
         raise DeadlineError(f"the export of run {folder.run} does not end", remedy=f"look at process {folder.pid()}")
 

@@ -25,13 +25,13 @@ from vmsnap.exports.folder import ExportFolder, FailureRecord, translated
 from vmsnap.exports.launching import Launcher
 from vmsnap.exports.server import LONGEST_SOCKET_PATH
 from vmsnap.model.capture import DiskImage
+from vmsnap.model.export import ExportPhase, ExportPlan, ExportStatus
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.journal import Resource, ResourceKind
-from vmsnap.ports.exports import ExportPhase, ExportPlan, ExportStatus
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.02
-_STARTING_SECONDS = 5.0
+_STARTING_SECONDS = 2.0
 _SOCKET_FOLDER = "replica"
 _ERRORS: dict[int, type[VmsnapError]] = {
     ExitCode.CONFIGURATION: ConfigError,

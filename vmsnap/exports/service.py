@@ -20,7 +20,8 @@ from vmsnap.exports.fetching import CachedDisk, Fetcher
 from vmsnap.exports.folder import DiskRecord, DisksRecord, ExportFolder, FailureRecord, StatusRecord
 from vmsnap.exports.hydrating import Hydrator
 from vmsnap.exports.server import NbdServer
-from vmsnap.ports.exports import BlockSource, ExportPhase
+from vmsnap.model.export import ExportPhase
+from vmsnap.ports.exports import BlockSource
 
 _LOG = logging.getLogger(__name__)
 _TICK_SECONDS = 0.5
@@ -169,7 +170,9 @@ class ExportService:
 
     def _stay(self, disks: Sequence[tuple[CachedDisk, LazyDisk]], *, fetcher: Fetcher, hydrator: Hydrator) -> None:
         size_bytes = sum(cached.source.size_bytes for cached, _ in disks)
-        read_before = self._read_before()
+        before = self._folder.status()
+        read_before = 0 if before is None else before.read_bytes
+        self._held = self._held or (before is not None and before.held)
         flushed = time.monotonic()
         while True:
             tally = fetcher.tally
@@ -195,17 +198,13 @@ class ExportService:
             if self._stop.wait(_TICK_SECONDS) or not self._folder.exists or self._folder.is_local:
                 return
 
-    def _read_before(self) -> int:
-        before = self._folder.status()
-        return 0 if before is None else before.read_bytes
-
     def _renew_hold(self) -> None:
         try:
             self._replica.hold()
         except VmsnapError as error:
-            # Serving matters more; what is missing then is told by the reader of the replica.
-            _LOG.warning("the snapshot is not held in the replica, where others may remove it: %s", error.brief)
-            self._held, self._hold_at = False, self._now() + _HOLD_AGAIN
+            # Serving matters more. A hold from before lasts for days.
+            _LOG.warning("the hold on the snapshot in the replica was not taken or renewed: %s", error.brief)
+            self._hold_at = self._now() + _HOLD_AGAIN
         else:
             self._held, self._hold_at = True, self._now() + self._replica.renewed_every
 

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vmsnap.model.environment import Environment
+from vmsnap.model.export import ExportStatus
 from vmsnap.model.guest import GuestState
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import ResourceKind
@@ -63,17 +64,28 @@ class BackupReport(_Report):
     warnings: tuple[str, ...] = ()
 
 
+class Origin(StrEnum):
+    """Where an environment's data comes from: an image of this host's store, or the replica as it is read."""
+
+    STORE = "store"
+    REPLICA = "replica"
+
+
 class ProvisionOptions(_Report):
-    """An operator's wishes for an environment. None takes the policy's or a made-up value."""
+    """An operator's wishes for an environment. None takes the policy's or a made-up value.
+
+    ``origin`` None: from here, or straight from the replica where the snapshot is only there.
+    """
 
     name: str | None = None
     ttl: timedelta | None = None
     network: str | None = None
     wait: bool = False
+    origin: Origin | None = None
 
 
 class ProvisionReport(_Report):
-    """One provisioned environment. Times count from the beginning of the command.
+    """One provisioned environment. Times count from the beginning of the command. ``origin``: where its data comes from.
 
     ``address`` is known of one on a network that was waited for. ``reach`` is the command that reaches any.
     """
@@ -90,6 +102,7 @@ class ProvisionReport(_Report):
     answered_ms: float | None = None
     reach: str = ""
     dns_name: str | None = None
+    origin: Origin = Origin.STORE
     warnings: tuple[str, ...] = ()
 
 
@@ -97,6 +110,7 @@ class EnvironmentStatus(_Report):
     """One environment and how it is now. ``overlay_bytes`` is what it wrote.
 
     ``service_address``: the host's address where ``vmsnap env serve`` serves it. ``dns_name``: as it is registered.
+    ``export``: of one straight from the replica, how much of it has come.
     """
 
     environment: Environment
@@ -104,6 +118,7 @@ class EnvironmentStatus(_Report):
     overlay_bytes: int
     service_address: str | None = None
     dns_name: str | None = None
+    export: ExportStatus | None = None
 
 
 class ForwardOptions(_Report):

@@ -23,6 +23,7 @@ from vmsnap.ports.owner import Owner
 from vmsnap.ports.replica import Replica
 from vmsnap.testing.fake_access import FakeAccess
 from vmsnap.testing.fake_disks import FakeDiskExport, FakeDiskInspector
+from vmsnap.testing.fake_exports import FakeExports
 from vmsnap.testing.fake_guest import FILE_SYSTEM_UUID, FakeGuest
 from vmsnap.testing.fake_hints import FakeHints
 from vmsnap.testing.fake_host import Ended, FakeHost
@@ -99,6 +100,7 @@ class FakeWorld:
         self.state = MemoryState()
         self.store = MemoryStore(folder / "store", now=self.clock.now)
         self.export = FakeDiskExport(folder / "export")
+        self.exports = FakeExports(lambda: self.replica, between=lambda where: self.host.between(where))  # noqa: PLW0108 - it changes
         self.inspector = FakeDiskInspector()
         self.addressing = FakeAddressing()
         self.services = FakeServices()
@@ -133,6 +135,7 @@ class FakeWorld:
             store=self.store,
             replica=self.replica,
             folders=LocalFolders(),
+            exports=self.exports,
             journals=self.state.journals,
             locks=self.state.locks,
             admissions=self.state.admissions,
@@ -203,6 +206,7 @@ class FakeWorld:
             FakeFence(self.network),
             self.services,
             self.export,
+            self.exports,
             self.store,
         )
 

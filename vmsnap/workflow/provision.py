@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from ipaddress import IPv4Address
 from shlex import quote
@@ -18,12 +19,13 @@ from vmsnap.model.isolation import FencePlan, IsolationProof
 from vmsnap.model.journal import ResourceKind, RunKind
 from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import EnvironmentPolicy
-from vmsnap.model.report import EnvironmentStatus, ProvisionOptions, ProvisionReport
+from vmsnap.model.report import EnvironmentStatus, Origin, ProvisionOptions, ProvisionReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
 from vmsnap.workflow.chronicle import Chronicle, audit, audited
 from vmsnap.workflow.guard import IsolationGuard, alarmed
+from vmsnap.workflow.lazily import LazyDisks, find_snapshot
 from vmsnap.workflow.location import known_address, resources_of, wait_for_address
 from vmsnap.workflow.naming import register_quietly
 from vmsnap.workflow.run import Run, as_vmsnap_error, closing, release_each, undone_on_failure
@@ -76,6 +78,8 @@ class Provision:
         self._policy = policy
         self._progress = progress
         self._cancel = cancel
+        self._origin = Origin.STORE
+        self._lazy: LazyDisks | None = None
 
     def run(self, reference: str) -> ProvisionReport:
         """Make the environment and record it; whatever fails before that is undone.
@@ -84,15 +88,18 @@ class Provision:
         does not answer in time raises GuestUnreachableError and stays, for a look at it.
         """
         world = self._world
-        snapshot = world.store.find(reference)
+        snapshot, self._origin = find_snapshot(world, reference, origin=self._options.origin)
         chronicle = Chronicle(world, kind=RunKind.PROVISION, guest=snapshot.manifest.guest)
         self._progress = chronicle.telling(self._progress)
         run_id = world.new_run_id()
         with chronicle.of(run_id):
             plan = plan_environment(run_id, snapshot=snapshot, options=self._options, policy=self._policy)
+            if self._origin is Origin.REPLICA:
+                plan = replace(plan, export_socket=world.exports.socket(run_id))
             chronicle.learned(snapshot=snapshot.id, environment=plan.name)
             where = "in a fence" if plan.network is None else f"on network '{plan.network}'"
-            detail = f"of snapshot {snapshot.id}, {where}"
+            whence = " straight from the replica" if self._origin is Origin.REPLICA else ""
+            detail = f"of snapshot {snapshot.id}{whence}, {where}"
             with audited(world, Action.PROVISION, guest=plan.guest, subject=plan.name, detail=detail):
                 report = self._make(plan, snapshot=snapshot)
             chronicle.learned(warnings=report.warnings)
@@ -133,6 +140,7 @@ class Provision:
             expires=environment.expires,
             answered_ms=answered_ms,
             reach=f"vmsnap env forward {quote(plan.name)} PORT",
+            origin=self._origin,
             dns_name=dns_name,
             warnings=warnings,
         )
@@ -166,14 +174,18 @@ class Provision:
         world, hypervisor, store = self._world, self._world.hypervisor, self._world.store
         machine = snapshot.manifest.machine
         with run.step("define"):
-            hold = store.hold_resource(run.id, snapshot=snapshot)
-            run.acquire(hold, lambda: store.hold(hold))
-            nvram = None if machine.nvram is None else str(store.file(snapshot, name=machine.nvram))
-            images = store.images(snapshot)
-            run.acquire(
-                hypervisor.environment_disks_resource(plan),
-                lambda: hypervisor.prepare_environment_disks(plan, images=images, nvram=nvram),
-            )
+            if plan.export_socket is not None:
+                self._lazy = LazyDisks(world, run=run, plan=plan, snapshot=snapshot)
+                self._lazy.prepare(policy=self._policy)
+            else:
+                hold = store.hold_resource(run.id, snapshot=snapshot)
+                run.acquire(hold, lambda: store.hold(hold))
+                nvram = None if machine.nvram is None else str(store.file(snapshot, name=machine.nvram))
+                images = store.images(snapshot)
+                run.acquire(
+                    hypervisor.environment_disks_resource(plan),
+                    lambda: hypervisor.prepare_environment_disks(plan, images=images, nvram=nvram),
+                )
             fence = None
             if plan.network is None:
                 fence = FencePlan.for_macs(run.id, guest=plan.guest, macs=plan.macs)
@@ -192,6 +204,8 @@ class Provision:
     ) -> IsolationProof | None:
         world = self._world
         with run.step("attach"):
+            if self._lazy is not None:
+                self._lazy.wait()
             world.hypervisor.attach_environment(plan, machine=snapshot.manifest.machine, fence=fence)
             with alarmed():
                 return None if fence is None else world.fence.prove(fence)
@@ -336,6 +350,7 @@ def status_of(world: World, environment: Environment) -> EnvironmentStatus:
         overlay_bytes=world.hypervisor.environment_written_bytes(environment.run),
         service_address=None if environment.network is not None else _text(known_address(world, environment)),
         dns_name=next((item.name for item in resources_of(world, environment, kind=ResourceKind.DNS_RECORD)), None),
+        export=world.exports.status(environment.run),
     )
 
 

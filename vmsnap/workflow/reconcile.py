@@ -27,6 +27,7 @@ _ORDER = (
     ResourceKind.CLONE_OVERLAYS,
     ResourceKind.DISK_COPIES,
     ResourceKind.ENVIRONMENT_DISKS,
+    ResourceKind.REPLICA_EXPORT,
     ResourceKind.SOURCE_OVERLAYS,
     ResourceKind.FENCE,
     ResourceKind.MEMORY,

@@ -37,6 +37,7 @@ _USED_BY = {
     ResourceKind.CLONE_OVERLAYS: (ResourceKind.CLONE,),
     ResourceKind.DISK_COPIES: (ResourceKind.CLONE,),
     ResourceKind.ENVIRONMENT_DISKS: (ResourceKind.ENVIRONMENT,),
+    ResourceKind.REPLICA_EXPORT: (ResourceKind.ENVIRONMENT,),
     ResourceKind.HOLD: (ResourceKind.ENVIRONMENT,),
 }
 

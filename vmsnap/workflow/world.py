@@ -14,6 +14,7 @@ from vmsnap.ports.clock import Clock
 from vmsnap.ports.disks import DiskExport, DiskInspector
 from vmsnap.ports.engine import Engine
 from vmsnap.ports.exporting import ExportFolders
+from vmsnap.ports.exports import ReplicaExports
 from vmsnap.ports.guest import Connector, GuestAccess
 from vmsnap.ports.hints import ChangeHints
 from vmsnap.ports.history import HistoryBook
@@ -49,6 +50,7 @@ class World:
     inspector: DiskInspector
     store: SnapshotStore
     replica: Replica | None
+    exports: ReplicaExports
     folders: ExportFolders
     journals: Journals
     locks: Locks
@@ -74,6 +76,7 @@ class World:
             self.services,
             self.names,
             self.export,
+            self.exports,
             self.store,
             self.folders,
         )
