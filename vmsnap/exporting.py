@@ -81,7 +81,7 @@ def serve_export(settings: Settings | None, where: str, *, stop: threading.Event
     if not folder.exists:
         raise PreconditionError(f"run {folder.run} has no export", remedy="'vmsnap env list' shows what there is")
     plan = folder.plan()
-    replica = PacksReplica(plan, run=folder.run, clock=clock)
+    replica = ReplicaOfRun(plan, run=folder.run, clock=clock)
     ExportService(folder, socket=Path(plan.socket), replica=replica, now=clock.now, stop=stop).run()
 
 
@@ -123,7 +123,7 @@ class _PackedBlocks:
         return self.disk.read(first * self.block_bytes, count * self.block_bytes)
 
 
-class PacksReplica:
+class ReplicaOfRun:
     """What an export's process needs of a repository of packs."""
 
     renewed_every = holds.RENEWED_EVERY

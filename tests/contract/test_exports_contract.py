@@ -48,8 +48,8 @@ class Place:
         self.objects = DirectoryObjects(self.replica)
         self.disks = {"vda": image(), "vdb": b"\1" * BLOCK_BYTES}
         (folder / "local").mkdir()
-        task = Local(folder=folder / "local").task(disks=self.disks)
-        send(fresh(self.objects), task=task, index=folder / "index")
+        copy = Local(folder=folder / "local").snapshot(disks=self.disks)
+        send(fresh(self.objects), copy=copy, index=folder / "index")
         self.snapshot = SnapshotId(f"{1:010x}")
         self.runtime = runtime
         self.exports = self.process()

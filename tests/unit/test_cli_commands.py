@@ -177,7 +177,8 @@ def test_provision_passes_its_options_on(program: Program) -> None:
         "name": "x",
         "ttl": timedelta(hours=36),
         "network": "lab",
-        "wait": True, "origin": None,
+        "wait": True,
+        "origin": None,
     }
     assert outcome.stdout == (
         "Environment x is running, from snapshot 3fa9b0c1d2 of db1.\n"
