@@ -101,4 +101,4 @@ def open_files_of(name: str) -> list[str]:
     """What a VM's process has open."""
     pid = pid_of(name)
     assert pid is not None
-    return [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    return [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]

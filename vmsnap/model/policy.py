@@ -246,7 +246,7 @@ class EnvironmentPolicy(_Section):
     """Test VMs from this guest's snapshots. ``network`` None: each in a fence of its own. ``ttl``: may be ``"never"``.
 
     ``service_ports`` are those that ``vmsnap env serve`` makes reachable. One straight from the replica fetches everything in
-    the end and is then local (``hydrate``), or keeps at most ``cache_mib`` of each disk here for as long as it lives.
+    the end and is then local (``hydrate``); without that it keeps at most ``cache_mib`` of each disk here.
     """
 
     network: str | None = None
@@ -257,13 +257,6 @@ class EnvironmentPolicy(_Section):
     dns: DnsPolicy | None = None
     hydrate: bool = True
     cache_mib: int | None = Field(default=None, ge=64)
-
-    @model_validator(mode="after")
-    def _keeps_what_it_fetches(self) -> EnvironmentPolicy:
-        if self.hydrate and self.cache_mib is not None:
-            msg = "cache_mib: needs hydrate = false, because what is fetched in the end is kept whole"
-            raise ValueError(msg)
-        return self
 
 
 class VerifyPolicy(_Section):

@@ -83,7 +83,7 @@ class LazyDisks:
             guest=plan.guest,
             snapshot=snapshot.id,
             hydrate=policy.hydrate,
-            cache_bytes=None if policy.cache_mib is None else policy.cache_mib * _MIB,
+            cache_bytes=None if policy.hydrate or policy.cache_mib is None else policy.cache_mib * _MIB,
             reader=world.hypervisor.image_reader(),
         )
         self._export = export
