@@ -16,6 +16,7 @@ from vmsnap.errors import (
     SafetyError,
     UnknownOutcomeError,
 )
+from vmsnap.hypervisors.hyperv.failures import RemoteError
 from vmsnap.hypervisors.hyperv.fence import find_switch
 from vmsnap.hypervisors.hyperv.host import Host, Import
 from vmsnap.hypervisors.hyperv.inspect import image_format
@@ -263,9 +264,24 @@ class Clones:
             raise BugError(f"the proof is of run {proof.run}, the clone of run {clone.run}")
         machine = self.get(clone.run)
         try:
-            self._host.start(machine.id, tag=clone_tag(clone.run), timeout=_START)
+            self._start(machine, run=clone.run)
+        except RemoteError as error:
+            fixed = [item.mac for item in self._host.describe(machine.id).adapters if item.switch and not item.dynamic]
+            if not fixed:
+                raise
+            # Hyper-V may not let two VMs with one fixed MAC run, though they are on different switches. The memory in the
+            # clone wants the MAC; nobody wants the switch.
+            _LOG.warning(
+                "the clone of run %s did not start; once more, its adapters unplugged: %s", clone.run, error.details
+            )
+            self._host.disconnect(machine.id, tag=clone_tag(clone.run), macs=fixed)
+            self._start(machine, run=clone.run)
+
+    def _start(self, machine: Machine, *, run: RunId) -> None:
+        try:
+            self._host.start(machine.id, tag=clone_tag(run), timeout=_START)
         except UnknownOutcomeError:
-            self._wait_until_started(clone.run)
+            self._wait_until_started(run)
 
     def _wait_until_started(self, run: RunId) -> None:
         until = self._clock.monotonic() + _START.total_seconds()

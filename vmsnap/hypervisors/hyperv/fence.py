@@ -175,8 +175,9 @@ def _require_private(switch: Switch) -> None:
 
 
 def _look(host: Host, plan: FencePlan, *, complete: bool) -> tuple[ProofPoint, ...]:
-    """Read everything back. ``complete``: the clone is there, on all its ports. Raises IsolationError.
+    """Read everything back. Raises IsolationError.
 
+    ``complete``: the clone is there, on all its ports. Else it may be gone, or unplugged: nobody is reached from there.
     The machines are listed before the adapters: one that appears between the two counts as a stranger.
     """
     machines = {machine.id.lower(): machine for machine in host.machines_of(plan.run)}
@@ -185,7 +186,8 @@ def _look(host: Host, plan: FencePlan, *, complete: bool) -> tuple[ProofPoint, .
     plugs = host.plugs()
     own = [plug for plug in plugs if not plug.of_host and plug.machine_id.lower() in machines]
     members = [plug for plug in plugs if plug.switch_id.lower() == switch.id.lower()]
-    _require_members(switch, own=own, members=members, machines=machines)
+    plugged = own if complete else [plug for plug in own if plug.switch]
+    _require_members(switch, own=plugged, members=members, machines=machines)
     if complete and len(own) != len(plan.ports):
         missing = ", ".join(f"{port.mac}" for port in plan.ports) or "none"
         raise IsolationError(
@@ -239,7 +241,7 @@ class SwitchWatch:
             ProofPoint(
                 kind=ProofKind.PRODUCTION,
                 name=f"adapters of {self._plan.namespace}",
-                observed=f"on the private switch alone, nobody else there, at {self._looks} looks within "
+                observed=f"on the private switch or on none, nobody else there, at {self._looks} looks within "
                 f"{self._seen - self._began:.0f} s, as Hyper-V says; frames are not listened to",
             ),
         )

@@ -128,7 +128,7 @@ def _adapters(description: Description) -> Iterator[Finding]:
             yield _warning(
                 check,
                 "its MAC is fixed: with the guest's memory it is in the clone as well, and Hyper-V may refuse to start two "
-                "VMs with one MAC on a host",
+                "VMs with one MAC on a host; the clone is then started with this adapter unplugged",
                 "give it a dynamic MAC where the guest allows that; this was not tried on a real host yet",
             )
 
