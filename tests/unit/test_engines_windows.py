@@ -77,22 +77,28 @@ class Guest:
         key = "+".join(names_in(command)) if "powershell" in command.argv[0] else command.argv[0].rpartition("\\")[2]
         answer = self.answers[key]
         if isinstance(answer, list) and answer and isinstance(answer[0], CommandResult | dict):
-            answer = answer.pop(0) if key != "sqlserver_discover" else answer
+            answer = answer.pop(0)
         if isinstance(answer, CommandResult):
             return answer
         return CommandResult(exit_status=0, stdout=json.dumps(answer).encode())
 
 
-def service(**changes: str) -> dict[str, str]:
+def service(**changes: Any) -> dict[str, Any]:
     return {
         "Service": "MSSQL$SALES",
         "State": "Running",
+        "Starts": "Auto",
+        "Process": 2000,
         "Account": "NT SERVICE\\MSSQL$SALES",
         "Version": "16.0.1000.6",
         "Folder": FOLDER,
         "ErrorLog": FOLDER + r"\Log\ERRORLOG",
         **changes,
     }
+
+
+def instances(*services: dict[str, Any]) -> dict[str, Any]:
+    return {"Services": list(services), "Servers": [2000] if services else []}
 
 
 def said(*lines: str, status: int = 0, error: str = "") -> CommandResult:
@@ -134,21 +140,23 @@ class TestSqlServer:
         assert engine_for(DatabasePolicy(engine="postgresql-windows")).name == "postgresql-windows"
 
     def test_an_instance_is_found_by_its_service(self) -> None:
-        stopped = service(Service="MSSQLSERVER", State="Stopped", ErrorLog="")
-        assert Guest({"sqlserver_discover": [service(), stopped]}).converse(SqlServer().discover()) == (SALES,)
+        stopped = service(Service="MSSQLSERVER", State="Stopped", Starts="Manual", Process=0, ErrorLog="")
+        assert Guest({"sqlserver_discover": instances(service(), stopped)}).converse(SqlServer().discover()) == (SALES,)
 
     @pytest.mark.parametrize(
         ("services", "words"),
         [
             ([], "no SQL Server runs"),
-            ([service(State="Stopped")], "no SQL Server runs"),
+            ([service(State="Stopped", Starts="Disabled")], "no SQL Server runs"),
+            ([service(), service(Service="MSSQLSERVER", State="Stopped")], "starts by itself"),
+            ([service(Process=2001)], "is no service"),
             ([service(State="Paused")], "is Paused"),
             ([service(ErrorLog="E:\\log\\ERRORLOG")], "error log"),
         ],
     )
-    def test_what_cannot_be_drained_is_refused(self, services: list[dict[str, str]], words: str) -> None:
+    def test_what_cannot_be_drained_is_refused(self, services: list[dict[str, Any]], words: str) -> None:
         with pytest.raises(PreconditionError, match=words):
-            Guest({"sqlserver_discover": services}).converse(SqlServer().discover())
+            Guest({"sqlserver_discover": instances(*services)}).converse(SqlServer().discover())
 
     def test_the_session_comes_before_the_pause_and_the_order_to_stop_after_the_count(self) -> None:
         text = "".join(
@@ -301,10 +309,13 @@ def postgresql(*, services: list[dict[str, str]] | None = None, pid: int = 4711,
     found = {
         "Services": services
         if services is not None
-        else [{"Service": "postgresql-x64-16", "State": "Running", "CommandLine": line}],
+        else [{"Service": "postgresql-x64-16", "State": "Running", "Starts": "Auto", "CommandLine": line}],
         "Servers": [{"Pid": pid, "Parent": 700}, {"Pid": 4800, "Parent": pid}],
     }
     return Guest({"postgresql_discover": found, "postgresql_look": [look(**changes)]})
+
+
+LATE = {"Service": "other", "State": "Stopped", "CommandLine": "x"}
 
 
 class TestPostgreSQL:
@@ -318,6 +329,7 @@ class TestPostgreSQL:
         [
             (lambda: postgresql(services=[], pid=4711), "is no service"),
             (lambda: postgresql(pid=9999), "is no service"),
+            (lambda: postgresql(services=[{**LATE, "Starts": "Auto"}]), "starts by itself"),
             (lambda: postgresql(Lock=""), "is not up"),
             (lambda: postgresql(Lock=LOCK.replace("ready", "standby")), "is not up"),
             (lambda: postgresql(Control=CONTROL.format("in archive recovery")), "is a standby"),

@@ -20,7 +20,7 @@ from vmsnap.engines.pg_controldata import ControlData, parse_control_data
 from vmsnap.engines.pg_discovery import LockFile, parse_lock_file
 from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT, OPENED
 from vmsnap.engines.postgresql import PostgreSQL
-from vmsnap.engines.windows import ask_json, powershell
+from vmsnap.engines.windows import ask_json, powershell, refuse_late
 from vmsnap.engines.windows_paths import locate_files
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError
 from vmsnap.model.command import Command, Procedure
@@ -46,6 +46,7 @@ class _Answer(BaseModel):
 class _Service(_Answer):
     Service: str
     State: str
+    Starts: str
     CommandLine: str
 
 
@@ -78,7 +79,8 @@ class WindowsPostgreSQL:
     def discover(self) -> Procedure[tuple[Instance, ...]]:
         """Find the services that run. May be repeated.
 
-        Raises PreconditionError where none runs, one is a standby or not up, or a server runs that is no service.
+        Raises PreconditionError where none runs, one is a standby or not up though it should be, or a server runs that is
+        no service.
         """
         what = "cannot list the PostgreSQL services"
         answer = yield from ask_json(powershell("postgresql_discover"), what=what)
@@ -88,6 +90,7 @@ class WindowsPostgreSQL:
             raise GuestCommandError(f"{what}: the answer makes no sense", details=str(error)) from error
         instances, known = [], set()
         for service in found.Services:
+            refuse_late(service.Service, state=service.State, starts=service.Starts)
             if service.State == "Stopped":
                 continue
             instance, lock = yield from _instance(service)

@@ -23,11 +23,11 @@ import ntpath
 from datetime import timedelta
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vmsnap.engines.asking import last_words
 from vmsnap.engines.sqlserver_log import read_log
-from vmsnap.engines.windows import Parameters, ask_json, powershell
+from vmsnap.engines.windows import Parameters, ask_json, powershell, refuse_late
 from vmsnap.engines.windows_paths import locate_files
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError
 from vmsnap.model.command import Command, CommandResult, Procedure
@@ -55,10 +55,17 @@ class _Answer(BaseModel):
 class _Service(_Answer):
     Service: str
     State: str
+    Starts: str
+    Process: int
     Account: str
     Version: str
     Folder: str
     ErrorLog: str
+
+
+class _Found(_Answer):
+    Services: list[_Service]
+    Servers: list[int]
 
 
 class _Databases(_Answer):
@@ -80,7 +87,6 @@ class _Outcome(_Answer):
     seconds: float = Field(ge=0)
 
 
-_SERVICES = TypeAdapter(tuple[_Service, ...])
 _A = TypeVar("_A", bound=_Answer)
 
 
@@ -95,14 +101,22 @@ class SqlServer:
     def discover(self) -> Procedure[tuple[Instance, ...]]:
         """Find the running instances. May be repeated.
 
-        Raises PreconditionError where none runs, one is paused or starting, or its error log is not in its own folder.
+        Raises PreconditionError where none runs, one is paused or starting or should run, a server runs that is no
+        service, or an error log is not in its own folder.
         """
-        what = "cannot list the instances of SQL Server"
-        answer = yield from ask_json(powershell("sqlserver_discover"), what=what)
-        try:
-            services = _SERVICES.validate_python(answer, strict=False)
-        except ValidationError as error:
-            raise GuestCommandError(f"{what}: the answer makes no sense", details=str(error)) from error
+        found = yield from _ask(
+            _Found, powershell("sqlserver_discover"), what="cannot list the instances of SQL Server"
+        )
+        services = found.Services
+        others = sorted(set(found.Servers) - {service.Process for service in services})
+        if others:
+            raise PreconditionError(
+                f"SQL Server also runs with process id {others[0]}, and is no service",
+                details="a LocalDB, or an instance of a user's own",
+                remedy="end what uses it before backups: nobody would drain it, or know how it ended",
+            )
+        for service in services:
+            refuse_late(service.Service, state=service.State, starts=service.Starts)
         instances = tuple(_instance(service) for service in services if service.State != "Stopped")
         if not instances:
             raise PreconditionError(

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 
 from vmsnap.engines.asking import ask
-from vmsnap.errors import GuestCommandError
+from vmsnap.errors import GuestCommandError, PreconditionError
 from vmsnap.model.command import Command, CommandResult, Procedure
 
 _PROLOGUE = """$ErrorActionPreference = 'Stop'
@@ -54,6 +54,18 @@ def names_in(command: Command) -> tuple[str, ...]:
     known = sorted(file.name.removesuffix(".ps1") for file in folder.iterdir() if file.name.endswith(".ps1"))
     found = [(text.index(script_text(name)), name) for name in known if script_text(name) in text]
     return tuple(name for _, name in sorted(found))
+
+
+def refuse_late(service: str, *, state: str, starts: str) -> None:
+    """Raise PreconditionError for a service that Windows starts by itself and that does not run, or not yet.
+
+    It would come up after the others were found, and nobody would drain it.
+    """
+    if state == "Stopped" and starts == "Auto":
+        raise PreconditionError(
+            f"the service {service} starts by itself, and does not run",
+            remedy="start it in the guest, or let it be started by hand: Set-Service -StartupType Manual",
+        )
 
 
 def ask_json(command: Command, *, what: str, remedy: str | None = None) -> Procedure[object]:

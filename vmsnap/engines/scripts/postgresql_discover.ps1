@@ -4,6 +4,7 @@ $services = @(foreach ($service in @(Get-CimInstance -ClassName Win32_Service)) 
     @{
         Service     = [string]$service.Name
         State       = [string]$service.State
+        Starts      = [string]$service.StartMode
         CommandLine = [string]$service.PathName
     }
 })

@@ -1,7 +1,7 @@
-# The instances of SQL Server in this guest, by the services that run them. Changes nothing.
+# The instances of SQL Server in this guest, by the services that run them, and every server process. Changes nothing.
 $base = 'HKLM:\SOFTWARE\Microsoft\Microsoft SQL Server'
 $names = Get-ItemProperty -LiteralPath "$base\Instance Names\SQL" -ErrorAction SilentlyContinue
-$found = @(foreach ($service in @(Get-CimInstance -ClassName Win32_Service)) {
+$services = @(foreach ($service in @(Get-CimInstance -ClassName Win32_Service)) {
     if ($service.PathName -notmatch '\\sqlservr\.exe') { continue }
     $instance = $service.Name -replace '^MSSQL\$', ''
     $id = [string]$names.$instance
@@ -12,10 +12,13 @@ $found = @(foreach ($service in @(Get-CimInstance -ClassName Win32_Service)) {
     @{
         Service  = [string]$service.Name
         State    = [string]$service.State
+        Starts   = [string]$service.StartMode
+        Process  = [int]$service.ProcessId
         Account  = [string]$service.StartName
         Version  = [string]$setup.Version
         Folder   = [string]$setup.SQLPath
         ErrorLog = $log -creplace '^-e', ''
     }
 })
-ConvertTo-Json -Compress -Depth 3 -InputObject $found
+$servers = @(Get-CimInstance -ClassName Win32_Process -Filter "Name = 'sqlservr.exe'" | ForEach-Object { [int]$_.ProcessId })
+ConvertTo-Json -Compress -Depth 3 -InputObject @{ Services = $services; Servers = $servers }

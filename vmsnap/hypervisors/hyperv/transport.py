@@ -166,7 +166,8 @@ class _Session:
         wsman = pipeline.runspace_pool.connection
         end = time.monotonic() + timeout.total_seconds()
         longest = _POLL_SECONDS if cancel is None else _CANCEL_POLL_SECONDS
-        usual = wsman.operation_timeout
+        usual, patience = wsman.operation_timeout, wsman.transport.read_timeout
+        wsman.transport.read_timeout = longest + _READ_MARGIN_SECONDS
         try:
             while pipeline.state == PSInvocationState.RUNNING:
                 left = end - time.monotonic()
@@ -183,7 +184,7 @@ class _Session:
         except LIBRARY_ERRORS as error:
             raise translate(error, stage=Stage.LISTENING, connection=self._connection) from error
         finally:
-            wsman.operation_timeout = usual
+            wsman.operation_timeout, wsman.transport.read_timeout = usual, patience
 
     def _check(self, cancel: Cancel, pipeline: PowerShell) -> None:
         try:
