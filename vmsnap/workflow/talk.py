@@ -49,8 +49,8 @@ def wait_until_answers(control: GuestControl, *, deadline: timedelta, clock: Clo
                 raise GuestUnreachableError(
                     f"the guest did not answer by {control.method} within {deadline}",
                     details=error.brief,
-                    remedy="is qemu-guest-agent, the SSH server or, for PowerShell Direct, the service vmicvmsession running in the "
-                    "guest, and enabled at boot?",
+                    remedy="is qemu-guest-agent, the SSH server or, for PowerShell Direct, the service vmicvmsession "
+                    "running in the guest, and enabled at boot?",
                 ) from error
             clock.sleep(_BETWEEN_PINGS)
         else:
