@@ -1,8 +1,8 @@
 """How long it takes to store a disk of which little changed, with a hint and without.
 
 The disk goes the way of a backup: an image, changed here and there after the first snapshot, a clone's overlay over it, served
-by the storage daemon, stored on reflinks. The hint is what a bitmap of the same writes says. Reading it from the guest's QEMU, which
-takes a tenth of a second a disk, is not measured here: it is done while the clone is made.
+by the storage daemon, stored on reflinks. The hint is what a bitmap of the same writes says. Reading it from the guest's QEMU
+takes a tenth of a second a disk, right after the capture, and is not measured here.
 """
 
 from __future__ import annotations
