@@ -229,7 +229,7 @@ class HyperVWorld(FakeWorld):
         """Return the drivers of a fresh process."""
         self._faults = faults
         world = super().process(None)
-        host = self._connect()
+        host = self.connect()
         world = replace(
             world,
             hypervisor=AgentHypervisor(host, clock=self.clock, mirror=self.mirror),
@@ -241,7 +241,8 @@ class HyperVWorld(FakeWorld):
             self.machine.between = faults.point
         return faults.world(world)
 
-    def _connect(self) -> Host:
+    def connect(self) -> Host:
+        """Return the Hyper-V host as a driver of the present process reaches it."""
         folders = RunFolders(root=EXPORTS, mounted=str(self.machine.files.local(EXPORTS)))
         if self.orphanage is not None and self._faults is not None:
             died = self._faults.die
@@ -276,7 +277,7 @@ class HyperVWorld(FakeWorld):
     @property
     def owners(self) -> tuple[Owner, ...]:
         """Return the owners of resources, without faults."""
-        host = self._connect()
+        host = self.connect()
         hypervisor = AgentHypervisor(host, clock=self.clock, mirror=self.mirror)
         return (hypervisor, HyperVFence(host), self.services, self.export, self.store)
 
