@@ -46,7 +46,7 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
-from vmsnap.model.verification import VerifyEntry
+from vmsnap.model.verification import VerifyChoice, VerifyEntry
 from vmsnap.monitoring.metrics import Metric
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.service import HostServices
@@ -274,6 +274,9 @@ class Application:
         found = [*_attempt("hypervisor", self._world.hypervisor.host_findings)]
         if guest is None:
             found.extend(_attempt("store", lambda: self._world.store.findings(needed_bytes=0)))
+            replica = self._world.replica
+            if replica is not None:
+                found.extend(_attempt("replica", replica.findings))
             return tuple(found)
         policy = self._policies.get(guest)
         found.extend(_attempt("guest", lambda: self._guest_findings(policy)))
@@ -296,9 +299,10 @@ class Application:
         way = "its guest agent" if login.agent else "SSH inside the fence"
         return (Finding(check="control", severity=Severity.OK, message=f"the clone will be controlled by {way}"),)
 
-    def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
-        """Re-read a snapshot."""
-        return verify(self._world, reference=reference, progress=progress, cancel=cancel)
+    def verify(self, reference: str, *, choice: VerifyChoice, progress: Progress, cancel: Cancel) -> VerifyReport:
+        """Re-read a snapshot, and repair it where that is chosen."""
+        wish = choice.on(self._world.clock.now().date())
+        return verify(self._world, reference=reference, wish=wish, progress=progress, cancel=cancel)
 
     def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
         """Re-read what is due. A policy file that is wrong is a failure of its guest, and of no other."""

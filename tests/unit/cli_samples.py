@@ -84,7 +84,7 @@ from vmsnap.model.report import (
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
-from vmsnap.model.verification import VerifyEntry
+from vmsnap.model.verification import VerifyChoice, VerifyEntry
 from vmsnap.monitoring.metrics import Metric, Sample
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
@@ -215,6 +215,7 @@ class FakeApplication:
     stored: tuple[Snapshot, ...] = (sample(),)
     findings: tuple[Finding, ...] = (Finding(check="libvirt", severity=Severity.OK, message="10.0 answers"),)
     defects: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
     verified: tuple[VerifyEntry, ...] = ()
     left: str | None = None
     entries: tuple[DueEntry, ...] = ()
@@ -415,9 +416,18 @@ class FakeApplication:
             ),
         )
 
-    def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
-        self._called("verify", reference)
-        return VerifyReport(snapshot=SnapshotId("3fa9b0c1d2"), blocks=32768, defects=self.defects, seconds=1.9)
+    def verify(self, reference: str, *, choice: VerifyChoice, progress: Progress, cancel: Cancel) -> VerifyReport:
+        self._called("verify", reference, choice)
+        return VerifyReport(
+            snapshot=SnapshotId("3fa9b0c1d2"),
+            guest="db1",
+            replica=choice.replica,
+            sample=None if choice.sample is None else "3 of 20",
+            blocks=32768,
+            defects=self.defects,
+            repaired=self.repaired,
+            seconds=1.9,
+        )
 
     def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
         self._called("verify_due")

@@ -29,7 +29,7 @@ from vmsnap.model.report import ForwardOptions, ServeOptions, VerifyReport
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
-from vmsnap.model.verification import VerifyEntry, damage
+from vmsnap.model.verification import VerifyChoice, VerifyEntry, damage
 from vmsnap.ports.upkeep import CollectWishes
 
 WARNED = (
@@ -496,6 +496,23 @@ def test_pin_without_an_end_belongs_to_whoever_runs_it(program: Program, monkeyp
     assert outcome.json["pin"] == {"owner": "bob", "reason": "audit", "since": "2026-11-21T08:00:03Z", "until": None}
     assert program("unpin", "3fa9").stdout == "3fa9b0c1d2 of db1 is not pinned any more.\n"
     assert program.application.calls[-1] == ("pin", "3fa9", None)
+
+
+def test_verify_reads_and_repairs_the_copy_that_is_asked_for(program: Program) -> None:
+    program("verify", "3fa9", "--replica", "--repair", "--sample", "0.05")
+    choice = VerifyChoice(replica=True, repair=True, sample=0.05)
+    assert program.application.calls[-1] == ("verify", "3fa9", choice)
+    program.application.repaired = ("vda: block 7 (byte 458752): ...",)
+    told = program("verify", "3fa9", "--replica", "--repair", "--sample", "0.05").stdout
+    assert "Repaired in snapshot" in told
+    assert "vda: block 7 (byte 458752)" in told
+    assert "is intact at the replica: part 3 of 20, " in told
+    program.application.repaired, program.application.defects = (), ("vda: block 7 ...",)
+    outcome = program("verify", "3fa9", "--replica")
+    assert outcome.code == 5
+    assert "--replica --repair' repairs it where here has an intact copy" in outcome.stdout
+    for wrong in (("verify", "3fa9", "--sample", "2"), ("verify", "--due", "--repair")):
+        assert program(*wrong).code == 2
 
 
 def test_verify_tells_intact_from_damaged(program: Program) -> None:

@@ -31,7 +31,7 @@ from vmsnap.model.report import (
     VerifyReport,
 )
 from vmsnap.model.schedule import Due
-from vmsnap.model.verification import VerifyEntry
+from vmsnap.model.verification import VerifyChoice, VerifyEntry
 from vmsnap.monitoring.metrics import Metric
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
@@ -79,8 +79,8 @@ class Application(Protocol):
     def doctor(self, guest: str | None) -> tuple[Finding, ...]:
         """Look whether this host, and a guest on it, can be backed up. Changes nothing."""
 
-    def verify(self, reference: str, *, progress: Progress, cancel: Cancel) -> VerifyReport:
-        """Re-read a snapshot and record what was found."""
+    def verify(self, reference: str, *, choice: VerifyChoice, progress: Progress, cancel: Cancel) -> VerifyReport:
+        """Re-read a snapshot and record what was found; repair it where that is chosen."""
 
     def verify_due(self, *, progress: Progress, cancel: Cancel) -> tuple[VerifyEntry, ...]:
         """Re-read what the policies want read again; failures are in the entries. Ends early when cancelled."""

@@ -241,11 +241,18 @@ class ReconcileReport(_Report):
 
 
 class VerifyReport(_Report):
-    """What re-reading a snapshot found."""
+    """What re-reading a snapshot found, here or (``replica``) there. ``sample``: only such a share of it, as ``"3 of 20"``.
+
+    ``repaired``: the defects that were there before a repair; ``defects`` are those that are left.
+    """
 
     snapshot: SnapshotId
+    guest: str = ""
+    replica: bool = False
+    sample: str | None = None
     blocks: int
     defects: tuple[str, ...]
+    repaired: tuple[str, ...] = ()
     seconds: float
 
 

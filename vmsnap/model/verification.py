@@ -21,6 +21,9 @@ class Share:
     number: int
     of: int
 
+    def __str__(self) -> str:
+        return f"{self.number + 1} of {self.of}"
+
     def has(self, place: int) -> bool:
         """Tell whether what has this number is in the share."""
         return place % self.of == self.number
@@ -35,6 +38,15 @@ class Checked:
     bad: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyWish:
+    """What to read again, and what then. ``replica``: the copy there. ``share`` None: all of it."""
+
+    replica: bool = False
+    repair: bool = False
+    share: Share | None = None
+
+
 def share_of_day(share_per_day: float, *, day: date) -> Share:
     """Return the share to read on a day: with 0.05 one of 20, another one each day.
 
@@ -43,6 +55,20 @@ def share_of_day(share_per_day: float, *, day: date) -> Share:
     of = max(1, math.ceil(round(1 / share_per_day, 6)))
     of += of % 7 == 0
     return Share(number=day.toordinal() % of, of=of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyChoice:
+    """What an operator asks for. ``sample``: the part of it to read today, such as 0.05; None: all of it."""
+
+    replica: bool = False
+    repair: bool = False
+    sample: float | None = None
+
+    def on(self, day: date) -> VerifyWish:
+        """Return what that is on a day."""
+        share = None if self.sample is None else share_of_day(self.sample, day=day)
+        return VerifyWish(replica=self.replica, repair=self.repair, share=share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from vmsnap.model.guest import Finding
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Snapshot
+from vmsnap.model.verification import Checked, Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.store import ByteProgress, DiskContent
 
@@ -71,3 +72,18 @@ class Replica(Protocol):
 
     def fetch_files(self, snapshot: Snapshot) -> tuple[DiskFile, ...]:
         """Return the small files beside the disks."""
+
+    def check(
+        self, guest: str, *, snapshot: SnapshotId, share: Share | None, progress: ByteProgress, cancel: Cancel
+    ) -> Checked:
+        """Read a snapshot there again, or a share of it, and compare it with its digests. Defects raise nothing."""
+
+    def mend(self, copy: LocalCopy, *, found: Checked, progress: ByteProgress, cancel: Cancel) -> None:
+        """Repair there what ``found`` names, from an intact copy here. May be repeated. Hold the snapshot meanwhile.
+
+        Raises VerificationError where the copy is damaged: nothing there is worse than before then. BusyError where another
+        process of this host sends.
+        """
+
+    def reader(self, snapshot: Snapshot) -> Callable[[str, int], bytes]:
+        """Return what reads a block, by disk and number. It raises VerificationError for one that is damaged there."""

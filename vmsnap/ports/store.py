@@ -16,6 +16,7 @@ from vmsnap.model.hints import DiskHint
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import Resource
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.model.verification import Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.owner import Owner
@@ -139,8 +140,17 @@ class SnapshotStore(Owner, Protocol):
         Call it under the guest's lock. One that is held meanwhile is a snapshot again.
         """
 
-    def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
-        """Read every block and compare it. Returns the count of blocks read and a line a defect."""
+    def verify(
+        self, snapshot: Snapshot, *, share: Share | None = None, progress: ByteProgress, cancel: Cancel
+    ) -> tuple[int, tuple[str, ...]]:
+        """Read every block, or those of a share, and compare it. Returns the count of blocks read and a line a defect."""
+
+    def mend(self, snapshot: Snapshot, *, read: Callable[[str, int], bytes], cancel: Cancel) -> int:
+        """Repair the disks of a snapshot in place, with blocks that ``read`` returns by disk and number. Returns how many.
+
+        Nothing is written that has not the digest of its place. May be repeated. Blocks for which ``read`` raises
+        VerificationError stay as they are. Call it under the guest's lock.
+        """
 
     def lock(self, guest: str, *, timeout: timedelta) -> AbstractContextManager[None]:
         """Keep others from publishing or removing snapshots of a guest meanwhile. Raises BusyError."""

@@ -6,6 +6,7 @@ removed on its own. ``docs/formats.md`` describes the layout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from vmsnap.model.hints import DiskHint
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.model.verification import Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import ByteProgress, DiskContent, Staging
@@ -40,6 +42,7 @@ from vmsnap.stores.layout import (
     replace_file,
 )
 from vmsnap.stores.locking import locked
+from vmsnap.stores.mending import mend_disk
 from vmsnap.stores.publishing import Publisher, usable_base
 from vmsnap.stores.references import resolve
 from vmsnap.stores.verification import verify_disk
@@ -252,8 +255,10 @@ class ImagesStore:
             folders = [folder for folder in self._layout.snapshot_folders(guest) if is_half_removed(folder)]
             return tuple(SnapshotId(folder.name) for folder in folders if removal.finish_removal(folder))
 
-    def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
-        """Read every block and compare it. Returns the count of blocks compared and a line a defect.
+    def verify(
+        self, snapshot: Snapshot, *, share: Share | None = None, progress: ByteProgress, cancel: Cancel
+    ) -> tuple[int, tuple[str, ...]]:
+        """Read every block, or those of a share, and compare it. Returns the count of blocks compared and a line a defect.
 
         Raises SnapshotNotFoundError, DriverError, CancelledError.
         """
@@ -264,7 +269,7 @@ class ImagesStore:
         for disk in snapshot.manifest.disks:
             with self._translated(f"read {disk.image} of snapshot {snapshot.id}"):
                 scope = Scope(size_bytes=disk.size_bytes, progress=_after(done, total, progress), cancel=cancel)
-                count, lines = verify_disk(folder, record=disk, scope=scope)
+                count, lines = verify_disk(folder, record=disk, scope=scope, share=share)
             blocks += count
             defects += lines
             done += disk.size_bytes
@@ -272,6 +277,18 @@ class ImagesStore:
         if nvram is not None and not (folder / nvram).is_file():
             defects.append(f"{nvram}: missing")
         return blocks, tuple(defects)
+
+    def mend(self, snapshot: Snapshot, *, read: Callable[[str, int], bytes], cancel: Cancel) -> int:
+        """Repair the disks of a snapshot in place, with blocks from another copy. Returns how many were written.
+
+        Raises SnapshotNotFoundError, VerificationError, DriverError, CancelledError.
+        """
+        folder = self._existing(snapshot)
+        mended = 0
+        for disk in snapshot.manifest.disks:
+            with self._translated(f"repair {disk.image} of snapshot {snapshot.id}"):
+                mended += mend_disk(folder, record=disk, read=functools.partial(read, disk.target), cancel=cancel)
+        return mended
 
     @contextmanager
     def lock(self, guest: str, *, timeout: timedelta) -> Iterator[None]:

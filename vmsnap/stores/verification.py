@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from vmsnap.model.manifest import DiskRecord
+from vmsnap.model.verification import Share
 from vmsnap.stores.blocks import (
     BLOCK_BYTES,
     DIGEST_BYTES,
@@ -25,7 +26,13 @@ from vmsnap.stores.blocks import (
 _MOST_LINES = 200
 
 
-def verify_disk(folder: Path, *, record: DiskRecord, scope: Scope) -> tuple[int, tuple[str, ...]]:
+_SHARE_BLOCKS = 64
+"""Stretches of so many blocks, in order, go to the shares in turn."""
+
+
+def verify_disk(
+    folder: Path, *, record: DiskRecord, scope: Scope, share: Share | None = None
+) -> tuple[int, tuple[str, ...]]:
     """Return how many blocks were compared, and a line for each defect: what is damaged and where.
 
     The disk is asked, not the page cache. Raises OSError for what is no defect of one file, CancelledError.
@@ -37,14 +44,16 @@ def verify_disk(folder: Path, *, record: DiskRecord, scope: Scope) -> tuple[int,
     try:
         digests = os.open(folder / record.digests, os.O_RDONLY)
         try:
-            return _compare(image, digests, record=record, scope=scope)
+            return _compare(image, digests, record=record, scope=scope, share=share)
         finally:
             os.close(digests)
     finally:
         os.close(image)
 
 
-def _compare(image: int, digests: int, *, record: DiskRecord, scope: Scope) -> tuple[int, tuple[str, ...]]:
+def _compare(
+    image: int, digests: int, *, record: DiskRecord, scope: Scope, share: Share | None
+) -> tuple[int, tuple[str, ...]]:
     for descriptor in (image, digests):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     size_bytes, blocks = os.fstat(image).st_size, block_count(record.size_bytes)
@@ -55,9 +64,13 @@ def _compare(image: int, digests: int, *, record: DiskRecord, scope: Scope) -> t
         defects.append(f"{record.digests}: is not what the manifest vouches for")
     comparison = _Comparison(image=image, digests=digests)
     extents = file_extents(image, size_bytes=size_bytes)
-    for_each(stretches(extents, size_bytes=size_bytes), scope=scope, task=comparison.compare)
+    work = stretches(extents, size_bytes=size_bytes)
+    if share is not None:
+        # Holes are compared each time: that costs nothing.
+        work = (one for one in work if not one.data or share.has(one.first // _SHARE_BLOCKS))
+    for_each(work, scope=scope, task=comparison.compare)
     defects += _lines(sorted(comparison.bad), name=record.image)
-    return blocks, tuple(defects)
+    return blocks if share is None else comparison.blocks, tuple(defects)
 
 
 class _Comparison:
@@ -66,10 +79,13 @@ class _Comparison:
         self._digests = digests
         self._lock = threading.Lock()
         self.bad: list[int] = []
+        self.blocks = 0
 
     def compare(self, stretch: Stretch, buffer: memoryview) -> None:
         """Compare one stretch. Different stretches may be compared at the same time."""
         wanted = read_digests(self._digests, stretch=stretch)
+        with self._lock:
+            self.blocks += stretch.count
         if stretch.data:
             offset = stretch.first * BLOCK_BYTES
             try:

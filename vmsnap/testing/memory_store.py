@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from vmsnap.model.hints import BlockSet, DiskHint, may_differ, why_full
 from vmsnap.model.ids import RunId, SnapshotId, folder_name
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.model.manifest import DiskRecord, Manifest, Marks, ReadRecord, Snapshot
+from vmsnap.model.verification import Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import ByteProgress, DiskContent, Staging
@@ -335,14 +336,17 @@ class MemoryStore:
         del guest
         return ()
 
-    def verify(self, snapshot: Snapshot, *, progress: ByteProgress, cancel: Cancel) -> tuple[int, tuple[str, ...]]:
-        """Compare every disk with its digest."""
+    def verify(
+        self, snapshot: Snapshot, *, share: Share | None = None, progress: ByteProgress, cancel: Cancel
+    ) -> tuple[int, tuple[str, ...]]:
+        """Compare every disk with its digest; with a share, count its part of the blocks."""
         kept = self._kept(snapshot)
         defects, blocks, total = [], 0, sum(record.size_bytes for record in snapshot.manifest.disks)
         done = 0
         for record in snapshot.manifest.disks:
             cancel.check()
-            blocks += -(-record.size_bytes // record.block_bytes)
+            count = -(-record.size_bytes // record.block_bytes)
+            blocks += count if share is None else sum(share.has(number) for number in range(count))
             done += record.size_bytes
             if kept.disks[record.target].digests_sha256() != record.digests_sha256:
                 defects.append(f"{record.image}: blocks differ from their digests")
@@ -378,6 +382,25 @@ class MemoryStore:
             for run in self.holders(snapshot)
         ]
         return (*staged, *held)
+
+    def mend(self, snapshot: Snapshot, *, read: Callable[[str, int], bytes], cancel: Cancel) -> int:
+        """Repair disks with blocks of another copy, where the result is what the manifest vouches for."""
+        kept, mended = self._kept(snapshot), 0
+        for record in snapshot.manifest.disks:
+            disk = kept.disks[record.target]
+            if disk.digests_sha256() == record.digests_sha256:
+                continue
+            cancel.check()
+            found = _Disk(size_bytes=record.size_bytes)
+            for index in range(-(-record.size_bytes // _BLOCK)):
+                with suppress(VerificationError):
+                    block = read(record.target, index)
+                    if any(block):
+                        found.blocks[index] = block
+            if found.digests_sha256() == record.digests_sha256:
+                mended += sum(disk.blocks.get(index) != block for index, block in found.blocks.items())
+                disk.blocks = found.blocks
+        return mended
 
     def damage(self, snapshot: Snapshot, *, target: str) -> None:
         """Change a stored block, as a failing disk would."""

@@ -625,6 +625,31 @@ class StoreContract:
         assert len(defects) == 1
         assert "vda.raw" in defects[0]
 
+    def test_damage_is_repaired_with_blocks_of_another_copy(
+        self,
+        store: SnapshotStore,
+        make_view: Callable[..., FakeDiskView],
+        damage: Callable[[Snapshot], None],
+    ) -> None:
+        snapshot = self.save(store, make_view(blocks(1, 2)), make_view(blocks(3), target="vdb"))
+        good = {image.target: Path(image.path).read_bytes() for image in store.images(snapshot)}
+        damage(snapshot)
+
+        def lost(target: str, number: int) -> bytes:
+            raise VerificationError(f"block {number} of {target} is damaged there, too", remedy="none: this is a test")
+
+        for useless in (lambda *_: b"wrong" * 100, lost):
+            assert store.mend(snapshot, read=useless, cancel=NeverCancelled()) == 0
+            assert len(store.verify(snapshot, progress=no_progress, cancel=NeverCancelled())[1]) == 1
+
+        def read(target: str, number: int) -> bytes:
+            return good[target][number * BLOCK : (number + 1) * BLOCK]
+
+        assert store.mend(snapshot, read=read, cancel=NeverCancelled()) == 1
+        assert store.verify(snapshot, progress=no_progress, cancel=NeverCancelled())[1] == ()
+        assert store.mend(snapshot, read=read, cancel=NeverCancelled()) == 0
+        assert {image.target: Path(image.path).read_bytes() for image in store.images(snapshot)} == good
+
     def test_verifying_can_be_cancelled(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
         snapshot = self.save(store, make_view(blocks(1)))
         with pytest.raises(CancelledError):

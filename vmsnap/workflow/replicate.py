@@ -71,10 +71,15 @@ def replicate(world: World, *, reference: str, progress: Progress, cancel: Cance
     )
 
 
-def _send(world: World, replica: Replica, *, snapshot: Snapshot, progress: Progress, cancel: Cancel) -> Sent:
+def local_copy(world: World, *, snapshot: Snapshot) -> LocalCopy:
+    """Return a snapshot of the local store with its files. Hold it meanwhile. Raises SnapshotNotFoundError."""
     nvram = snapshot.manifest.machine.nvram
     files = () if nvram is None else (DiskFile(name=nvram, data=world.store.file(snapshot, name=nvram).read_bytes()),)
-    copy = LocalCopy(snapshot=snapshot, disks=world.store.contents(snapshot), files=files)
+    return LocalCopy(snapshot=snapshot, disks=world.store.contents(snapshot), files=files)
+
+
+def _send(world: World, replica: Replica, *, snapshot: Snapshot, progress: Progress, cancel: Cancel) -> Sent:
+    copy = local_copy(world, snapshot=snapshot)
     return replica.send(copy, retain_until=None, progress=progress.bytes_done, cancel=cancel)
 
 

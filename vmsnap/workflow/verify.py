@@ -11,34 +11,102 @@ from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Snapshot, Verification
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import VerifyReport
-from vmsnap.model.verification import VerifyEntry, damage, is_verification_due, last_read
+from vmsnap.model.verification import VerifyEntry, VerifyWish, damage, is_verification_due, last_read
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.workflow.chronicle import audit
+from vmsnap.workflow.mending import mend_here, mend_there
+from vmsnap.workflow.replicate import replica_of
 from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=30)
 
 
-def verify(world: World, *, reference: str, progress: Progress, cancel: Cancel) -> VerifyReport:
-    """Read every block of a snapshot, compare it with its digest, and record the result with the snapshot.
+def verify(
+    world: World, *, reference: str, wish: VerifyWish | None = None, progress: Progress, cancel: Cancel
+) -> VerifyReport:
+    """Read a snapshot again, here or at the replica, compare it with its digests, and record what was found here.
 
-    Defects are in the report; they raise nothing. Raises SnapshotNotFoundError, CancelledError.
+    With ``repair``, what is damaged is repaired from the other copy, and read again. Defects are in the report; they raise
+    nothing. Raises SnapshotNotFoundError, ConfigError without the replica that is asked for, CancelledError, and where
+    nothing can be repaired what ``workflow.mending`` raises.
     """
+    wish = wish or VerifyWish()
+    began = world.clock.monotonic()
+    if wish.replica:
+        report = _verify_there(world, reference=reference, wish=wish, progress=progress, cancel=cancel)
+    else:
+        report = _verify_here(world, reference=reference, wish=wish, progress=progress, cancel=cancel)
+    found = f"{report.blocks} blocks read, {len(report.defects)} defects"
+    if report.replica:
+        found += ", at the replica"
+    if report.repaired:
+        found += f", {len(report.repaired)} before a repair"
+    audit(world, Action.VERIFY, guest=report.guest, subject=report.snapshot, detail=found)
+    return report.model_copy(update={"seconds": round(world.clock.monotonic() - began, 3)})
+
+
+def _verify_here(world: World, *, reference: str, wish: VerifyWish, progress: Progress, cancel: Cancel) -> VerifyReport:
     snapshot = world.store.find(reference)
     progress.step("verify")
-    began = world.clock.monotonic()
-    blocks, defects = world.store.verify(snapshot, progress=progress.bytes_done, cancel=cancel)
+    told = progress.bytes_done
+    blocks, defects = world.store.verify(snapshot, share=wish.share, progress=told, cancel=cancel)
+    repaired: tuple[str, ...] = ()
+    if wish.repair and defects:
+        repaired = defects
+        _record(world, snapshot=snapshot, blocks=blocks, defects=defects)
+        mend_here(world, snapshot=snapshot, progress=progress, cancel=cancel)
+        progress.step("verify")
+        blocks, defects = world.store.verify(snapshot, progress=told, cancel=cancel)
+    if wish.share is None or defects or repaired:
+        _record(world, snapshot=snapshot, blocks=blocks, defects=defects)
+    return VerifyReport(
+        snapshot=snapshot.id,
+        guest=snapshot.manifest.guest,
+        sample=None if wish.share is None else str(wish.share),
+        blocks=blocks,
+        defects=defects,
+        repaired=repaired,
+        seconds=0,
+    )
+
+
+def _record(world: World, *, snapshot: Snapshot, blocks: int, defects: Sequence[str]) -> None:
     verification = Verification(at=world.clock.now(), blocks=blocks, bad_blocks=len(defects))
     # Under the lock, so that a pin set meanwhile is not lost.
     with world.store.lock(snapshot.manifest.guest, timeout=_LOCK_TIMEOUT):
         current = world.store.find(snapshot.id)
         world.store.mark(current, marks=current.marks.model_copy(update={"verification": verification}))
-    found = f"{blocks} blocks read, {len(defects)} defects"
-    audit(world, Action.VERIFY, guest=snapshot.manifest.guest, subject=snapshot.id, detail=found)
+
+
+def _verify_there(
+    world: World, *, reference: str, wish: VerifyWish, progress: Progress, cancel: Cancel
+) -> VerifyReport:
+    replica = replica_of(world)
+    try:
+        snapshot = replica.find(reference)
+    except SnapshotNotFoundError:
+        # One whose manifest is damaged there is not found there. Here it may be.
+        snapshot = world.store.find(reference)
+    guest = snapshot.manifest.guest
+    progress.step("verify")
+    found = replica.check(guest, snapshot=snapshot.id, share=wish.share, progress=progress.bytes_done, cancel=cancel)
+    repaired: tuple[str, ...] = ()
+    if wish.repair and found.defects:
+        if wish.share is not None:  # a repair has to know of all damage
+            found = replica.check(guest, snapshot=snapshot.id, share=None, progress=progress.bytes_done, cancel=cancel)
+        repaired = found.defects
+        found = mend_there(world, guest=guest, found=found, reference=snapshot.id, progress=progress, cancel=cancel)
     return VerifyReport(
-        snapshot=snapshot.id, blocks=blocks, defects=defects, seconds=round(world.clock.monotonic() - began, 3)
+        snapshot=snapshot.id,
+        guest=guest,
+        replica=True,
+        sample=None if wish.share is None else str(wish.share),
+        blocks=found.blocks,
+        defects=found.defects,
+        repaired=repaired,
+        seconds=0,
     )
 
 

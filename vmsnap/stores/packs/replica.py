@@ -14,23 +14,34 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from vmsnap.errors import BusyError, PreconditionError, SnapshotNotFoundError, VerificationError, VmsnapError
+from vmsnap.errors import (
+    BusyError,
+    ObjectNotFoundError,
+    PreconditionError,
+    SnapshotNotFoundError,
+    VerificationError,
+    VmsnapError,
+)
 from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Snapshot
+from vmsnap.model.verification import Checked, Share
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.objects import ObjectStore
 from vmsnap.ports.replica import DiskFile, LocalCopy, Sent
 from vmsnap.ports.store import ByteProgress, DiskContent
+from vmsnap.stores.blocks import BLOCK_BYTES
 from vmsnap.stores.layout import disk_failure, replace_file
 from vmsnap.stores.packs import intents
 from vmsnap.stores.packs.downloading import Target, download
 from vmsnap.stores.packs.index import BlockIndex
 from vmsnap.stores.packs.manifests import Absence, PackedSnapshot
+from vmsnap.stores.packs.mending import mend
 from vmsnap.stores.packs.names import REPOSITORY, damaged, guest_prefix, snapshot_in, snapshot_name
 from vmsnap.stores.packs.reading import PackedDisk
 from vmsnap.stores.packs.repository import Repository, initialise, open_repository
 from vmsnap.stores.packs.uploading import Means, upload
+from vmsnap.stores.packs.verifying import Checking, check
 from vmsnap.stores.references import by_age, resolve
 
 _log = logging.getLogger(__name__)
@@ -204,6 +215,47 @@ class PacksReplica:
             data = disk.read(0, file.size_bytes)
             found.append(DiskFile(name=file.name, data=data))
         return tuple(found)
+
+    def check(
+        self, guest: str, *, snapshot: SnapshotId, share: Share | None, progress: ByteProgress, cancel: Cancel
+    ) -> Checked:
+        """Read a snapshot again, or a share of it, and compare it with its digests. Defects raise nothing."""
+        how = Checking(share=share, connections=self._connections, progress=progress, cancel=cancel)
+        return check(self.repository(), guest=guest, snapshot=snapshot, how=how)
+
+    def mend(self, copy: LocalCopy, *, found: Checked, progress: ByteProgress, cancel: Cancel) -> None:
+        """Repair what ``found`` names, from an intact copy. May be repeated."""
+        repository = self.repository()
+        folder = self._state / repository.id
+        means = Means(
+            upload=intents.new_token(),
+            host=socket.gethostname(),
+            connections=self._connections,
+            now=self._clock.now,
+        )
+        try:
+            with _alone(folder), closing(BlockIndex(folder / "blocks.sqlite")) as index:
+                mend(repository, copy=copy, found=found, means=means, index=index, progress=progress, cancel=cancel)
+        except OSError as error:
+            raise disk_failure(error, doing=f"repair snapshot {copy.snapshot.id} in the replica") from error
+
+    def reader(self, snapshot: Snapshot) -> Callable[[str, int], bytes]:
+        """Return what reads a block, by disk and number."""
+        entry, repository = self._entry(snapshot), self.repository()
+        sizes = {disk.target: disk.size_bytes for disk in snapshot.manifest.disks}
+        disks = {
+            disk.target: PackedDisk(repository, root=bytes.fromhex(disk.root), size_bytes=sizes[disk.target])
+            for disk in entry.body.disks
+            if disk.target in sizes
+        }
+
+        def read(target: str, number: int) -> bytes:
+            try:
+                return disks[target].read(number * BLOCK_BYTES, BLOCK_BYTES)
+            except (KeyError, ObjectNotFoundError) as error:
+                raise damaged(entry.name, what=f"block {number} of {target} is not to be had") from error
+
+        return read
 
     def _entry(self, snapshot: Snapshot) -> PackedSnapshot:
         entry = self.repository().snapshot(snapshot.manifest.guest, snapshot=snapshot.id)
