@@ -223,6 +223,35 @@ class TestLines:
         assert endpoint.service.open_shells == 0
 
     @pytest.mark.parametrize("harm", [Harm.CUT_BEFORE, Harm.CUT_AFTER])
+    def test_a_reply_lost_within_tls_leaves_it_open_as_well(self, host: Host, tmp_path: Path, harm: Harm) -> None:
+        authority = certificates.authority(tmp_path)
+        settings = EndpointSettings(tls=Tls(certificate=authority.issue("127.0.0.1")))
+        with running(host.dispatch, settings=settings) as endpoint:
+            endpoint.faults.add(WireFault(harm=harm))
+            with pytest.raises(UnknownOutcomeError):
+                ask(connection(endpoint, authority=str(authority.path)))
+        assert len(host.asked) == (1 if harm is Harm.CUT_AFTER else 0)
+
+    def test_a_second_attempt_is_judged_by_what_happened_to_it(
+        self, host: Host, endpoint: Endpoint, transport: Transport
+    ) -> None:
+        """The first was certainly not run, the second may have been: it is not made a third time."""
+        transport.run(ECHO, parameters={}, timeout=SOON)
+        endpoint.service.drop_shells()
+        endpoint.faults.add(WireFault(harm=Harm.CUT_AFTER, skip=1))
+        with pytest.raises(UnknownOutcomeError):
+            transport.run(ECHO, parameters={}, timeout=SOON)
+        assert len(host.asked) == 2
+
+    def test_a_session_whose_login_is_no_longer_good_is_opened_again(
+        self, host: Host, endpoint: Endpoint, transport: Transport
+    ) -> None:
+        transport.run(ECHO, parameters={}, timeout=SOON)
+        endpoint.faults.add(WireFault(harm=Harm.FAULT, code=5))
+        transport.run(ECHO, parameters={}, timeout=SOON)
+        assert len(host.asked) == 2
+
+    @pytest.mark.parametrize("harm", [Harm.CUT_BEFORE, Harm.CUT_AFTER])
     def test_output_that_was_lost_leaves_it_open_what_was_done(
         self, host: Host, endpoint: Endpoint, transport: Transport, harm: Harm
     ) -> None:

@@ -20,7 +20,7 @@ from vmsnap.model.command import Command, CommandResult, Procedure
 _PROLOGUE = """$ErrorActionPreference = 'Stop'
 $ProgressPreference = 'SilentlyContinue'
 [Console]::OutputEncoding = New-Object System.Text.UTF8Encoding $false
-$given = $input | Out-String | ConvertFrom-Json
+$given = (@($input) -join '') | ConvertFrom-Json
 """
 
 Parameters = Mapping[str, str | int | list[str]]

@@ -127,7 +127,8 @@ def _before_anything(error: Exception, *, connection: HostConnection) -> VmsnapE
         return refusal
     if isinstance(error, WinRMTransportError):
         return _status(error, connection=connection)
-    never_sent = urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError | ssl.SSLError
+    # Not any error of TLS: a connection that is cut while an answer is awaited ends with one as well.
+    never_sent = urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError
     return _unreachable(connection, error) if any(isinstance(cause, never_sent) for cause in _chain(error)) else None
 
 
@@ -188,7 +189,10 @@ def _certificate_problem(error: Exception) -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, what it came from, and what it carries: urllib3 hides causes in ``reason`` and ``args``."""
+    """Yield an error, what it came from, and what it carries: urllib3 hides causes in ``reason`` and ``args``.
+
+    Not its context: that may be an error of an earlier attempt, which says nothing of this one.
+    """
     seen: set[int] = set()
     pending: list[object] = [error]
     while pending:
@@ -197,7 +201,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(found))
         yield found
-        pending += [found.__cause__, found.__context__, getattr(found, "reason", None), *found.args]
+        pending += [found.__cause__, getattr(found, "reason", None), *found.args]
 
 
 def _words(error: Exception) -> str:

@@ -18,7 +18,14 @@ from pypsrp.complex_objects import GenericComplexObject, ObjectMeta, PSCredentia
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 
-from vmsnap.errors import CancelledError, DeadlineError, DriverError, HostUnreachableError, UnknownOutcomeError
+from vmsnap.errors import (
+    CancelledError,
+    DeadlineError,
+    DriverError,
+    HostUnreachableError,
+    PreconditionError,
+    UnknownOutcomeError,
+)
 from vmsnap.hypervisors.hyperv.connection import HostConnection, Login, Parameter, Row
 from vmsnap.hypervisors.hyperv.failures import ErrorRecord
 from vmsnap.hypervisors.hyperv.refusals import LIBRARY_ERRORS, Stage, translate
@@ -70,21 +77,21 @@ class Transport:
         nobody knows; DeadlineError, CancelledError where it was stopped at some point of its work.
         """
         session = self._take()
-        try:
+        while True:
             try:
                 outcome = session.run(script, parameters=parameters, timeout=timeout, cancel=cancel)
-            except HostUnreachableError:
+            except (HostUnreachableError, PreconditionError):
                 # It was not run. A session that waited may have died meanwhile; a new one has no such excuse.
+                session.discard()
                 if session.is_new:
                     raise
+            except BaseException:
                 session.discard()
-                session = _Session(self.connection)
-                outcome = session.run(script, parameters=parameters, timeout=timeout, cancel=cancel)
-        except BaseException:
-            session.discard()
-            raise
-        self._give_back(session)
-        return outcome
+                raise
+            else:
+                self._give_back(session)
+                return outcome
+            session = _Session(self.connection)
 
     def close(self) -> None:
         """Close all sessions. May be repeated; another ``run`` opens one again."""
