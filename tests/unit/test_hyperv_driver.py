@@ -230,6 +230,10 @@ def _devices(host: HyperVHost, vm: VirtualMachine) -> None:
     vm.assigned_devices = 1
 
 
+def _shielded(host: HyperVHost, vm: VirtualMachine) -> None:
+    vm.shielded = True
+
+
 def _fabric(host: HyperVHost, vm: VirtualMachine) -> None:
     vm.fibre_channel = 1
 
@@ -265,6 +269,7 @@ def _twice_one_name(host: HyperVHost, vm: VirtualMachine) -> None:
         (_sriov, "adapter 00:15:5d:00:00:01"),
         (_devices, "devices"),
         (_fabric, "fibre channel"),
+        (_shielded, "shielded"),
         (_full, "export folder"),
         (_no_memory, "memory"),
         (_differencing, "disk scsi-0-0"),
@@ -424,6 +429,19 @@ def test_a_run_that_is_no_run_names_no_folder(rig: Rig) -> None:
         with pytest.raises(BugError):
             rig.host.folders.here(path)
     assert not rig.host.folders.holds(f"{rig.host.folders.of(rig.run)}\\..\\other.vhdx", run=rig.run)
+
+
+def test_a_guest_that_somebody_stopped_during_its_export_is_told_and_left_as_it_is(rig: Rig) -> None:
+    def stop(name: str) -> None:
+        if name == "export_machine":
+            rig.machine.end(rig.machine.vm("db"), in_order=True)
+
+    rig.runner.after = stop
+    with pytest.raises(SafetyError, match="is Off after its export"):
+        rig.backup()
+    rig.release_all()
+    assert "Start-VM" not in rig.machine.calls
+    assert rig.machine.leftovers() == []
 
 
 def test_settings_that_hyper_v_has_no_use_for_are_settled(rig: Rig) -> None:

@@ -31,6 +31,8 @@ from vmsnap.ports.clock import Cancel, Clock
 _LOG = logging.getLogger(__name__)
 _START = timedelta(minutes=5)
 _BETWEEN = timedelta(seconds=1)
+# A guest may be on its way back when its export has ended.
+_SETTLE = timedelta(seconds=30)
 _CONFIGURATIONS = frozenset({".vmcx", ".xml"})
 _MEMORY_FILES = frozenset({".vmrs", ".bin", ".vsv"})
 
@@ -136,7 +138,11 @@ class Clones:
         )
 
     def _require_running(self, plan: CapturePlan) -> None:
+        until = self._clock.monotonic() + _SETTLE.total_seconds()
         state, _ = self._host.sample(plan.guest.uuid)
+        while state != "Running" and self._clock.monotonic() < until:
+            self._clock.sleep(_BETWEEN)
+            state, _ = self._host.sample(plan.guest.uuid)
         if state != "Running":
             # It is not for vmsnap to start a VM that somebody may have stopped meanwhile.
             raise SafetyError(

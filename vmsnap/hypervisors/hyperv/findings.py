@@ -146,6 +146,12 @@ def _devices(description: Description) -> Iterator[Finding]:
             "the guest has virtual Fibre Channel adapters: a clone would reach the same storage",
             "a guest with storage of its own on a fabric cannot be captured",
         )
+    if description.shielded:
+        yield _refusal(
+            "shielded",
+            "the guest is shielded from its host: PowerShell Direct reaches neither it nor its clone",
+            "a shielded guest cannot be captured",
+        )
     if description.tpm:
         yield _warning(
             "tpm",

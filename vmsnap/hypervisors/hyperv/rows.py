@@ -150,6 +150,7 @@ class Description:
     secure_boot: bool
     secure_boot_template: str
     tpm: bool
+    shielded: bool
     product_type: int
     drives: tuple[Drive, ...]
     adapters: tuple[Adapter, ...]
@@ -178,6 +179,7 @@ def description_of(rows: tuple[Row, ...]) -> Description:
         secure_boot=flag(row, "SecureBoot"),
         secure_boot_template=text(row, "SecureBootTemplate"),
         tpm=flag(row, "Tpm"),
+        shielded=flag(row, "Shielded"),
         product_type=number(row, "ProductType"),
         drives=tuple(sorted(map(_drive, of_kind["disk"]), key=lambda drive: (drive.controller, drive.target))),
         adapters=tuple(map(_adapter, of_kind["adapter"])),

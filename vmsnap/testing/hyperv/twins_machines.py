@@ -29,7 +29,7 @@ def _list_machines(host: HyperVHost, _: Values) -> Iterator[Emitted]:
         yield {"Id": vm.id, "Name": vm.name, "State": vm.state.value, "Notes": vm.notes, "Folder": vm.path}
 
 
-@twin("describe_machine", sha256="66f42e9b2024adeea51528c25532f21b135eda56aaa70aafb3c00956f1ae0ec1")
+@twin("describe_machine", sha256="5280722d5c1dad89e6346cb5f60f0655b2ae2854e590a598ca2a730efef4032f")
 def _describe_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
     vm = one_vm(host, values)
     machine: Emitted = {
@@ -52,6 +52,7 @@ def _describe_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
         "SecureBoot": False,
         "SecureBootTemplate": "",
         "Tpm": False,
+        "Shielded": False,
         "ProductType": 0,
     }
     for component in host.get_cim_instance(namespace=_CIM, class_name="Msvm_KvpExchangeComponent"):
@@ -61,7 +62,9 @@ def _describe_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
         firmware = host.get_vm_firmware(vm=vm)
         machine["SecureBoot"] = firmware.secure_boot == "On"
         machine["SecureBootTemplate"] = firmware.secure_boot_template
-        machine["Tpm"] = host.get_vm_security(vm=vm).tpm_enabled
+        security = host.get_vm_security(vm=vm)
+        machine["Tpm"] = security.tpm_enabled
+        machine["Shielded"] = security.shielded
     yield machine
     for drive in host.get_vm_hard_disk_drive(vm=vm):
         disk: Emitted = {
@@ -131,7 +134,7 @@ def _export_machine(host: HyperVHost, values: Values) -> Iterator[Emitted]:
     yield {"State": one_vm(host, values).state.value}
 
 
-@twin("import_clone", sha256="4ab4bebb1b500ffca592bb30898ad8c7178f718e1ad920e9bc6e8b103d2eb00c")
+@twin("import_clone", sha256="00c9c06f8d6fa04e194d5e30632cca3deaa7337f8cbb937899e41ad3bc7c94b4")
 def _import_clone(host: HyperVHost, values: Values) -> Iterator[Emitted]:
     folder = text(values, "Folder")
     report = host.compare_vm(
@@ -263,7 +266,7 @@ def _disconnect_adapters(host: HyperVHost, values: Values) -> Iterator[Emitted]:
     yield from ()
 
 
-@twin("make_environment", sha256="bc31ad381624b39c6af9fbdd7c529b817fdd58e1c754f75b366a97665ed19765")
+@twin("make_environment", sha256="b8343ad8499d7f49750605a3d12317cca891e2ecf0ad7d04d5cab9ecc8b6c2f9")
 def _make_environment(host: HyperVHost, values: Values) -> Iterator[Emitted]:
     name, generation = text(values, "Name"), number(values, "Generation")
     if any(vm.name.lower() == name.lower() for vm in host.get_vm()):

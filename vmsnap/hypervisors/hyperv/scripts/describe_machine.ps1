@@ -22,6 +22,7 @@ $machine = [ordered]@{
     SecureBoot         = $false
     SecureBootTemplate = ''
     Tpm                = $false
+    Shielded           = $false
     ProductType        = 0
 }
 # What Windows tells of itself by the integration service for data exchange: 1 a workstation, 2 a domain controller, 3 a server.
@@ -36,7 +37,9 @@ if ($vm.Generation -ge 2) {
     $firmware = Get-VMFirmware -VM $vm
     $machine.SecureBoot = ([string]$firmware.SecureBoot) -eq 'On'
     $machine.SecureBootTemplate = [string]$firmware.SecureBootTemplate
-    $machine.Tpm = [bool](Get-VMSecurity -VM $vm).TpmEnabled
+    $security = Get-VMSecurity -VM $vm
+    $machine.Tpm = [bool]$security.TpmEnabled
+    $machine.Shielded = [bool]$security.Shielded
 }
 [pscustomobject]$machine
 foreach ($drive in @(Get-VMHardDiskDrive -VM $vm)) {

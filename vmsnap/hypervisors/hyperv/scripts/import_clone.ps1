@@ -16,7 +16,10 @@ $paths = @{
 }
 $report = Compare-VM -Path $Configuration -Copy -GenerateNewId @paths
 Get-VMNetworkAdapter -VM $report.VM | Disconnect-VMNetworkAdapter
-Set-VM -VM $report.VM -NewVMName $Name -Notes $Notes -AutomaticStartAction Nothing -AutomaticCheckpointsEnabled $false -CheckpointType Disabled
+$settings = @{ NewVMName = $Name; Notes = $Notes; AutomaticStartAction = 'Nothing'; CheckpointType = 'Disabled' }
+# Windows Server 2016 has no automatic checkpoints, and no such parameter.
+if ((Get-Command -Name Set-VM).Parameters.ContainsKey('AutomaticCheckpointsEnabled')) { $settings.AutomaticCheckpointsEnabled = $false }
+Set-VM -VM $report.VM @settings
 $report = Compare-VM -CompatibilityReport $report
 if (@($report.Incompatibilities).Count -ne 0) {
     foreach ($incompatibility in $report.Incompatibilities) {

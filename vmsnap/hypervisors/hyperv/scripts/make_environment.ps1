@@ -13,7 +13,10 @@ $ErrorActionPreference = 'Stop'
 # Hyper-V allows two VMs of one name.
 if (@(Get-VM | Where-Object { $_.Name -eq $Name }).Count -ne 0) { throw 'VmsnapMachineExists' }
 $vm = New-VM -Name $Name -MemoryStartupBytes $MemoryBytes -Generation $Generation -Path $Folder -NoVHD
-Set-VM -VM $vm -Notes $Notes -AutomaticStartAction Nothing -AutomaticCheckpointsEnabled $false -CheckpointType Disabled
+$settings = @{ Notes = $Notes; AutomaticStartAction = 'Nothing'; CheckpointType = 'Disabled' }
+# Windows Server 2016 has no automatic checkpoints, and no such parameter.
+if ((Get-Command -Name Set-VM).Parameters.ContainsKey('AutomaticCheckpointsEnabled')) { $settings.AutomaticCheckpointsEnabled = $false }
+Set-VM -VM $vm @settings
 Set-VMProcessor -VM $vm -Count $Processors
 Get-VMNetworkAdapter -VM $vm | Remove-VMNetworkAdapter
 if ($Generation -ge 2) {
