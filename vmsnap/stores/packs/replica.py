@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmsnap.errors import (
     BusyError,
-    ObjectNotFoundError,
+    DriverError,
     PreconditionError,
     SnapshotNotFoundError,
     VerificationError,
@@ -252,7 +252,9 @@ class PacksReplica:
         def read(target: str, number: int) -> bytes:
             try:
                 return disks[target].read(number * BLOCK_BYTES, BLOCK_BYTES)
-            except (KeyError, ObjectNotFoundError) as error:
+            except (KeyError, DriverError) as error:
+                if isinstance(error, DriverError) and error.transient:
+                    raise
                 raise damaged(entry.name, what=f"block {number} of {target} is not to be had") from error
 
         return read
