@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmsnap.engines import pg_discovery, pg_drain
+from vmsnap.engines.drain_outcome import OPENED, RESULT, parse_outcome
 from vmsnap.engines.guestfacts import boot_id
 from vmsnap.engines.pg_control import ClusterState
-from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT, OPENED, RESULT
+from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
 from vmsnap.engines.postgresql import PostgreSQL
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError, VmsnapError
@@ -310,7 +311,7 @@ def test_a_drain_that_broke_off_is_an_error(result: CommandResult, error: type[V
 @given(st.text(max_size=100))
 def test_any_answer_of_a_drain_is_read_or_refused(text: str) -> None:
     with pytest.raises(GuestCommandError):
-        pg_drain.parse_outcome(said(f"{OPENED}\n{RESULT}{text}"))
+        parse_outcome(said(f"{OPENED}\n{RESULT}{text}"))
 
 
 def test_stop_is_fast_and_never_immediate() -> None:

@@ -19,14 +19,12 @@ and invented numbers are worse than none.
 
 from __future__ import annotations
 
-import logging
 import posixpath
 from datetime import timedelta
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from vmsnap.engines.asking import PLAIN_MESSAGES, last_words
-from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT, OPENED, RESULT
+from vmsnap.engines.drain_outcome import OPENED, report_of
+from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
 from vmsnap.errors import GuestCommandError, PreconditionError
 from vmsnap.model.command import Command, CommandResult, Procedure
 from vmsnap.model.drain import DrainReport, Instance
@@ -38,17 +36,6 @@ MARGIN = timedelta(seconds=60)
 _DATABASES = ("postgres", "template1")
 _NO_SUCH_PROGRAM = 127
 _NO_CONNECTION = 2
-_log = logging.getLogger(__name__)
-
-
-class _Outcome(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    in_flight: int = Field(ge=0)
-    finished: int = Field(ge=0)
-    rolled_back: int = Field(ge=0)
-    prepared: int = Field(ge=0)
-    seconds: float = Field(ge=0)
 
 
 def drain(instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
@@ -60,35 +47,7 @@ def drain(instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
     result = yield from _open_and_drain(instance, deadline=deadline)
     if result.exit_status != 0:
         raise _broken(instance, result=result)
-    outcome = parse_outcome(result)
-    if outcome.prepared:
-        _log.warning(
-            "%s holds %d prepared transactions: they stay prepared in the snapshot", instance.name, outcome.prepared
-        )
-    return DrainReport(
-        engine=instance.engine,
-        instance=instance.name,
-        in_flight_at_start=outcome.in_flight,
-        finished=outcome.finished,
-        rolled_back=outcome.rolled_back,
-        seconds=outcome.seconds,
-    )
-
-
-def parse_outcome(result: CommandResult) -> _Outcome:
-    """Return what the script reported. Raises GuestCommandError for anything but one line whose numbers add up."""
-    lines = [line[len(RESULT) :] for line in result.text.splitlines() if line.startswith(RESULT)]
-    try:
-        (line,) = lines
-        outcome = _Outcome.model_validate_json(line)
-    except ValueError as error:
-        problem = "not one result line" if not isinstance(error, ValidationError) else str(error)
-        raise GuestCommandError(
-            "the drain's answer makes no sense", details=f"{problem}\n{result.text[-500:]}"
-        ) from error
-    if outcome.in_flight != outcome.finished + outcome.rolled_back:
-        raise GuestCommandError("the drain's numbers do not add up", details=lines[0])
-    return outcome
+    return report_of(instance, result=result)
 
 
 def session(instance: Instance, *, program: str, database: str, deadline: timedelta) -> Command:

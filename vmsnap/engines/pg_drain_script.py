@@ -6,9 +6,6 @@ setting that outlives its session. Parameters come as psql variables and environ
 
 from __future__ import annotations
 
-OPENED = "vmsnap-drain opened"
-RESULT = "vmsnap-drain result "
-
 DRAIN_SCRIPT = r"""
 \set ON_ERROR_STOP on
 SELECT 'vmsnap-drain opened';

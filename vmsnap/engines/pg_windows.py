@@ -11,16 +11,15 @@ import ntpath
 import re
 from datetime import timedelta
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from vmsnap.engines import pg_drain
 from vmsnap.engines.asking import last_words
+from vmsnap.engines.drain_outcome import OPENED, report_of
 from vmsnap.engines.pg_control import ClusterState
 from vmsnap.engines.pg_controldata import ControlData, parse_control_data
 from vmsnap.engines.pg_discovery import LockFile, parse_lock_file
-from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT, OPENED
+from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
 from vmsnap.engines.postgresql import PostgreSQL
-from vmsnap.engines.windows import ask_json, powershell, refuse_late
+from vmsnap.engines.windows import Answer, ask_model, powershell, refuse_late
 from vmsnap.engines.windows_paths import locate_files
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError
 from vmsnap.model.command import Command, Procedure
@@ -39,28 +38,24 @@ WINDOWS_DRAIN_SCRIPT = DRAIN_SCRIPT.replace(_UNIX_STOP, _WINDOWS_STOP)
 """The drain's script with the one line that the system's shell reads."""
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Service(_Answer):
+class _Service(Answer):
     Service: str
     State: str
     Starts: str
     CommandLine: str
 
 
-class _Server(_Answer):
+class _Server(Answer):
     Pid: int
     Parent: int
 
 
-class _Found(_Answer):
+class _Found(Answer):
     Services: list[_Service]
     Servers: list[_Server]
 
 
-class _Look(_Answer):
+class _Look(Answer):
     Lock: str
     Version: str
     Control: str
@@ -82,12 +77,9 @@ class WindowsPostgreSQL:
         Raises PreconditionError where none runs, one is a standby or not up though it should be, or a server runs that is
         no service.
         """
-        what = "cannot list the PostgreSQL services"
-        answer = yield from ask_json(powershell("postgresql_discover"), what=what)
-        try:
-            found = _Found.model_validate(answer)
-        except ValidationError as error:
-            raise GuestCommandError(f"{what}: the answer makes no sense", details=str(error)) from error
+        found = yield from ask_model(
+            _Found, powershell("postgresql_discover"), what="cannot list the PostgreSQL services"
+        )
         instances, known = [], set()
         for service in found.Services:
             refuse_late(service.Service, state=service.State, starts=service.Starts)
@@ -140,15 +132,7 @@ class WindowsPostgreSQL:
                 f"the drain of {instance.name} broke off (psql ended with status {result.exit_status})",
                 details=last_words(result),
             )
-        outcome = pg_drain.parse_outcome(result)
-        return DrainReport(
-            engine=ENGINE,
-            instance=instance.name,
-            in_flight_at_start=outcome.in_flight,
-            finished=outcome.finished,
-            rolled_back=outcome.rolled_back,
-            seconds=outcome.seconds,
-        )
+        return report_of(instance, result=result)
 
     def stop(self, instance: Instance, *, deadline: timedelta) -> Procedure[None]:
         """Stop the server by ``pg_ctl stop -m fast``, never ``immediate``. May be repeated; stopped already is fine.
@@ -248,18 +232,10 @@ def _instance(service: _Service) -> Procedure[tuple[Instance, LockFile]]:
 
 
 def _look(instance: Instance) -> Procedure[_Look]:
-    what = f"cannot look into {instance.data_directory}"
-    answer = yield from ask_json(
-        powershell(
-            "postgresql_look",
-            parameters={"DataDirectory": instance.data_directory, "Programs": instance.programs},
-        ),
-        what=what,
+    command = powershell(
+        "postgresql_look", parameters={"DataDirectory": instance.data_directory, "Programs": instance.programs}
     )
-    try:
-        return _Look.model_validate(answer)
-    except ValidationError as error:
-        raise GuestCommandError(f"{what}: the answer makes no sense", details=str(error)) from error
+    return (yield from ask_model(_Look, command, what=f"cannot look into {instance.data_directory}"))
 
 
 def _lock(look: _Look) -> LockFile | None:

@@ -21,22 +21,18 @@ import base64
 import logging
 import ntpath
 from datetime import timedelta
-from typing import TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vmsnap.engines.asking import last_words
+from vmsnap.engines.drain_outcome import OPENED, report_of
 from vmsnap.engines.sqlserver_log import read_log
-from vmsnap.engines.windows import Parameters, ask_json, powershell, refuse_late
+from vmsnap.engines.windows import Answer, Parameters, ask_model, powershell, refuse_late
 from vmsnap.engines.windows_paths import locate_files
-from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError
-from vmsnap.model.command import Command, CommandResult, Procedure
+from vmsnap.errors import DeadlineError, NotCleanError, PreconditionError
+from vmsnap.model.command import Procedure
 from vmsnap.model.drain import DrainReport, Instance, InstanceEvidence
 from vmsnap.ports.engine import GuestPath
 
 ENGINE = "sqlserver"
-OPENED = "vmsnap-drain opened"
-RESULT = "vmsnap-drain result "
 PATIENCE = timedelta(seconds=1)
 _MARGIN = timedelta(seconds=60)
 _DEFAULT_INSTANCE = "MSSQLSERVER"
@@ -48,11 +44,7 @@ _ADMINISTRATOR = (
 _log = logging.getLogger(__name__)
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Service(_Answer):
+class _Service(Answer):
     Service: str
     State: str
     Starts: str
@@ -63,31 +55,20 @@ class _Service(_Answer):
     ErrorLog: str
 
 
-class _Found(_Answer):
+class _Found(Answer):
     Services: list[_Service]
     Servers: list[int]
 
 
-class _Databases(_Answer):
+class _Databases(Answer):
     Files: list[str]
     Unready: list[str]
     Copies: list[str]
 
 
-class _State(_Answer):
+class _State(Answer):
     State: str
     Log: str = ""
-
-
-class _Outcome(_Answer):
-    in_flight: int = Field(ge=0)
-    finished: int = Field(ge=0)
-    rolled_back: int = Field(ge=0)
-    prepared: int = Field(ge=0)
-    seconds: float = Field(ge=0)
-
-
-_A = TypeVar("_A", bound=_Answer)
 
 
 class SqlServer:
@@ -104,7 +85,7 @@ class SqlServer:
         Raises PreconditionError where none runs, one is paused or starting or should run, a server runs that is no
         service, or an error log is not in its own folder.
         """
-        found = yield from _ask(
+        found = yield from ask_model(
             _Found, powershell("sqlserver_discover"), what="cannot list the instances of SQL Server"
         )
         services = found.Services
@@ -148,19 +129,7 @@ class SqlServer:
                 details=last_words(result),
                 remedy=_ADMINISTRATOR,
             )
-        outcome = _outcome(result)
-        if outcome.prepared:
-            _log.warning(
-                "%s holds %d prepared transactions: they stay in the snapshot", instance.name, outcome.prepared
-            )
-        return DrainReport(
-            engine=ENGINE,
-            instance=instance.name,
-            in_flight_at_start=outcome.in_flight,
-            finished=outcome.finished,
-            rolled_back=outcome.rolled_back,
-            seconds=outcome.seconds,
-        )
+        return report_of(instance, result=result)
 
     def stop(self, instance: Instance, *, deadline: timedelta) -> Procedure[None]:
         """Wait until the server has stopped, as it was ordered to; order its service to stop where it was not.
@@ -172,7 +141,7 @@ class SqlServer:
             parameters={"Service": instance.name, "DeadlineMs": round(deadline.total_seconds() * 1000)},
             timeout=deadline + _MARGIN,
         )
-        state = yield from _ask(_State, command, what=f"cannot stop {instance.name}")
+        state = yield from ask_model(_State, command, what=f"cannot stop {instance.name}")
         if state.State != "Stopped":
             raise DeadlineError(
                 f"SQL Server {instance.name} did not stop within {deadline.total_seconds():g} s: its service is {state.State}",
@@ -183,7 +152,7 @@ class SqlServer:
         """Read the stopped server's error log. May be repeated. Raises NotCleanError where the server runs again."""
         (log,) = self.evidence_paths(instance)
         command = powershell("sqlserver_evidence", parameters={"Service": instance.name, "ErrorLog": log})
-        state = yield from _ask(_State, command, what=f"cannot read the error log of {instance.name}")
+        state = yield from ask_model(_State, command, what=f"cannot read the error log of {instance.name}")
         if state.State != "Stopped":
             raise NotCleanError(
                 f"something started SQL Server {instance.name} again after it was stopped",
@@ -207,7 +176,7 @@ class SqlServer:
         """
         what = f"cannot look at the databases of {instance.name}"
         look = powershell("sqlserver_open", "sqlserver_look", parameters=_server(instance))
-        found = yield from _ask(_Databases, look, what=what, remedy=_ADMINISTRATOR)
+        found = yield from ask_model(_Databases, look, what=what, remedy=_ADMINISTRATOR)
         if found.Copies:
             raise PreconditionError(
                 f"{instance.name} holds secondary copies of databases: {', '.join(found.Copies)}",
@@ -254,25 +223,3 @@ def _instance(service: _Service) -> Instance:
 def _server(instance: Instance) -> Parameters:
     suffix = "" if instance.name == _DEFAULT_INSTANCE else "\\" + instance.name.removeprefix("MSSQL$")
     return {"Server": f"lpc:.{suffix}", "Service": instance.name}
-
-
-def _outcome(result: CommandResult) -> _Outcome:
-    lines = [line[len(RESULT) :] for line in result.text.splitlines() if line.startswith(RESULT)]
-    try:
-        (line,) = lines
-        outcome = _Outcome.model_validate_json(line)
-    except ValueError as error:
-        raise GuestCommandError(
-            f"the drain broke off (PowerShell ended with status {result.exit_status})", details=last_words(result)
-        ) from error
-    if outcome.in_flight != outcome.finished + outcome.rolled_back:
-        raise GuestCommandError("the drain's numbers do not add up", details=line)
-    return outcome
-
-
-def _ask(kind: type[_A], command: Command, *, what: str, remedy: str | None = None) -> Procedure[_A]:
-    answer = yield from ask_json(command, what=what, remedy=remedy)
-    try:
-        return kind.model_validate(answer)
-    except ValidationError as error:
-        raise GuestCommandError(f"{what}: the answer makes no sense", details=str(error)) from error

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache
 from importlib import resources
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vmsnap.engines.asking import ask
 from vmsnap.errors import GuestCommandError, PreconditionError
@@ -24,6 +27,15 @@ $given = (@($input) -join '') | ConvertFrom-Json
 """
 
 Parameters = Mapping[str, str | int | list[str]]
+
+
+class Answer(BaseModel):
+    """What a script prints, by the names that PowerShell gives it. Nothing else is believed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+A = TypeVar("A", bound=Answer)
 
 
 def powershell(*names: str, parameters: Parameters | None = None, timeout: timedelta | None = None) -> Command:
@@ -72,6 +84,15 @@ def ask_json(command: Command, *, what: str, remedy: str | None = None) -> Proce
     """Run a script that prints JSON and return it. Raises GuestCommandError for any failure, saying ``what`` failed."""
     result = yield from ask(command, what=what, remedy=remedy)
     return parse_json(result, what=what)
+
+
+def ask_model(kind: type[A], command: Command, *, what: str, remedy: str | None = None) -> Procedure[A]:
+    """Run a script that prints JSON and return it as what it has to be. Raises GuestCommandError as ``ask_json`` does."""
+    answer = yield from ask_json(command, what=what, remedy=remedy)
+    try:
+        return kind.model_validate(answer)
+    except ValidationError as error:
+        raise GuestCommandError(f"{what}: the answer makes no sense", details=str(error)) from error
 
 
 def parse_json(result: CommandResult, *, what: str) -> object:

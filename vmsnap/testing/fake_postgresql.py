@@ -9,8 +9,9 @@ import json
 import struct
 from dataclasses import dataclass, field
 
+from vmsnap.engines.drain_outcome import OPENED, RESULT
 from vmsnap.engines.pg_control import ClusterState, crc32c
-from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT, OPENED, RESULT
+from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
 from vmsnap.model.command import Command, CommandResult
 
 _CRC_OFFSET = 288
