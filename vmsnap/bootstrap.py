@@ -19,6 +19,7 @@ from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, Preco
 from vmsnap.exporting import exports_of
 from vmsnap.guests.access import Access
 from vmsnap.model.collection import CollectReport
+from vmsnap.model.copies import ReplicaCopies
 from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome, PruneFailure, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
@@ -71,7 +72,7 @@ from vmsnap.stores.images import ImagesStore
 from vmsnap.virtual import open_virtual
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
-from vmsnap.workflow.collect import collect
+from vmsnap.workflow.collect import collect, copies_of
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
 from vmsnap.workflow.export import export
 from vmsnap.workflow.hinting import hint_findings
@@ -378,6 +379,11 @@ class Application:
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest."""
         return self._world.store.snapshots(guest)
+
+    def copies(self, guest: str | None) -> ReplicaCopies:
+        """Return what the replica has."""
+        replica = self._world.replica
+        return ReplicaCopies() if replica is None else copies_of(replica, guest=guest)
 
     def snapshot(self, reference: str) -> Snapshot:
         """Return one snapshot."""

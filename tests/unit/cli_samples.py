@@ -34,6 +34,7 @@ from vmsnap.errors import (
 )
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.collection import CollectReport, Heap
+from vmsnap.model.copies import ReplicaCopies
 from vmsnap.model.due import DueEntry, DueReport, Outcome, PruneFailure, PruneReport
 from vmsnap.model.environment import Environment
 from vmsnap.model.forecast import Forecast, every_so_often, forecast
@@ -227,6 +228,7 @@ class FakeApplication:
     forecasts: tuple[Forecast, ...] | None = None
     doubtful: bool = False
     prune_failures: tuple[PruneFailure, ...] = ()
+    replica_copies: ReplicaCopies = field(default_factory=ReplicaCopies)
     history: tuple[RunEntry, ...] = ()
     trail: tuple[AuditEntry, ...] = ()
     calls: list[tuple[object, ...]] = field(default_factory=list)
@@ -455,6 +457,10 @@ class FakeApplication:
 
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         return tuple(item for item in self.stored if guest in {None, item.manifest.guest})
+
+    def copies(self, guest: str | None) -> ReplicaCopies:
+        self._called("copies", guest)
+        return self.replica_copies
 
     def snapshot(self, reference: str) -> Snapshot:
         self._called("snapshot", reference)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from tests.unit.cli_samples import AT, NOW, FakeApplication, booted, sample, session_over, write_config
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
-from vmsnap.errors import BusyError, ConfigError, NotCleanError, ToolError
+from vmsnap.errors import BusyError, ConfigError, NotCleanError, StoreUnreachableError, ToolError
+from vmsnap.model.copies import ReplicaCopies
 from vmsnap.model.due import DueEntry, PruneFailure
 from vmsnap.model.due import Outcome as Result
 from vmsnap.model.forecast import every_so_often, forecast
@@ -296,9 +297,32 @@ def test_list_in_json(program: Program) -> None:
                 "verified": None,
                 "pin": None,
                 "parent": None,
+                "copies": ["local"],
             }
         ]
     }
+
+
+def test_list_says_where_copies_are(program: Program) -> None:
+    away = sample("00000000a1", captured=AT - timedelta(days=40))
+    program.application.replica_copies = ReplicaCopies(replica=True, snapshots=(away, sample()))
+    lines = program("list", "db1").stdout.splitlines()
+    assert [line[lines[0].index("COPIES") :] for line in lines] == ["COPIES", "replica only", "local, replica"]
+    document = program("list", "db1", "--json").json
+    assert [one["copies"] for one in document["snapshots"]] == [["local", "replica"]]
+    assert [(one["snapshot"], one["copies"]) for one in document["replica_only"]] == [("00000000a1", ["replica"])]
+    assert document["replica_error"] is None
+
+
+def test_list_says_that_the_replica_cannot_be_asked(program: Program) -> None:
+    problem = StoreUnreachableError("the replica does not answer", remedy="is the network up?")
+    program.application.replica_copies = ReplicaCopies(replica=True, problem=problem)
+    told = program("list", "db1").stdout
+    assert "  local, replica?\n" in told
+    assert told.endswith(
+        "What the replica has is not known: the replica does not answer\nWhat to do: is the network up?\n"
+    )
+    assert program("list", "--json").json["replica_error"]["brief"] == "the replica does not answer"
 
 
 def test_listing_a_guest_without_snapshots_and_one_nobody_knows(program: Program) -> None:

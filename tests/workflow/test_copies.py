@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workflow.invocations import backup, succeed
-from vmsnap.errors import HeldError, PreconditionError, VmsnapError
+from vmsnap.errors import HeldError, PreconditionError, SnapshotNotFoundError, VmsnapError
 from vmsnap.model.copies import Held, Rules, decide_copies, locked_until
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.manifest import DiskRecord, Marks, Pin, Snapshot, Verification
@@ -19,6 +21,7 @@ from vmsnap.model.policy import Policy, ReplicaPolicy
 from vmsnap.model.report import Place, PruneDecision
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.ports.objects import ObjectStore
+from vmsnap.ports.replica import Replica
 from vmsnap.ports.upkeep import CollectWishes
 from vmsnap.stores.packs import holds
 from vmsnap.stores.packs.manifests import Body, PackedSnapshot, encode_snapshot
@@ -30,7 +33,7 @@ from vmsnap.testing.memory_objects import FaultyObjects, MemoryBucket, MemoryObj
 from vmsnap.testing.memory_state import ProcessDied
 from vmsnap.testing.store_contract import sample_manifest
 from vmsnap.testing.world import START, FakeWorld, QuietProgress
-from vmsnap.workflow.collect import collect
+from vmsnap.workflow.collect import collect, copies_of
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.world import World
 
@@ -282,3 +285,26 @@ def test_without_a_replica_there_is_nothing_to_collect(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     with pytest.raises(PreconditionError, match="there is no replica"):
         collect(lab.process(), policies=[], wishes=CollectWishes(), progress=QuietProgress(), cancel=NeverCancelled())
+
+
+class Mute:
+    """A replica that does not answer until it is let."""
+
+    def __init__(self) -> None:
+        self.answer = Event()
+
+    def snapshots(self, guest: str | None = None) -> tuple[Snapshot, ...]:
+        self.answer.wait(60)
+        if guest is None:
+            raise SnapshotNotFoundError("no guest")
+        return (taken(1),)
+
+
+def test_nobody_waits_for_a_replica_that_does_not_answer() -> None:
+    mute = cast("Replica", Mute())
+    silent = copies_of(mute, guest="db", patience=timedelta(milliseconds=50))
+    assert silent.replica
+    assert str(silent.problem) == "the replica has not answered within 0 s"
+    cast("Mute", mute).answer.set()
+    assert copies_of(mute, guest="db").ids == {taken(1).id}
+    assert str(copies_of(mute, guest=None).problem) == "no guest"

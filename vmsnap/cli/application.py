@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from vmsnap.model.collection import CollectReport
+from vmsnap.model.copies import ReplicaCopies
 from vmsnap.model.due import DueReport, PruneReport
 from vmsnap.model.forecast import Forecast
 from vmsnap.model.guest import Finding
@@ -115,6 +116,9 @@ class Application(Protocol):
 
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest."""
+
+    def copies(self, guest: str | None) -> ReplicaCopies:
+        """Return what the replica has, of one guest or of all. One that cannot be asked is no failure, and is told."""
 
     def snapshot(self, reference: str) -> Snapshot:
         """Return one snapshot. Raises SnapshotNotFoundError."""

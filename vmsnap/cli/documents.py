@@ -12,6 +12,7 @@ from vmsnap.cli.failures import error_fields
 if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
     from vmsnap.model.collection import CollectReport
+    from vmsnap.model.copies import ReplicaCopies
     from vmsnap.model.due import DueEntry, DueReport, PruneReport
     from vmsnap.model.forecast import Forecast
     from vmsnap.model.guest import Finding
@@ -85,9 +86,23 @@ def snapshot_summary(snapshot: Snapshot) -> Document:
     }
 
 
-def list_document(snapshots: Sequence[Snapshot]) -> Document:
-    """Return the document of ``vmsnap list``."""
-    return {"snapshots": [snapshot_summary(snapshot) for snapshot in snapshots]}
+def list_document(snapshots: Sequence[Snapshot], *, copies: ReplicaCopies | None = None) -> Document:
+    """Return the document of ``vmsnap list``.
+
+    ``copies`` of a snapshot: ``local``, ``replica``. Where there is a replica: ``replica_only`` are the snapshots that are there
+    alone, and ``replica_error`` says why it could not be asked, or is null.
+    """
+    ids = frozenset() if copies is None else copies.ids
+    document: Document = {
+        "snapshots": [
+            {**snapshot_summary(one), "copies": ["local", *(["replica"] if one.id in ids else [])]} for one in snapshots
+        ]
+    }
+    if copies is not None and copies.replica:
+        alone = copies.only_there(snapshots)
+        document["replica_only"] = [{**snapshot_summary(one), "copies": ["replica"]} for one in alone]
+        document["replica_error"] = None if copies.problem is None else error_fields(copies.problem)
+    return document
 
 
 def snapshot_document(snapshot: Snapshot) -> Document:

@@ -15,9 +15,10 @@ from vmsnap.cli.tables import print_lines, print_table
 from vmsnap.cli.text import count, day, milliseconds, minute, size
 
 if TYPE_CHECKING:
+    from vmsnap.model.copies import ReplicaCopies
     from vmsnap.model.manifest import Snapshot
 
-_HEADER = ("GUEST", "SNAPSHOT", "WHEN", "SIZE", "NEW", "PAUSE", "ENGINE", "CLEAN", "VERIFIED", "PINNED")
+_HEADER = ("GUEST", "SNAPSHOT", "WHEN", "SIZE", "NEW", "PAUSE", "ENGINE", "CLEAN", "VERIFIED", "PINNED", "COPIES")
 
 _SPARE = ("CLEAN", "ENGINE", "PAUSE", "SIZE")
 
@@ -35,7 +36,7 @@ def list_snapshots(
 
     WHEN is the instant the disks are of. NEW is what the snapshot added to the store. PAUSE is how long the guest stood
     still, or that its disks alone were captured. Every snapshot is proven clean; CLEAN says where that was read: on the
-    disk, or in the clone before it went off.
+    disk, or in the clone before it went off. COPIES, where there is a replica, says where it is.
 
     For example:
 
@@ -46,15 +47,34 @@ def list_snapshots(
     snapshots = session.application.snapshots(guest)
     if guest is not None and not snapshots:
         session.policies.get(guest)  # no snapshots yet is fine; a guest nobody knows is not
-    session.show(list_document(snapshots), human=lambda console: _print(console, snapshots, guest=guest))
+    copies = session.application.copies(guest)
+    session.show(
+        list_document(snapshots, copies=copies),
+        human=lambda console: _print(console, snapshots, copies=copies, guest=guest),
+    )
 
 
-def _print(console: Console, snapshots: Sequence[Snapshot], *, guest: str | None) -> None:
-    if not snapshots:
+def _print(console: Console, snapshots: Sequence[Snapshot], *, copies: ReplicaCopies, guest: str | None) -> None:
+    everything = [(one, True) for one in snapshots] + [(one, False) for one in copies.only_there(snapshots)]
+    if not everything:
         name = guest or "GUEST"
         print_lines(console, [f"No snapshots yet. 'vmsnap backup {name}' makes one."])
-        return
-    print_table(console, header=_HEADER, rows=[_row(snapshot) for snapshot in snapshots], spare=_SPARE)
+    else:
+        everything.sort(key=lambda one: (one[0].manifest.guest, one[0].manifest.ranked))
+        columns = len(_HEADER) if copies.replica else len(_HEADER) - 1
+        rows = [(*_row(one), _where(one, here=here, copies=copies))[:columns] for one, here in everything]
+        print_table(console, header=_HEADER[:columns], rows=rows, spare=_SPARE)
+    if copies.problem is not None:
+        lines = [f"What the replica has is not known: {copies.problem.brief}"]
+        print_lines(console, [*lines, f"What to do: {copies.problem.remedy}"] if copies.problem.remedy else lines)
+
+
+def _where(snapshot: Snapshot, *, here: bool, copies: ReplicaCopies) -> str:
+    if not here:
+        return "replica only"
+    if copies.problem is not None:
+        return "local, replica?"
+    return "local, replica" if snapshot.id in copies.ids else "local"
 
 
 def _row(snapshot: Snapshot) -> tuple[str, ...]:

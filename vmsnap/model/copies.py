@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 
+from vmsnap.errors import VmsnapError
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Snapshot
 from vmsnap.model.report import Place, PruneDecision
 from vmsnap.model.retention import Keeper, Verdict, candidate_of, judge
 from vmsnap.model.retention_policy import SHORTEST_PERIOD, RetentionPolicy
 from vmsnap.model.selection import Candidate, choose, newest_first
+
+LOCKED_AT_LEAST = timedelta(days=7)
+"""Copies are locked for so long when they are made, and, those that are kept, from each collection on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,25 @@ class Rules:
         """Return what a policy says of each candidate."""
         verdicts = judge(candidates, policy=policy, now=self.now, zone=self.zone, trust_clock=self.trust_clock)
         return {one.candidate.id: one for one in verdicts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaCopies:
+    """What is at the replica. ``replica`` false: there is none. ``problem``: why it could not be asked."""
+
+    replica: bool = False
+    snapshots: tuple[Snapshot, ...] = ()
+    problem: VmsnapError | None = None
+
+    @property
+    def ids(self) -> frozenset[SnapshotId]:
+        """Return the ids of all copies."""
+        return frozenset(one.id for one in self.snapshots)
+
+    def only_there(self, here: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
+        """Return the snapshots that are not here."""
+        known = {one.id for one in here}
+        return tuple(one for one in self.snapshots if one.id not in known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +168,12 @@ def _with_marks(snapshot: Snapshot, near: dict[SnapshotId, Snapshot]) -> Snapsho
 
 
 def locked_until(
-    kept: Sequence[Snapshot], *, policy: RetentionPolicy, now: datetime, zone: tzinfo, at_least: timedelta
+    kept: Sequence[Snapshot],
+    *,
+    policy: RetentionPolicy,
+    now: datetime,
+    zone: tzinfo,
+    at_least: timedelta = LOCKED_AT_LEAST,
 ) -> dict[SnapshotId, datetime]:
     """Return until when each copy that is kept is to be locked: as long as it stays in any case, and ``at_least`` from now.
 

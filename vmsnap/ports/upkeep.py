@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -41,9 +41,6 @@ class Upkeep(Protocol):
 
     def copies(self, guest: str) -> Copies:
         """Return what there is of a guest. Raises VerificationError where a manifest cannot be read."""
-
-    def known(self, guest: str | None = None) -> Collection[SnapshotId]:
-        """Return the ids of the copies, of a guest or of all. Quicker than ``copies`` where most are the local store's."""
 
     def has(self, snapshot: Snapshot) -> bool:
         """Tell whether a copy of a snapshot is there now."""

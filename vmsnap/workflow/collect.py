@@ -1,19 +1,27 @@
-"""Collecting the replica's garbage."""
+"""Collecting the replica's garbage, and looking what copies it has."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from datetime import timedelta
+from queue import Empty, SimpleQueue
 
-from vmsnap.errors import PreconditionError
+from vmsnap.errors import PreconditionError, StoreUnreachableError
 from vmsnap.model.collection import CollectReport
+from vmsnap.model.copies import ReplicaCopies
 from vmsnap.model.history import Action
 from vmsnap.model.policy import Policy
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
+from vmsnap.ports.replica import Replica
 from vmsnap.ports.upkeep import CollectWishes, Upkeep
 from vmsnap.workflow.chronicle import audit, audited
 from vmsnap.workflow.prune import lock_copies
+from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.world import World
+
+_PATIENCE = timedelta(seconds=15)
 
 
 def collect(
@@ -50,6 +58,30 @@ def collect(
         )
         audit(world, Action.COLLECT, guest="", subject="replica", detail=detail)
     return report
+
+
+def copies_of(replica: Replica, *, guest: str | None, patience: timedelta = _PATIENCE) -> ReplicaCopies:
+    """Return what the replica has, of one guest or of all, or that it does not answer: nobody waits for it any longer.
+
+    What is asked of it goes on in a thread of its own meanwhile, and is forgotten.
+    """
+    found: SimpleQueue[ReplicaCopies] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found.put(ReplicaCopies(replica=True, snapshots=replica.snapshots(guest)))
+        except Exception as error:  # noqa: BLE001 - told by who asked
+            found.put(ReplicaCopies(replica=True, problem=as_vmsnap_error(error, doing="asking the replica")))
+
+    threading.Thread(target=ask, name="copies", daemon=True).start()
+    try:
+        return found.get(timeout=patience.total_seconds())
+    except Empty:
+        seconds = int(patience.total_seconds())
+        problem = StoreUnreachableError(
+            f"the replica has not answered within {seconds} s", remedy="'vmsnap doctor' says what is wrong with it"
+        )
+        return ReplicaCopies(replica=True, problem=problem)
 
 
 def _lock(world: World, upkeep: Upkeep, *, policies: Sequence[Policy], progress: Progress, cancel: Cancel) -> int:

@@ -23,8 +23,6 @@ from vmsnap.workflow.world import World
 _LOCK_TIMEOUT = timedelta(minutes=1)
 _FEW = 5
 """So many may go at once, whatever part of all they are."""
-_LOCKED_AT_LEAST = timedelta(days=7)
-"""Copies that are kept are locked for so long from each collection on, where copies are locked."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -87,7 +85,6 @@ def lock_copies(world: World, upkeep: Upkeep, *, policy: Policy) -> int:
         policy=rules.away,
         now=rules.now,
         zone=rules.zone,
-        at_least=_LOCKED_AT_LEAST,
     )
     return upkeep.lock(policy.guest, until=until)
 

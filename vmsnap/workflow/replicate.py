@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from vmsnap.errors import CancelledError, CleanupError, ConfigError, SnapshotNotFoundError
+from vmsnap.model.copies import LOCKED_AT_LEAST
 from vmsnap.model.due import ReplicateEntry
 from vmsnap.model.history import Action
 from vmsnap.model.journal import RunKind
@@ -80,7 +81,9 @@ def local_copy(world: World, *, snapshot: Snapshot) -> LocalCopy:
 
 def _send(world: World, replica: Replica, *, snapshot: Snapshot, progress: Progress, cancel: Cancel) -> Sent:
     copy = local_copy(world, snapshot=snapshot)
-    return replica.send(copy, retain_until=None, progress=progress.bytes_done, cancel=cancel)
+    locks = world.upkeep is not None and world.upkeep.locks
+    until = world.clock.now() + LOCKED_AT_LEAST if locks else None
+    return replica.send(copy, retain_until=until, progress=progress.bytes_done, cancel=cancel)
 
 
 def _cost(sent: Sent, *, seconds: float) -> StoreRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from vmsnap.errors import VerificationError
@@ -49,11 +49,6 @@ class PackedUpkeep:
         found = [Snapshot(manifest=one.body.manifest) for one in self._snapshots(guest)]
         found.sort(key=lambda one: (one.manifest.ranked, one.id))
         return Copies(snapshots=tuple(found), held=frozenset(held))
-
-    def known(self, guest: str | None = None) -> Collection[SnapshotId]:
-        """Return the ids of the copies."""
-        names = self._repository.snapshot_names(guest)
-        return {identity for _, identity, name in names if isinstance(self._repository.entry(name), PackedSnapshot)}
 
     def has(self, snapshot: Snapshot) -> bool:
         """Tell whether a copy of a snapshot is there now."""
