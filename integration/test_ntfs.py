@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import random
 import struct
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from integration.ntfs_volumes import log_place, make, mounted, patch, restart_page
 from vmsnap.disks import ntfs
 from vmsnap.errors import PreconditionError, ToolError
 
 MIB = 1 << 20
 CONTROL = "/Program Files/PostgreSQL/15/data/global/pg_control"
-
-
-def run(*argv: str | Path) -> None:
-    subprocess.run([str(word) for word in argv], check=True, capture_output=True, timeout=60)
-
-
-@contextmanager
-def mounted(image: Path, *, at: Path) -> Iterator[Path]:
-    at.mkdir(exist_ok=True)
-    run("ntfs-3g", image, at)
-    try:
-        yield at
-    finally:
-        run("umount", at)
 
 
 def fill(folder: Path) -> dict[str, bytes]:
@@ -67,9 +52,7 @@ Volume = tuple[Path, dict[str, bytes]]
 
 def make_volume(folder: Path, *, cluster_bytes: int) -> Volume:
     image = folder / "volume.img"
-    with image.open("wb") as file:
-        file.truncate(48 * MIB)
-    run("mkntfs", "--quick", "--quiet", "--force", "--cluster-size", str(cluster_bytes), image)
+    make(image, size_bytes=48 * MIB, cluster_bytes=cluster_bytes)
     with mounted(image, at=folder / "mounted") as place:
         files = fill(place)
     return image, files
@@ -127,30 +110,6 @@ def in_record(image: Path, number: int) -> int:
     (mft,) = struct.unpack_from("<Q", boot, 48)
     (record,) = struct.unpack_from("<b", boot, 64)
     return int(mft * cluster + number * (1 << -record if record < 0 else record * cluster))
-
-
-def patch(image: Path, place: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(place)
-        file.write(data)
-
-
-def log_place(image: Path) -> int:
-    """Return where ``$LogFile`` lies: mkntfs fills it with ones, and nothing else on a small volume."""
-    return image.read_bytes().index(b"\xff" * (1 << 16))
-
-
-def restart_page(*, version: tuple[int, int] = (1, 1), in_use: int = 0xFFFF, flags: int = 0, number: int = 5) -> bytes:
-    """Return a restart page as Windows writes it."""
-    page = bytearray(4096)
-    page[:4] = b"RSTR"
-    struct.pack_into("<HHQIIHhh", page, 4, 30, 9, 0, 4096, 4096, 48, version[1], version[0])
-    struct.pack_into("<QHHHH", page, 48, number, 1, 0xFFFF, in_use, flags)
-    page[30:32] = b"\x01\x00"
-    for sector in range(1, 9):
-        page[30 + 2 * sector : 32 + 2 * sector] = page[512 * sector - 2 : 512 * sector]
-        page[512 * sector - 2 : 512 * sector] = b"\x01\x00"
-    return bytes(page)
 
 
 @pytest.mark.parametrize(
