@@ -18,8 +18,8 @@ from pathlib import Path
 from integration import ntfs_volumes
 from integration.hyperv_disks import DATA_DIRECTORY, DISK_BYTES, FORMATS, DiskWorld, contents, run
 from vmsnap.disks.ntfs import read_file
+from vmsnap.engines.drain_outcome import OPENED, RESULT
 from vmsnap.engines.pg_control import ClusterState
-from vmsnap.engines.pg_drain_script import OPENED, RESULT
 from vmsnap.engines.windows import names_in
 from vmsnap.guests.access import Access
 from vmsnap.hypervisors.hyperv.connection import Login, Parameter, Row
