@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from vmsnap.disks import vhdx
 from vmsnap.disks.daemon import JsonValue, ServedImage, StorageDaemon, protocol_node, sweep
 from vmsnap.disks.tools import run_tool
 from vmsnap.errors import DriverError, PreconditionError, ToolError
@@ -17,6 +19,7 @@ from vmsnap.model.ids import RunId, folder_name, is_run_id
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.disks import DiskView, Extent
 
+_LOG = logging.getLogger(__name__)
 _FOLDER = "export"
 # QEMU calls Hyper-V's older format, VHD, "vpc".
 _FORMATS = frozenset({"qcow2", "raw", "vhdx", "vpc"})
@@ -51,8 +54,17 @@ class ExportedDisk:
         """Yield what the image's chain maps, by ``qemu-img map``; neighbours of one sort are joined.
 
         ``SEEK_HOLE`` on the served file tells the same, 40 times slower on a fragmented disk (measured: 0.12 s and
-        4.7 s for 65,536 extents).
+        4.7 s for 65,536 extents). Of a VHDX disk QEMU tells nothing, so its own table is read (``disks.vhdx``).
         """
+        if self._image.image_format == "vhdx":
+            try:
+                # All at once: a table that turns out to be damaged further on tells nothing at all.
+                told = list(vhdx.extents(Path(self._image.path), size_bytes=self._size_bytes))
+            except (vhdx.UntoldError, OSError) as error:
+                _LOG.info("all of disk %s is read: %s", self._image.target, error)
+            else:
+                yield from told
+                return
         with self._listing().open(encoding="utf-8") as lines:
             yield from parse_map(lines, size_bytes=self._size_bytes)
 
