@@ -26,6 +26,8 @@ $ProgressPreference = 'SilentlyContinue'
 $given = (@($input) -join '') | ConvertFrom-Json
 """
 
+_AS_TEXT = ("-InputFormat", "Text", "-OutputFormat", "Text")
+
 Parameters = Mapping[str, str | int | list[str]]
 
 
@@ -46,7 +48,8 @@ def powershell(*names: str, parameters: Parameters | None = None, timeout: timed
     text = _PROLOGUE + "".join(map(script_text, names))
     encoded = base64.b64encode(text.encode("utf-16-le")).decode("ascii")
     return Command(
-        argv=("powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded),
+        # Without a format, PowerShell writes errors as XML where its command came encoded.
+        argv=("powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", *_AS_TEXT, "-EncodedCommand", encoded),
         stdin=json.dumps(dict(parameters or {})).encode("ascii"),
         timeout=timeout,
     )
