@@ -53,6 +53,7 @@ def first_sql_from_replica(
     running_s = _until_running(guest, name=name, began=began, still=lambda: command.poll() in (None, 0))
     said, _ = command.communicate(timeout=_PATIENCE_S)
     assert command.returncode == 0, said
+    print(said)
     on_the_way()
     vm = RunningVm(guest, name=name)
     vm.wait_for_postgresql()

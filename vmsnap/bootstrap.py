@@ -214,11 +214,10 @@ class Application:
         self, reference: str, *, options: ProvisionOptions, progress: Progress, cancel: Cancel
     ) -> ProvisionReport:
         """Make a test VM of a snapshot."""
-        snapshot, origin = find_snapshot(self._world, reference, origin=options.origin)
-        policy = self._environment_policy(snapshot.manifest.guest)
-        found = options.model_copy(update={"origin": origin})
-        provision = Provision(self._world, options=found, policy=policy, progress=progress, cancel=cancel)
-        return provision.run(snapshot.id)
+        found = find_snapshot(self._world, reference, origin=options.origin)
+        policy = self._environment_policy(found[0].manifest.guest)
+        provision = Provision(self._world, options=options, policy=policy, progress=progress, cancel=cancel)
+        return provision.run(reference, found=found)
 
     def hydrate_environment(self, name: str, *, progress: Progress, cancel: Cancel) -> EnvironmentStatus:
         """Wait until an environment's data has come from the replica."""

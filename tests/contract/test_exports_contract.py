@@ -125,6 +125,7 @@ def test_from_the_first_read_to_the_local_image(place: Place) -> None:
     later = place.process()
     later.revive(RUN)
     later.revive(RUN)
+    later.hurry(RUN)
     with place.client() as client:
         assert client.read(0, len(data)) == data
 

@@ -1,7 +1,8 @@
 """The folder of one export, ``STORE/.exports/RUN``: what it serves, what it fetched, and how it is.
 
 ``plan.json`` is written before the process begins, ``disks.json`` by the process once it has seen the replica, ``status.json``
-again and again, and ``local`` once the environment is on the local images. ``lock`` is held by the process as long as it lives.
+again and again. ``hurry`` is there where somebody waits for all of it, ``local`` once the environment is on the local images.
+``lock`` is held by the process as long as it lives.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class ExportFolder:
         self.lock_path = self.path / "lock"
         self.log_path = self.path / "log"
         self._local = self.path / "local"
+        self._hurry = self.path / "hurry"
 
     @property
     def exists(self) -> bool:
@@ -158,6 +160,16 @@ class ExportFolder:
     def image(self, target: str) -> Path:
         """Return the path of a disk's local image."""
         return self.path / f"{folder_name(target)}.raw"
+
+    @property
+    def is_hurried(self) -> bool:
+        """Tell whether somebody waits for all of it."""
+        return self._hurry.exists()
+
+    def mark_hurried(self) -> None:
+        """Record that. May be repeated."""
+        with translated(f"write in {self.path}"):
+            self._hurry.touch()
 
     @property
     def is_local(self) -> bool:

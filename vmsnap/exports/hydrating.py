@@ -19,9 +19,9 @@ _STRIDE_BLOCKS = 2048
 _OUTSTANDING = 16
 _AGAIN_SECONDS = 30.0
 _POLL_SECONDS = 0.2
-QUIET_SECONDS = 5.0
+QUIET_SECONDS = 20.0
 """How long a guest must not have waited for the replica before anything is fetched that it did not ask for."""
-LATEST_SECONDS = 180.0
+LATEST_SECONDS = 600.0
 """After which it begins nevertheless: a guest's reads go first anyway."""
 
 

@@ -96,6 +96,12 @@ class ExportProcesses:
         if folder.exists and not folder.is_local:
             self._start(folder)
 
+    def hurry(self, run: RunId) -> None:
+        """Let an export hydrate at once."""
+        folder = self._of(run)
+        if folder.exists and not folder.is_local:
+            folder.mark_hurried()
+
     def _start(self, folder: ExportFolder) -> None:
         if folder.is_alive:
             return

@@ -189,6 +189,8 @@ class ExportService:
                     held=self._held,
                 )
             )
+            if self._folder.is_hurried:
+                hydrator.hurry()
             if self._hold_at is None or self._now() >= self._hold_at:
                 self._renew_hold()
             if time.monotonic() - flushed >= _FLUSH_SECONDS:

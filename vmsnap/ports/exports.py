@@ -53,6 +53,9 @@ class ReplicaExports(Owner, Protocol):
     def revive(self, run: RunId) -> None:
         """Start an export again that died. Does nothing where there is none, it lives, or nobody needs it any more."""
 
+    def hurry(self, run: RunId) -> None:
+        """Let an export that hydrates do so at once, instead of when its guest is quiet. May be repeated."""
+
     def wait(self, plan: ExportPlan, *, deadline: timedelta) -> tuple[DiskImage, ...]:
         """Return the disks as soon as they are served: images of format ``nbd`` whose path is the socket.
 

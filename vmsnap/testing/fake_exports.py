@@ -26,6 +26,7 @@ class FakeExports:
         self._between = between
         self.statuses: dict[RunId, ExportStatus] = {}
         self.held: set[RunId] = set()
+        self.hurried: set[RunId] = set()
         self.away = False
 
     @property
@@ -58,6 +59,10 @@ class FakeExports:
         status = self.statuses.get(run)
         if status is not None and status.phase is not ExportPhase.LOCAL:
             self._set(run, alive=True)
+
+    def hurry(self, run: RunId) -> None:
+        if self.status(run) is not None:
+            self.hurried.add(run)
 
     def wait(self, plan: ExportPlan, *, deadline: timedelta) -> tuple[DiskImage, ...]:
         del deadline

@@ -204,6 +204,7 @@ def hydrate(world: World, *, name: str, progress: Progress, cancel: Cancel) -> E
             f"environment {name!r} does not fetch what nobody reads",
             remedy="its policy said hydrate = false in [environment]; destroy it, and provision it anew",
         )
+    world.exports.hurry(environment.run)
     while status.phase is not ExportPhase.LOCAL:
         if status.phase is ExportPhase.HYDRATED:
             bring_home(world, environment)

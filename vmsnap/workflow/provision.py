@@ -81,14 +81,14 @@ class Provision:
         self._origin = Origin.STORE
         self._lazy: LazyDisks | None = None
 
-    def run(self, reference: str) -> ProvisionReport:
-        """Make the environment and record it; whatever fails before that is undone.
+    def run(self, reference: str, *, found: tuple[Snapshot, Origin] | None = None) -> ProvisionReport:
+        """Make the environment and record it; whatever fails before that is undone. ``found``: what the reference names.
 
         Raises SnapshotNotFoundError, PreconditionError, SafetyError, DriverError. With ``wait``, a test VM whose agent
         does not answer in time raises GuestUnreachableError and stays, for a look at it.
         """
         world = self._world
-        snapshot, self._origin = find_snapshot(world, reference, origin=self._options.origin)
+        snapshot, self._origin = found or find_snapshot(world, reference, origin=self._options.origin)
         chronicle = Chronicle(world, kind=RunKind.PROVISION, guest=snapshot.manifest.guest)
         self._progress = chronicle.telling(self._progress)
         run_id = world.new_run_id()
