@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmsnap.errors import CancelledError, CleanupError, VmsnapError
+from vmsnap.model.export import ExportPhase
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.policy import EnvironmentPolicy, Policy
 from vmsnap.model.report import BackupReport, ProvisionOptions, ProvisionReport, ReconcileReport
@@ -135,6 +136,11 @@ def _environments(lab: FakeWorld) -> Iterator[str]:
             yield f"{environment.name} is listed but there is no such VM"
         if environment.network is None and environment.run not in lab.network.fences:
             yield f"{environment.name} has lost its fence"
+        export = lab.exports.status(environment.run)
+        if export is not None:  # straight from the replica, where it is held until all of it is here
+            if (environment.run in lab.exports.held) != (export.phase is not ExportPhase.LOCAL):
+                yield f"{environment.name} does not hold its snapshot in the replica as it should"
+            continue
         snapshot = snapshots.get(environment.snapshot)
         if snapshot is None or environment.run not in lab.store.holders(snapshot):
             yield f"{environment.name} does not hold its snapshot"

@@ -167,8 +167,9 @@ class ExportProcesses:
         folder = self._of(run)
         if not folder.exists:
             return
-        folder.mark_local()
         self._end(folder, deadline=timedelta(seconds=30))
+        # Last: whoever finds no mark does all of it again.
+        folder.mark_local()
 
     def _end(self, folder: ExportFolder, *, deadline: timedelta) -> None:
         if folder.is_alive or self._may_come_back(folder):

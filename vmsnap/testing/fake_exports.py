@@ -95,10 +95,10 @@ class FakeExports:
 
     def settled(self, run: RunId) -> None:
         if run in self.statuses:
-            self._set(run, phase=ExportPhase.LOCAL)
-            self._between("the export is marked as needed no more")
             self._set(run, alive=False)
+            self._between("the export's process is ended")
             self.held.discard(run)
+            self._set(run, phase=ExportPhase.LOCAL)
 
     def status(self, run: RunId) -> ExportStatus | None:
         return self.statuses.get(run)
