@@ -32,7 +32,10 @@ from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule_policy import SchedulePolicy
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import ChoreDone, Observer, Tick
+from vmsnap.stores.packs.repository import initialise, open_repository
+from vmsnap.stores.packs.upkeep import PackedUpkeep
 from vmsnap.testing.faults import DEATHS, Fault, Mode
+from vmsnap.testing.memory_objects import MemoryBucket, MemoryObjects
 from vmsnap.testing.world import START, FakeWorld
 from vmsnap.workflow.world import World
 
@@ -379,6 +382,33 @@ def test_retention_is_applied_to_each_guest_whatever_becomes_of_another(tmp_path
     other.take_news()
     assert one.snapshots() == 2
     assert one.listener.failures("prune") == ["the store's lock is stuck"]
+
+
+def test_the_replicas_garbage_is_collected_and_a_failure_is_told(tmp_path: Path) -> None:
+    bucket = MemoryBucket()
+    initialise(MemoryObjects(bucket), key=None, now=START)
+    MemoryObjects(bucket).put(f"packs/ab/{'ab' * 32}", data=b"left by somebody")
+    bare = Installation(tmp_path / "bare", policy())
+    bare.duties.collect()
+    assert bare.duties.going == ()
+
+    def with_replica(world: World) -> World:
+        opened = functools.partial(open_repository, MemoryObjects(bucket), key=None)
+        return replace(world, upkeep=PackedUpkeep(opened, clock=world.clock, locks=False))
+
+    one = Installation(tmp_path / "one", policy(), change=with_replica)
+    for _ in range(2):
+        one.duties.collect()
+        one.duties.take_news()
+        one.lab.clock.sleep(DAY)
+    assert not [name for name in bucket.objects if name.startswith("packs/")]
+    entries = [entry for entry in one.lab.state.history.trail(guest=None, limit=None) if entry.action == "collect"]
+    assert entries[0].detail.startswith("removed 1 objects of 16 bytes")
+    MemoryObjects(bucket).put("snapshots/db/0000000001.json", data=b"damage")
+    one.duties.collect()
+    one.duties.take_news()
+    (failure,) = one.listener.failures("collect")
+    assert failure.startswith("garbage cannot be told from what is needed: the object snapshots/db/0000000001.json")
 
 
 def test_snapshots_are_read_again_in_their_time_and_damage_is_told(tmp_path: Path) -> None:

@@ -154,25 +154,34 @@ def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
         decision = _only_with_a_copy(decision, upkeep=upkeep)
         if decision.keep:
             return decision
-    away = decision.place is Place.REPLICA
+    if decision.place is Place.REPLICA:
+        return decision if upkeep is None else _carry_out_away(world, upkeep, decision=decision)
     try:
-        with audited(
-            world,
-            Action.PRUNE,
-            guest=snapshot.manifest.guest,
-            subject=snapshot.id,
-            detail=f"{'at the replica, ' if away else ''}of {snapshot.manifest.captured:%Y-%m-%d %H:%M:%SZ}: "
-            f"{'; '.join(decision.reasons)}",
-        ):
-            removed = 0
-            if not away:
-                removed = world.store.remove(snapshot)
-            elif upkeep is not None:
-                upkeep.remove(snapshot)
+        with audited(world, Action.PRUNE, guest=snapshot.manifest.guest, subject=snapshot.id, detail=_why(decision)):
+            removed = world.store.remove(snapshot)
     except HeldError as error:
-        # An environment was made of it since the decision, or it is locked.
+        # An environment was made of it since the decision.
         return decision.model_copy(update={"keep": True, "reasons": (error.brief,), "rules": (Keeper.IN_USE.value,)})
     return decision.model_copy(update={"removed_bytes": removed})
+
+
+def _carry_out_away(world: World, upkeep: Upkeep, *, decision: PruneDecision) -> PruneDecision:
+    """Remove a copy at the replica. One that is locked or in use stays: that is no event, and comes again each time."""
+    snapshot, guest = decision.snapshot, decision.snapshot.manifest.guest
+    detail = f"at the replica, {_why(decision)}"
+    try:
+        upkeep.remove(snapshot)
+    except HeldError as error:
+        return decision.model_copy(update={"keep": True, "reasons": (error.brief,), "rules": (Keeper.IN_USE.value,)})
+    except VmsnapError as error:
+        audit(world, Action.PRUNE, guest=guest, subject=snapshot.id, detail=detail, failure=error.brief)
+        raise
+    audit(world, Action.PRUNE, guest=guest, subject=snapshot.id, detail=detail)
+    return decision.model_copy(update={"removed_bytes": 0})
+
+
+def _why(decision: PruneDecision) -> str:
+    return f"of {decision.snapshot.manifest.captured:%Y-%m-%d %H:%M:%SZ}: {'; '.join(decision.reasons)}"
 
 
 def _only_with_a_copy(decision: PruneDecision, *, upkeep: Upkeep) -> PruneDecision:

@@ -10,10 +10,11 @@ Every step may be cut anywhere and be begun again by anybody. ``docs/collecting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
-from vmsnap.errors import HeldError, ObjectConflictError, ObjectNotFoundError, VerificationError
+from vmsnap.errors import HeldError, ObjectConflictError, ObjectNotFoundError, VerificationError, VmsnapError
 from vmsnap.model.collection import CollectReport, EndedUpload, Heap
 from vmsnap.model.durations import format_duration
 from vmsnap.stores.packs import holds, tombstones
@@ -56,16 +57,18 @@ def collect(repository: Repository, *, how: Collecting) -> CollectReport:
     Raises BusyError where another collector is at it, VerificationError where a manifest or a map cannot be read, and
     what ``how.check`` and the object store raise. What was removed by then stays removed.
     """
-    lease = take(repository.store, holder=how.holder, clocks=how.clocks, waits=how.takes_over)
+    lease = take(repository.store, holder=how.holder, clocks=how.clocks, waits=how.takes_over, check=how.check)
     seen: tuple[Sighting, ...] = lease.record.sightings
     collector = _Pass(repository, how=how, lease=lease)
     try:
-        ended, seen = end_uploads(repository, lease=lease, now=how.clocks.now(), patience=how.patience)
-        collector.ended = ended
+        collector.ended, seen = end_uploads(repository, lease=lease, now=how.clocks.now(), patience=how.patience)
         collector.run()
-    finally:
+    except VmsnapError:
         # Where this fails, the next one has to wait for as long as a lease lasts, and that is all.
-        lease.release(sightings=seen)
+        with suppress(VmsnapError):
+            lease.release(sightings=seen)
+        raise
+    lease.release(sightings=seen)
     return collector.report()
 
 
@@ -229,9 +232,7 @@ class _Pass:
                 continue
             if not self._remove(name):
                 locked.append(name)
-        self._hold()
-        if not locked:
-            self._store.delete(tombstone.name)
+        if not locked and self._remove(tombstone.name):
             return None
         left = record.model_copy(update={"objects": tuple(locked), "moved": tuple(moved.intersection(locked))})
         self._sums.waits((unused.get(name, 0) for name in locked), reason="some objects are locked (Object Lock)")
@@ -345,6 +346,7 @@ class _Pass:
             sure=self._lease.renew,
             connections=self._how.connections,
             leave=listed,
+            now=self._how.clocks.now(),
         )
         done = rewrite(self._repository, marks=self._marks, sizes=self._objects.pack_sizes, work=work)
         for name in done:

@@ -7,9 +7,10 @@ it does not matter for safety when that is done, and by which clock.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import datetime, timedelta
 
-from vmsnap.errors import ObjectConflictError
+from vmsnap.errors import HeldError, ObjectConflictError
 from vmsnap.model.collection import EndedUpload
 from vmsnap.model.durations import format_duration
 from vmsnap.stores.packs import intents
@@ -68,8 +69,7 @@ def _end(repository: Repository, *, record: IntentRecord, stale: bool, now: date
     if found is not None and isinstance(found[0], PackedSnapshot):
         if not stale and found[0].upload != record.upload:
             return None
-        intents.end(repository.store, upload=record.upload)
-        return "its snapshot is published"
+        return _remove(repository, record=record, reason="its snapshot is published")
     if not stale:
         return None
     mark = encode_absence(Absence(reason="revoked", upload=record.upload, at=now), repository=repository.id)
@@ -80,8 +80,15 @@ def _end(repository: Repository, *, record: IntentRecord, stale: bool, now: date
             repository.store.replace(name, data=mark, version=found[1])
     except ObjectConflictError:
         return None  # it has just published, or another collector does this
-    intents.end(repository.store, upload=record.upload)
-    return ""
+    return _remove(repository, record=record, reason="")
+
+
+def _remove(repository: Repository, *, record: IntentRecord, reason: str) -> str | None:
+    try:
+        intents.end(repository.store, upload=record.upload)
+    except HeldError:  # a bucket that locks whatever is put there
+        return None
+    return reason
 
 
 def forget_marks(
@@ -94,6 +101,7 @@ def forget_marks(
         entry = repository.entry(name)
         if isinstance(entry, Absence) and now - entry.at >= MARKS_LAST and name not in under_way:
             hold()
-            repository.store.delete(name)
-            removed += 1
+            with suppress(HeldError):  # an older version may be locked
+                repository.store.delete(name)
+                removed += 1
     return removed

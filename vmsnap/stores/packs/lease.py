@@ -112,14 +112,22 @@ class Lease:
         self._version, self._sure, self.record = info.version, began, record
 
 
-def take(store: ObjectStore, *, holder: str, clocks: Clocks, waits: bool) -> Lease:
+def _nothing() -> None:
+    """Let the wait go on."""
+
+
+def take(
+    store: ObjectStore, *, holder: str, clocks: Clocks, waits: bool, check: Callable[[], None] = _nothing
+) -> Lease:
     """Take the lease. ``waits``: watch one that is held for as long as a lease lasts, and take it over if it is dead.
+
+    ``check`` raises where the wait is to end.
 
     Raises BusyError where another collector lives, or may.
     """
     found = _read(store)
     if found is not None and found[0].held and waits:
-        found = _watch(store, found=found, clocks=clocks)
+        found = _watch(store, found=found, clocks=clocks, check=check)
     elif found is not None and found[0].held:
         raise _busy(found[0])
     now = clocks.now()
@@ -146,11 +154,12 @@ def take(store: ObjectStore, *, holder: str, clocks: Clocks, waits: bool) -> Lea
 
 
 def _watch(
-    store: ObjectStore, *, found: tuple[LeaseRecord, ObjectInfo], clocks: Clocks
+    store: ObjectStore, *, found: tuple[LeaseRecord, ObjectInfo], clocks: Clocks, check: Callable[[], None]
 ) -> tuple[LeaseRecord, ObjectInfo] | None:
     """Return the lease once it is free, or was not renewed for as long as it lasts. Raises BusyError where it is renewed."""
     began = clocks.seconds()
     while clocks.seconds() - began < LASTS.total_seconds():
+        check()
         clocks.sleep(_LOOK_EVERY)
         now = _read(store)
         if now is None or not now[0].held:

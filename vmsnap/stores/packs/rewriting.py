@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from vmsnap.errors import HeldError, ObjectConflictError, ObjectNotFoundError, VerificationError
 from vmsnap.stores.packs.frames import Frame, Place, block_of, checked, open_frame
@@ -34,6 +35,7 @@ class Rewriting:
     sure: Callable[[], None]
     connections: int = 1
     leave: Collection[str] = ()
+    now: datetime
 
 
 def rewrite(repository: Repository, *, marks: Marks, sizes: Mapping[str, int], work: Rewriting) -> tuple[str, ...]:
@@ -106,10 +108,12 @@ def _chosen(repository: Repository, *, marks: Marks, sizes: Mapping[str, int], w
         if planned + live > work.most_bytes:
             break
         try:
-            locked = repository.store.info(pack_name(pack)).retained_until is not None
+            until = repository.store.info(pack_name(pack)).retained_until
         except ObjectNotFoundError:
             continue
-        if not locked:  # it could not go, and its blocks would only be there twice
+        if (
+            until is None or until <= work.now
+        ):  # a locked one: it could not go, and its blocks would only be there twice
             chosen.append(pack)
             planned += live
     return tuple(chosen)
