@@ -124,6 +124,7 @@ def test_a_guest_is_taken_in_one_stop_while_it_writes(
 ) -> None:
     """Both orders: QEMU kept waiting with everything prepared, and (as from QEMU 8.2 on) prepared within the pause."""
     guest = own_guest
+    held = held and background.can_be_held(guest.connection.getVersion())
     monkeypatch.setattr(background, "can_be_held", lambda _version: held)
     before = definitions(guest), settings_of_qemu(guest)
     with memory_writer(guest), run_of(lab, guest) as run:

@@ -128,6 +128,20 @@ def test_a_clone_that_is_gone_ends_the_stream() -> None:
         assert "the clone ended" in failure_of(stream)
 
 
+def test_a_clone_may_be_done_before_qemu_says_that_the_stream_is_over() -> None:
+    reader, sink = os.pipe()
+    with RelayedStream(sink=sink, held=False, stall=timedelta(seconds=30), writer_pid=os.getpid()) as stream:
+        os.close(sink)
+        os.write(stream.writer, STREAM_BEGIN + b"pages")
+        stream.let_flow()
+        assert os.read(reader, PIPE_BYTES) == b"pages"
+        os.close(reader)
+        time.sleep(0.1)
+        stream.close_writer()
+        stream.require_ended(timeout_seconds=10)
+        assert stream.failure() is None
+
+
 def test_what_is_no_stream_of_qemu_is_not_passed_on() -> None:
     with relayed() as (stream, reader):
         writer = write(stream, b"QEVM\x00\x00\x00\x04" + STREAM)

@@ -88,7 +88,8 @@ class Relay:
                 if os.splice(self._source, self._sink, PIPE_BYTES, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK) == 0:
                     return End.SOURCE_ENDED
             except BrokenPipeError:
-                return End.NO_READER
+                # splice(2) looks for readers first: a clone that has taken everything may be done before its source says so.
+                return End.NO_READER if os.read(self._source, 1) else End.SOURCE_ENDED
             except BlockingIOError:
                 # The source has something, so the sink is full.
                 ready = self._wait(self._sink, select.POLLOUT, self._stall_ms)
