@@ -24,7 +24,7 @@ from vmsnap.testing.hyperv.dispatch import Invocation, PowerShellError, Streams
 from vmsnap.testing.hyperv.service import Quotas, Service, User
 from vmsnap.testing.hyperv.soap import SHELL
 
-ORACLE = Path("build/oracle")
+ORACLE = Path(__file__).parents[1] / "build" / "oracle"
 # Not asked for by vmsnap: sessions that are left and found again, and other shells.
 NOT_SPOKEN = frozenset({"Disconnect", "Reconnect", "Connect", "Enumerate", "Pull", "Put"})
 # PowerShell 2 names shells itself; pools of vmsnap have one runspace, whose number it does not change.

@@ -6,7 +6,7 @@ import re
 import uuid
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 SOAP = "http://www.w3.org/2003/05/soap-envelope"
 ADDRESSING = "http://schemas.xmlsoap.org/ws/2004/08/addressing"
@@ -114,11 +114,6 @@ def answer(request: Request, *, body: str) -> bytes:
 def fault(request: Request, *, error: WsmanFaultError) -> bytes:
     """Return the envelope of a fault."""
     return _envelope(_FAULT_ACTION, relates_to=request.message_id, body=error.body())
-
-
-def attribute(text: str) -> str:
-    """Return a quoted attribute value."""
-    return quoteattr(text)
 
 
 def _envelope(action: str, *, relates_to: str, body: str) -> bytes:
