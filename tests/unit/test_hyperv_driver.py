@@ -7,12 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.hyperv_hosts import EXPORTS, add_guest, make_host
 from vmsnap.errors import (
     BugError,
+    CancelledError,
     DriverError,
     GuestNotFoundError,
     HostUnreachableError,
@@ -23,6 +25,7 @@ from vmsnap.errors import (
     UnknownOutcomeError,
     VmsnapError,
 )
+from vmsnap.hypervisors.hyperv.connection import Row
 from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
 from vmsnap.hypervisors.hyperv.fence import HyperVFence
 from vmsnap.hypervisors.hyperv.host import Host
@@ -486,3 +489,24 @@ def test_tags_are_read_back(guest: str) -> None:
     assert read_tag(tag.notes) == tag
     assert tag.notes.startswith(tag.beginning)
     assert read_tag(f"an operator wrote {tag.notes}") is None
+
+
+def test_an_export_that_somebody_cancels_is_given_up(rig: Rig) -> None:
+    """The transport stops the script; the host may have done all of it."""
+    waited_for: list[object] = []
+    run = rig.runner.run
+
+    def cancelled(name: str, **given: Any) -> tuple[Row, ...]:
+        rows = run(name, **given)
+        if name == "export_machine":
+            waited_for.append(given["cancel"])
+            raise CancelledError("a signal")
+        return rows
+
+    rig.runner.run = cancelled  # type: ignore[method-assign]
+    with pytest.raises(CancelledError):
+        rig.backup()
+    assert isinstance(waited_for[0], NeverCancelled)
+    rig.release_all()
+    assert rig.machine.harm() == []
+    assert rig.machine.leftovers() == []

@@ -99,8 +99,8 @@ class Clones:
     def capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
         """Export the guest as it runs. See ports.hypervisor.
 
-        Raises DeadlineError where the export took longer than the policy allows: it goes on by itself then, and is thrown
-        away when it is over.
+        Raises DeadlineError where the export took longer than the policy allows, CancelledError: it may go on by itself
+        then, and is thrown away when it is over.
         """
         host, guest = self._host, plan.guest
         part = export_part(plan)
@@ -113,6 +113,7 @@ class Clones:
                     folder=host.folders.of(plan.run, part),
                     with_memory=plan.choice.mode.takes_memory,
                     timeout=plan.settings.timeout,
+                    cancel=cancel,
                 )
             except UnknownOutcomeError as error:
                 # Nothing tells a whole export from one that is still written, so this one is not used.

@@ -30,6 +30,7 @@ from vmsnap.hypervisors.hyperv.rows import (
 from vmsnap.hypervisors.hyperv.running import CHANGE, ScriptRunner
 from vmsnap.hypervisors.hyperv.tags import Part, RunFolders, Tag, run_of_folder
 from vmsnap.model.ids import RunId
+from vmsnap.ports.clock import Cancel
 
 LOOK = timedelta(seconds=60)
 _REASON = "vmsnap: the database of this clone has stopped, and its disks are kept"
@@ -204,11 +205,13 @@ class Host:
     def _place(self, run: RunId, part: Part | None) -> dict[str, Parameter]:
         return {"Root": self.folders.root, "Name": self.folders.name(run), "Part": "" if part is None else part.value}
 
-    def export(self, machine_id: str, *, folder: str, with_memory: bool, timeout: timedelta) -> None:
-        """Export a VM as it runs."""
+    def export(
+        self, machine_id: str, *, folder: str, with_memory: bool, timeout: timedelta, cancel: Cancel | None = None
+    ) -> None:
+        """Export a VM as it runs. Where ``cancel`` or ``timeout`` ends the wait, Hyper-V may go on with it for a while."""
         live_state = "CaptureSavedState" if with_memory else "CaptureCrashConsistentState"
         parameters = {"Id": machine_id, "Folder": folder, "LiveState": live_state}
-        self._change("export_machine", doing="export a VM", parameters=parameters, timeout=timeout)
+        self._runner.run("export_machine", doing="export a VM", parameters=parameters, timeout=timeout, cancel=cancel)
 
     # Changing VMs: each script refuses what does not bear the tag
 

@@ -75,7 +75,7 @@ def _behind_ms(samples: Sequence[Sample]) -> float:
 class PauseWatch:
     """Looks at a guest again and again, in a thread of its own, while the block runs. A look that fails is left out."""
 
-    def __init__(self, look: Callable[[], tuple[str, float]], *, interval_seconds: float = 0.1) -> None:
+    def __init__(self, look: Callable[[], tuple[str, float]], *, interval_seconds: float = 0.25) -> None:
         self._look = look
         self._interval_seconds = interval_seconds
         self._stop = threading.Event()
