@@ -14,10 +14,12 @@ from vmsnap.errors import VerificationError
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.store import ByteProgress
 from vmsnap.stores.blocks import BLOCK_BYTES, DIGEST_BYTES, HOLE, file_digest
+from vmsnap.stores.packs.imaging import ImageWriter
 from vmsnap.stores.packs.maps import LEAF_BLOCKS, Leaf, leaf_count
 from vmsnap.stores.packs.reading import Fetch, PackedDisk, Wanted, fetches
 
 _AHEAD = 3
+_MOST_RUN = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,8 @@ def download(
     OSError, StoreUnreachableError.
     """
     stop = threading.Event()
-    work = _Download(disk, target=target, stop=stop)
+    writer = ImageWriter(target.image)
+    work = _Download(disk, target=target, writer=writer, stop=stop)
     pool = ThreadPoolExecutor(connections, thread_name_prefix="fetch")
     try:
         leaves: deque[_LeafInHand] = deque()
@@ -61,6 +64,7 @@ def download(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        writer.close()
     os.fsync(target.image)
     os.fsync(target.digests)
     if file_digest(target.digests) != digests_sha256:
@@ -83,10 +87,11 @@ def _leaves(disk: PackedDisk, *, pool: ThreadPoolExecutor) -> Iterator[Leaf | No
 
 
 class _Download:
-    def __init__(self, disk: PackedDisk, *, target: Target, stop: threading.Event) -> None:
+    def __init__(self, disk: PackedDisk, *, target: Target, writer: ImageWriter, stop: threading.Event) -> None:
         self._disk = disk
         self._target = target
         self._stop = stop
+        self._writer = writer
 
     def begin(self, number: int, *, leaf: Leaf, pool: ThreadPoolExecutor) -> _LeafInHand:
         """Give the reads of one leaf to the threads."""
@@ -117,13 +122,8 @@ class _Download:
         self._put(run, first=begin)
 
     def _put(self, run: list[memoryview], *, first: int) -> None:
-        offset, left = first * BLOCK_BYTES, sum(map(len, run))
-        done = os.pwritev(self._target.image, run, offset) if run else 0
-        if done < left:
-            rest = memoryview(b"".join(run))[done:]
-            while rest:
-                count_written = os.pwrite(self._target.image, rest, offset + left - len(rest))
-                rest = rest[count_written:]
+        if run:
+            self._writer.write(run, offset=first * BLOCK_BYTES)
 
     def finish(self, in_hand: _LeafInHand) -> None:
         """Wait for a leaf's blocks, and write its digests."""
@@ -133,6 +133,3 @@ class _Download:
         while data:
             done = os.pwrite(self._target.digests, data, offset)
             data, offset = data[done:], offset + done
-
-
-_MOST_RUN = 64

@@ -102,7 +102,9 @@ class PackBuilder:
     def finish(self) -> Pack:
         """Return the pack. The builder is not to be used after."""
         index = PackIndex(token=self.token, frames=tuple(self._rows), ids=b"".join(self._ids))
-        data = b"".join([*self._parts, index_bytes(index, seal=self.seal)])
+        self._parts.append(index_bytes(index, seal=self.seal))
+        data = b"".join(self._parts)
+        self._parts.clear()  # several packs are on their way at a time: each is in memory once
         return Pack(digest=hashlib.sha256(data).digest(), data=data, index=index)
 
 

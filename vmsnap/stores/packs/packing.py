@@ -19,6 +19,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 _COMPRESSING = max(2, os.cpu_count() or 1)
 _BATCHES_AHEAD = 3 * _COMPRESSING
+_MOST_PACKS_AHEAD = 5
+"""Packs in memory, each of 16 MiB and a little, on their way at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Packer:
         self._token = token
         self._retain_until = retain_until
         self._connections = connections
+        self._packs_ahead = min(connections, _MOST_PACKS_AHEAD)
         self._compressing = ThreadPoolExecutor(_COMPRESSING, thread_name_prefix="pack")
         self.storing = ThreadPoolExecutor(connections, thread_name_prefix="store")
         self._batches: deque[Future[list[Frame]]] = deque()
@@ -75,7 +78,7 @@ class Packer:
         self._batches.append(self._compressing.submit(make))
         while len(self._batches) > _BATCHES_AHEAD:
             self._pack_oldest()
-        self._reap(most=self._connections)
+        self._reap(most=self._packs_ahead)
         return self.given
 
     def flush(self) -> None:
@@ -111,7 +114,7 @@ class Packer:
     def _store_pack(self) -> None:
         builder, self._builder = self._builder, self._new_builder()
         self._puts.append((self.storing.submit(self._put, builder), self._packed))
-        self._reap(most=self._connections)
+        self._reap(most=self._packs_ahead)
 
     def _put(self, builder: PackBuilder) -> _StoredPack:
         pack = builder.finish()

@@ -17,7 +17,7 @@ from vmsnap.stores.packs.repository import Repository
 
 _LEAVES_KEPT = 16
 _GAP_BYTES = 64 * 1024
-_MOST_FETCH_BYTES = 8 * 1024 * 1024
+_MOST_FETCH_BYTES = 4 * 1024 * 1024
 
 
 class Wanted(NamedTuple):

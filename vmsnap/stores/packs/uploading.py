@@ -35,6 +35,7 @@ from vmsnap.stores.packs.sources import BATCH_BLOCKS, Source, open_bytes, open_d
 
 _LOG = logging.getLogger(__name__)
 _FIRST_TAIL_BYTES = 64 * 1024
+_HOLES = HOLE * LEAF_BLOCKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +283,7 @@ class _Sending:
             self._check()
             digests = source.digests(number)
             disk.leaves.append(HOLE)
-            if any(digests):
+            if digests != _HOLES[: len(digests)]:
                 ids = b"".join(map(self._repository.seal.block_id, ids_in(digests)))
                 shared = base[number] if number < len(base) else HOLE
                 if shared != HOLE and self._index.leaf_ids(shared) == hashlib.sha256(ids).digest():
