@@ -25,7 +25,7 @@ from vmsnap.errors import (
     UnknownOutcomeError,
     VmsnapError,
 )
-from vmsnap.hypervisors.hyperv.connection import Row
+from vmsnap.hypervisors.hyperv.connection import Login, Row
 from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
 from vmsnap.hypervisors.hyperv.fence import HyperVFence
 from vmsnap.hypervisors.hyperv.host import Host
@@ -35,6 +35,7 @@ from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.isolation import FencePlan
 from vmsnap.model.journal import Resource, ResourceKind
+from vmsnap.ports.guest import HostLine
 from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.hyperv.failures import Language, ModuleGeneration, Speech
 from vmsnap.testing.hyperv.machine import HyperVHost
@@ -420,6 +421,8 @@ def test_nobody_elses_vm_is_touched_whatever_it_is_called(rig: Rig) -> None:
     rig.driver.release(resource, deadline=DEADLINE)
     assert vm.state is VMState.RUNNING
     assert rig.driver.owned() == ()
+    with pytest.raises(GuestNotFoundError):
+        rig.driver.agent(vm.name)
     with pytest.raises(BugError):
         rig.driver.set_link(vm.name, mac="00:15:5d:00:00:02", up=False)
 
@@ -510,3 +513,30 @@ def test_an_export_that_somebody_cancels_is_given_up(rig: Rig) -> None:
     rig.release_all()
     assert rig.machine.harm() == []
     assert rig.machine.leftovers() == []
+
+
+def test_a_line_leads_into_the_clone_and_not_into_a_vm_that_is_called_like_it(rig: Rig) -> None:
+    namesake = add_guest(rig.machine, f"vmsnap-clone-{rig.run}")
+    rig.machine.vms.reverse()
+    clone = rig.backup()
+    asked: list[object] = []
+
+    def run(name: str, *, parameters: dict[str, object], **_: object) -> tuple[Row, ...]:
+        asked.append(parameters["Id"])
+        raise HostUnreachableError("no answer")
+
+    class Logins:
+        def login(self, guest: str) -> Login:
+            return Login(user=guest, password="secret")
+
+    driver = HyperVHypervisor(rig.host, clock=FakeClock(), logins=Logins())
+    for domain in (clone.name, "db"):
+        line = driver.agent(domain)
+        assert isinstance(line, HostLine)
+        listing, rig.runner.run = rig.runner.run, run  # type: ignore[method-assign, assignment]
+        with pytest.raises(HostUnreachableError):
+            line.run_program("hostname", arguments="", stdin=b"", timeout=DEADLINE, cancel=None)
+        rig.runner.run = listing  # type: ignore[method-assign]
+    assert asked == [clone.uuid, rig.plan().guest.uuid]
+    assert namesake.id not in asked
+    rig.release_all()

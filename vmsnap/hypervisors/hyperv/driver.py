@@ -245,11 +245,14 @@ class HyperVHypervisor:
         return state_of(self._clones.get(clone.run).state)
 
     def agent(self, domain: str) -> AgentChannel:
-        """Return the line into a VM by PowerShell Direct, with the account of its guest."""
-        named = [machine for machine in self._host.machines() if machine.name == domain]
-        if not named:
-            raise GuestNotFoundError(f"the Hyper-V host has no VM {domain!r}")
-        machine = named[0] if named[0].tag is not None else find_guest(self._host, domain)
+        """Return the line into a VM by PowerShell Direct, with the account of its guest.
+
+        A clone's name leads to the clone or to nobody: what is done in a clone must not be done in a VM that is called so.
+        """
+        ours = [machine for machine in self._host.machines() if machine.name == domain and machine.tag is not None]
+        if len(ours) > 1 or (not ours and domain.startswith(clone_name(RunId("")))):
+            raise GuestNotFoundError(f"the Hyper-V host has {len(ours)} VMs of vmsnap's that are called {domain!r}")
+        machine = ours[0] if ours else find_guest(self._host, domain)
         guest = domain if machine.tag is None else machine.tag.guest
         return self._host.line(machine.id, guest=guest, login=self._logins.login(guest))
 
