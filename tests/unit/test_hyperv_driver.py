@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.hyperv_hosts import EXPORTS, add_guest, make_host
+from tests.unit.hyperv_hosts import DISK_BYTES, EXPORTS, add_guest, make_host
 from vmsnap.errors import (
     BugError,
     CancelledError,
@@ -30,7 +30,8 @@ from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
 from vmsnap.hypervisors.hyperv.fence import HyperVFence
 from vmsnap.hypervisors.hyperv.host import Host
 from vmsnap.hypervisors.hyperv.tags import RunFolders, Tag, TagKind, read_tag
-from vmsnap.model.capture import CaptureChoice, CapturePlan, CaptureSettings, Clone, Detach, DiskSnapshot
+from vmsnap.model.capture import CaptureChoice, CapturePlan, CaptureSettings, Clone, Detach, DiskImage, DiskSnapshot
+from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.isolation import FencePlan
@@ -540,3 +541,46 @@ def test_a_line_leads_into_the_clone_and_not_into_a_vm_that_is_called_like_it(ri
     assert asked == [clone.uuid, rig.plan().guest.uuid]
     assert namesake.id not in asked
     rig.release_all()
+
+
+def test_a_test_vm_on_a_named_switch_needs_no_fence_and_has_what_was_ordered(rig: Rig, tmp_path: Path) -> None:
+    guest = rig.driver.inspect("db")
+    stored = tmp_path / "stored.raw"
+    with stored.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    image = DiskImage(target="scsi-0-0", path=str(stored), image_format="raw", size_bytes=DISK_BYTES)
+    plan = EnvironmentPlan(
+        run=rig.run,
+        guest="db",
+        name="db-test",
+        uuid="",
+        macs=("52:54:00:aa:bb:cc",),
+        network="LAN",
+        memory_bytes=(3 << 30) + 12345,
+        vcpus=3,
+    )
+    machine = rig.driver.machine(guest)
+    rig.driver.prepare_environment_disks(plan, images=(image,), nvram=None)
+    rig.driver.define_environment(plan, machine=machine, fence=None)
+    rig.driver.attach_environment(plan, machine=machine, fence=None)
+    rig.driver.start_environment(plan, proof=None)
+    vm = rig.machine.vm("db-test")
+    assert (vm.state, vm.memory_startup, vm.processor_count) == (VMState.RUNNING, 3 << 30, 3)
+    assert [(adapter.mac_address, adapter.switch_name) for adapter in vm.network_adapters] == [("525400AABBCC", "LAN")]
+    assert [nic.mac for nic in rig.driver.environment_nics("db-test")] == ["52:54:00:aa:bb:cc"]
+    assert vm.automatic_start_action == "Nothing"
+    with pytest.raises(PreconditionError, match="already a VM"):
+        rig.driver.define_environment(plan, machine=machine, fence=None)
+    rig.driver.release(rig.driver.environment_resource(plan), deadline=DEADLINE)
+    rig.driver.release(rig.driver.environment_disks_resource(plan), deadline=DEADLINE)
+    assert rig.machine.harm() == []
+    assert rig.machine.leftovers() == []
+
+
+def test_a_snapshot_of_another_hypervisor_makes_no_vm(rig: Rig) -> None:
+    plan = EnvironmentPlan(run=rig.run, guest="db", name="x", uuid="", macs=(), network="LAN")
+    machine = rig.driver.machine(rig.driver.inspect("db"))
+    for changed, words in (({"hypervisor": "libvirt"}, "libvirt"), ({"definition": "<domain/>"}, "makes no sense")):
+        with pytest.raises(PreconditionError, match=words):
+            rig.driver.define_environment(plan, machine=machine.model_copy(update=changed), fence=None)
+    assert rig.machine.leftovers() == []
