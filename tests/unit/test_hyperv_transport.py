@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import spnego.exceptions
 
 from tests.unit.hyperv_endpoint import ECHO, FAIL, GRUMBLE, LINGER, SOON, Host, connection
 from vmsnap.errors import (
@@ -26,6 +27,7 @@ from vmsnap.errors import (
 )
 from vmsnap.hypervisors.hyperv import transport as transport_module
 from vmsnap.hypervisors.hyperv.connection import Authentication, HostConnection, Login, Parameter
+from vmsnap.hypervisors.hyperv.refusals import Stage, translate
 from vmsnap.hypervisors.hyperv.transport import Outcome, Script, Transport
 from vmsnap.testing.cancels import CancelledAtOnce
 from vmsnap.testing.hyperv import certificates
@@ -231,6 +233,20 @@ class TestLines:
             with pytest.raises(UnknownOutcomeError):
                 ask(connection(endpoint, authority=str(authority.path)))
         assert len(host.asked) == (1 if harm is Harm.CUT_AFTER else 0)
+
+    def test_a_host_that_is_too_slow_to_say_so_may_begin_yet(
+        self, host: Host, endpoint: Endpoint, transport: Transport
+    ) -> None:
+        endpoint.faults.add(WireFault(harm=Harm.FAULT, code=2150858793))
+        with pytest.raises(UnknownOutcomeError):
+            transport.run(ECHO, parameters={}, timeout=SOON)
+
+    @pytest.mark.parametrize("stage", [Stage.ASKING, Stage.LISTENING])
+    def test_an_answer_that_cannot_be_unsealed_is_an_answer_to_something(
+        self, endpoint: Endpoint, stage: Stage
+    ) -> None:
+        error = translate(spnego.exceptions.BadMICError(), stage=stage, connection=connection(endpoint))
+        assert isinstance(error, UnknownOutcomeError)
 
     def test_a_second_attempt_is_judged_by_what_happened_to_it(
         self, host: Host, endpoint: Endpoint, transport: Transport

@@ -75,10 +75,12 @@ def translate(error: Exception, *, stage: Stage, connection: HostConnection) -> 
     """Return the error for what a call of pypsrp raised."""
     if isinstance(error, WSManFaultError):
         return _fault(error, stage=stage, connection=connection)
-    known = _before_anything(error, connection=connection)
-    if known is not None and stage is not Stage.LISTENING:
-        return known
+    certain = None if stage is Stage.LISTENING else _before_anything(error, connection=connection)
+    if certain is not None:
+        return certain
     if stage is Stage.OPENING:
+        if isinstance(error, _REFUSALS):
+            return _login_refused(error, connection=connection)
         if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError | OSError):
             return _unreachable(connection, error)
         return DriverError(f"{connection.where} does not speak PowerShell remoting as expected", details=_words(error))
@@ -95,6 +97,8 @@ def _fault(error: WSManFaultError, *, stage: Stage, connection: HostConnection) 
         return UnknownOutcomeError(
             f"{where} lost a script while it ran; was its WinRM service restarted?", details=_words(error)
         )
+    if stage is Stage.ASKING and error.code == OPERATION_TIMED_OUT:
+        return UnknownOutcomeError(f"{where} took too long to begin a script; it may yet", details=_words(error))
     refusal: VmsnapError = DriverError(f"{where} refused a request of PowerShell remoting")
     if error.code == SHELL_GONE:
         refusal = HostUnreachableError(f"{where} has dropped the session")
@@ -140,14 +144,17 @@ def _login(error: Exception, *, connection: HostConnection) -> VmsnapError | Non
             details=_words(error),
             remedy=f"pip install 'vmsnap[{extra}]'",
         )
-    if isinstance(error, _REFUSALS):
-        return PreconditionError(
-            f"{connection.where} refuses the login by {connection.authentication}",
-            details=_words(error),
-            remedy="check account, password and realm in hyperv.credential, whether the account is locked, and which "
-            "kinds of login the host allows: winrm get winrm/config/service/auth",
-        )
-    return None
+    # Not any error of a login's library: an answer that cannot be unsealed is one as well.
+    return _login_refused(error, connection=connection) if isinstance(error, AuthenticationError) else None
+
+
+def _login_refused(error: Exception, *, connection: HostConnection) -> PreconditionError:
+    return PreconditionError(
+        f"{connection.where} refuses the login by {connection.authentication}",
+        details=_words(error),
+        remedy="check account, password and realm in hyperv.credential, whether the account is locked, and which "
+        "kinds of login the host allows: winrm get winrm/config/service/auth",
+    )
 
 
 def _certificate(error: Exception, *, connection: HostConnection) -> VmsnapError | None:
