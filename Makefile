@@ -6,6 +6,7 @@
 # make bench NAME=backup   measurements, printed and written to build/bench/NAME.json
 # make bench NAME=pause    how long guests stand still, and a picture of it; RAM=1024 RUNS=2 and more in integration/bench/pause.py;
 #                          on Debian's backport of QEMU (integration/lab/emulator.py says why), QEMU= on the host's own
+# make bench NAME=store    the replica against restic and BorgBackup; SIZE=8192 (MiB) is the size of the image
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 LAB := $(PYTHON) -m integration.lab run --
@@ -45,6 +46,7 @@ integration: setup
 
 bench: setup
 	@[ $(NAME) != pause ] || bash integration/setup.sh plots
+	@[ $(NAME) != store ] || bash integration/setup.sh peers
 	@[ $(NAME) != pause ] || [ -z "$(QEMU)" ] || bash integration/setup.sh qemu
 	$(if $(filter pause,$(NAME)),VMSNAP_LAB_QEMU="$(QEMU)") $(LAB) $(PYTHON) -m integration.bench $(NAME)
 	@[ $(NAME) != pause ] || $(PYTHON) -m integration.bench.plot build/bench/pause.json build/bench/pause.png

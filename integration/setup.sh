@@ -2,6 +2,7 @@
 # Installs what vmsnap, its tests and its demonstration need on Debian 12.
 #   setup.sh system   Debian packages for vmsnap and the lab, as root or with sudo
 #   setup.sh tests    further Debian packages that only the tests need
+#   setup.sh peers    Debian packages that `make bench NAME=store` measures vmsnap against
 #   setup.sh venv     the Python environment in .venv
 #   setup.sh plots    what draws the benchmark's picture, into .venv
 #   setup.sh qemu     Debian's backport of QEMU, unpacked into build/qemu and not installed: for the lab (VMSNAP_LAB_QEMU)
@@ -74,8 +75,9 @@ unpack_qemu() {
 case "${1:-}" in
     system) install_packages integration/lab/packages.txt ;;
     tests) install_packages integration/lab/packages-tests.txt && fetch_oracle ;;
+    peers) install_packages integration/lab/packages-bench.txt ;;
     venv) install_venv ;;
     plots) .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]' ;;
     qemu) unpack_qemu ;;
-    *) echo "usage: setup.sh system|tests|venv|plots|qemu" >&2; exit 2 ;;
+    *) echo "usage: setup.sh system|tests|peers|venv|plots|qemu" >&2; exit 2 ;;
 esac

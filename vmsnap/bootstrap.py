@@ -67,6 +67,7 @@ from vmsnap.state.history import SqliteHistory
 from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
+from vmsnap.state.samples import FileSampleBook
 from vmsnap.state.starter import starter_of_process
 from vmsnap.stores.images import ImagesStore
 from vmsnap.virtual import open_virtual
@@ -132,6 +133,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         admissions=FileAdmissions(state, most=settings.limits.clones_per_host),
         book=FileEnvironmentBook(state),
         attempts=FileAttemptBook(state),
+        samples=FileSampleBook(state),
         exchanges=FileExchanges(state),
         rungs=FileRungMemory(state),
         history=SqliteHistory(state),

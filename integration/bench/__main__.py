@@ -13,7 +13,7 @@ from rich.table import Table
 
 from integration.lab.lab import Lab
 
-NAMES = ("backup", "pause", "scale")
+NAMES = ("backup", "pause", "scale", "store")
 FOLDER = Path("build/bench")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from tests.workflow.invocations import Work, backup, invoke, recovers, simply, s
 from tests.workflow.test_replica import KEY, Site, replicating
 from vmsnap.errors import ConfigError, SnapshotNotFoundError, VerificationError
 from vmsnap.model.history import Action
+from vmsnap.model.policy import Policy
 from vmsnap.model.report import VerifyReport
-from vmsnap.model.verification import Share, VerifyWish
+from vmsnap.model.verification import Share, VerifyEntry, VerifyWish, share_of_day
 from vmsnap.ports.clock import Cancel
 from vmsnap.stores.packs.names import MAPS, PACKS, SNAPSHOTS
 from vmsnap.testing.faults import DEATHS, Fault, Mode
 from vmsnap.testing.memory_objects import MemoryObjects
 from vmsnap.testing.world import FakeWorld, QuietProgress
-from vmsnap.workflow.verify import verify
+from vmsnap.workflow.verify import verify, verify_due
 from vmsnap.workflow.world import World
 
 
@@ -153,3 +155,52 @@ def test_a_repair_that_fails_or_dies_anywhere_leaves_nothing_and_can_be_repeated
             assert not any("hold" in one for one in outcome.held) or mode in DEATHS, call.name
             report = read(host, replica=replica, repair=True)
             assert report.defects == (), f"{mode} at {call.name}"
+
+
+def sampling(policy: Policy) -> Work:
+    def work(world: World, cancel: Cancel) -> list[VerifyEntry]:
+        return list(verify_due(world, policies=(policy,), progress=QuietProgress(), cancel=cancel))
+
+    return work
+
+
+def test_a_share_of_both_copies_is_read_each_day_until_all_was(site: Site, host: FakeWorld) -> None:
+    policy = Policy.model_validate(
+        {"guest": "db", "replica": {"enabled": True}, "verify": {"every": "never", "share_per_day": 0.25}}
+    )
+    blocks = {False: 0, True: 0}
+    for day in range(5):
+        host.clock.sleep(timedelta(days=1))
+        entries = simply(host, sampling(policy)).result
+        assert isinstance(entries, list)
+        reports = [entry.report for entry in entries]
+        assert [(report.replica, report.sample) for report in reports] == [
+            (False, reports[0].sample), (True, reports[0].sample),
+        ], day  # fmt: skip
+        for report in reports:
+            blocks[report.replica] += report.blocks
+        assert simply(host, sampling(policy)).result == [], "once a day"
+        if day == 3:
+            assert blocks[False] == read(host).blocks
+            assert blocks[True] == read(host, replica=True).blocks
+    damage_there(site, PACKS, keep=False)
+    found = []
+    for _ in range(4):
+        host.clock.sleep(timedelta(days=1))
+        entries = simply(host, sampling(policy)).result
+        assert isinstance(entries, list)
+        found += [entry.error for entry in entries if entry.error]
+    assert found
+    assert all(error.exit_code == 5 for error in found)
+
+
+def test_a_count_of_shares_never_keeps_step_with_the_week() -> None:
+    for share in (1.0, 0.5, 1 / 3, 1 / 7, 0.05, 1 / 14, 0.001):
+        shares = [share_of_day(share, day=date(2026, 1, 1) + timedelta(days=day)) for day in range(2300)]
+        (of,) = {one.of for one in shares}
+        assert of % 7 or of == 1
+        assert 1 / share <= of + 1e-6
+        assert of <= 1 / share + 1 + 1e-6
+        assert {one.number for one in shares[:of]} == set(range(of))
+        without_sundays = [one.number for day, one in enumerate(shares) if day % 7]
+        assert set(without_sundays) == set(range(of))

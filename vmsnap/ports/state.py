@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import date, datetime
 from typing import Protocol
 
 from vmsnap.model.admission import HostMemory, Place
@@ -90,6 +90,16 @@ class AttemptBook(Protocol):
 
     def replace(self, guest: str, *, failures: Sequence[FailedAttempt]) -> None:
         """Record a guest's failed attempts instead of those before, atomically. None: forget the guest."""
+
+
+class SampleBook(Protocol):
+    """On which day a share of a guest's snapshots was last read again, here and at the replica."""
+
+    def last(self, guest: str, *, replica: bool) -> date | None:
+        """Return the day; None where it never was, or the record is damaged."""
+
+    def note(self, guest: str, *, replica: bool, day: date) -> None:
+        """Record the day, atomically."""
 
 
 class EnvironmentBook(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 
 from vmsnap.errors import BugError, BusyError, PreconditionError
 from vmsnap.model.admission import HostMemory, Place, refusal
@@ -59,6 +59,7 @@ class MemoryState:
         self.exchanges = MemoryExchanges(self)
         self.rungs = MemoryRungs(self)
         self.attempts = MemoryAttemptBook(self)
+        self.samples = MemorySampleBook(self)
         self.history = MemoryHistory(self)
         self.alarms = MemoryAlarmBook(self)
 
@@ -336,6 +337,24 @@ class MemoryExchanges:
         """Forget a NIC's exchange."""
         self._state.check_alive()
         self._known.pop(mac_bytes(mac), None)
+
+
+class MemorySampleBook:
+    """The port ``SampleBook`` in memory."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+        self._days: dict[tuple[str, bool], date] = {}
+
+    def last(self, guest: str, *, replica: bool) -> date | None:
+        """Return the day on which a share was last read."""
+        self._state.check_alive()
+        return self._days.get((guest, replica))
+
+    def note(self, guest: str, *, replica: bool, day: date) -> None:
+        """Record the day."""
+        self._state.check_alive()
+        self._days[guest, replica] = day
 
 
 class MemoryAttemptBook:

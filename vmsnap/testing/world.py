@@ -141,6 +141,7 @@ class FakeWorld:
             admissions=self.state.admissions,
             book=self.state.environments,
             attempts=self.state.attempts,
+            samples=self.state.samples,
             exchanges=self.state.exchanges,
             rungs=self.state.rungs,
             history=self.state.history,

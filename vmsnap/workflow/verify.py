@@ -11,7 +11,14 @@ from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Snapshot, Verification
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import VerifyReport
-from vmsnap.model.verification import VerifyEntry, VerifyWish, damage, is_verification_due, last_read
+from vmsnap.model.verification import (
+    VerifyEntry,
+    VerifyWish,
+    damage,
+    is_verification_due,
+    last_read,
+    share_of_day,
+)
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.workflow.chronicle import audit
@@ -118,7 +125,7 @@ def verify_due(
     cancel: Cancel,
     leave_out: Collection[SnapshotId] = (),
 ) -> Iterator[VerifyEntry]:
-    """Verify what the policies want read again, one after another, what was read longest ago first.
+    """Verify what the policies want read again, one after another, what was read longest ago first; then the day's shares.
 
     What fails is in its entry and stops nothing else. Ends early where ``cancel`` is set. May be repeated.
     """
@@ -148,3 +155,44 @@ def verify_due(
             yield VerifyEntry(guest=guest, snapshot=snapshot.id, error=told)
         else:
             yield VerifyEntry(guest=guest, snapshot=snapshot.id, report=report, error=damage(report, guest=guest))
+    for policy in policies:
+        if policy.verify.share_per_day > 0.0:
+            yield from _sample(world, policy=policy, progress=progress, cancel=cancel, leave_out=leave_out)
+
+
+def _sample(
+    world: World, *, policy: Policy, progress: Progress, cancel: Cancel, leave_out: Collection[SnapshotId]
+) -> Iterator[VerifyEntry]:
+    """Read today's share of each of a guest's snapshots, here and at the replica, where that was not done yet.
+
+    The day is noted before: one that fails or is cut is made up for when its share's turn comes again.
+    """
+    guest, today = policy.guest, world.clock.now().date()
+    share = share_of_day(policy.verify.share_per_day, day=today)
+    replica = world.replica if policy.replica.enabled else None
+    for there in (None, replica) if replica is not None else (None,):
+        try:
+            if cancel.is_set() or world.samples.last(guest, replica=there is not None) == today:
+                continue
+            world.samples.note(guest, replica=there is not None, day=today)
+            found = world.store.snapshots(guest) if there is None else there.snapshots(guest)
+        except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
+            yield VerifyEntry(guest=guest, error=as_vmsnap_error(error, doing="looking what is to be read again"))
+            continue
+        for snapshot in found:
+            if cancel.is_set():
+                return
+            if there is None and (snapshot.id in leave_out or last_read(snapshot).date() == today):
+                continue
+            wish = VerifyWish(replica=there is not None, share=share)
+            try:
+                report = verify(world, reference=snapshot.id, wish=wish, progress=progress, cancel=cancel)
+            except SnapshotNotFoundError:
+                continue  # retention was faster
+            except Exception as error:  # noqa: BLE001 - as above
+                if cancel.is_set():
+                    return
+                told = as_vmsnap_error(error, doing=f"verifying snapshot {snapshot.id}")
+                yield VerifyEntry(guest=guest, snapshot=snapshot.id, error=told)
+            else:
+                yield VerifyEntry(guest=guest, snapshot=snapshot.id, report=report, error=damage(report, guest=guest))

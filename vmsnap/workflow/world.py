@@ -24,7 +24,16 @@ from vmsnap.ports.network import Addressing, Fence
 from vmsnap.ports.owner import Owner
 from vmsnap.ports.replica import Replica
 from vmsnap.ports.service import Residences, Services
-from vmsnap.ports.state import Admissions, AttemptBook, EnvironmentBook, Exchanges, Journals, Locks, RungMemory
+from vmsnap.ports.state import (
+    Admissions,
+    AttemptBook,
+    EnvironmentBook,
+    Exchanges,
+    Journals,
+    Locks,
+    RungMemory,
+    SampleBook,
+)
 from vmsnap.ports.store import SnapshotStore
 from vmsnap.ports.upkeep import Upkeep
 
@@ -57,6 +66,7 @@ class World:
     admissions: Admissions
     book: EnvironmentBook
     attempts: AttemptBook
+    samples: SampleBook
     exchanges: Exchanges
     rungs: RungMemory
     history: HistoryBook
