@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
+import subprocess
 import time
 from datetime import UTC, datetime
 
@@ -46,7 +46,14 @@ def test_a_test_vm_straight_from_s3(guest: LabGuest, vmsnap: Installation, s3_se
     assert made["snapshot"] not in holds.held(objects, now=datetime.now(UTC))
     local = vmsnap.store / ".exports" / export["run"] / "vda.raw"
     stored = next((vmsnap.store / guest.name / made["snapshot"]).glob("vda*.raw"))
-    assert filecmp.cmp(local, stored, shallow=False)
+    compared = subprocess.run(
+        ["qemu-img", "compare", "-U", "-f", "raw", "-F", "raw", str(local), str(stored)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert compared.returncode == 0, compared
     files = open_files_of("lazy")
     assert str(local) in files
     assert any(file.endswith("vda.local.qcow2") for file in files)
