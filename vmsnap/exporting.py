@@ -160,6 +160,11 @@ class ReplicaOfRun:
         )
         holds.take(repository.store, hold=record, exists=lambda: self._exists(repository))
 
+    def let_go(self) -> None:
+        """Release the hold."""
+        repository, packed = self._open()
+        holds.release(repository.store, snapshot=packed.id, run=self._run)
+
     def _exists(self, repository: Repository) -> bool:
         try:
             repository.snapshot(self._plan.guest, snapshot=self._plan.snapshot)

@@ -60,7 +60,8 @@ class Hydrator:
 
     def _run(self) -> None:
         try:
-            self._wait_for_quiet()
+            if not all(cached.cache.whole for cached, _ in self._disks):
+                self._wait_for_quiet()
             while not self._stopping.is_set():
                 whole = [self._hydrate(cached) for cached, _ in self._disks]
                 if all(whole):

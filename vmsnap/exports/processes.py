@@ -188,8 +188,8 @@ class ExportProcesses:
 
     def _release_hold(self, folder: ExportFolder) -> None:
         status = folder.status()
-        if status is None or not status.held:
-            return
+        if not folder.exists or (status is not None and not status.held and folder.disks() is not None):
+            return  # it never began, or may only read there
         try:
             plan = folder.plan()
             self._let_go(plan.snapshot, folder.run, plan.place)

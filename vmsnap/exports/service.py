@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,9 @@ class Replica(Protocol):
 
     def hold(self) -> None:
         """Hold the snapshot, or renew the hold. Raises PreconditionError without the right to write."""
+
+    def let_go(self) -> None:
+        """Release the hold. Content where there is none."""
 
     renewed_every: timedelta
 
@@ -135,7 +138,13 @@ class ExportService:
                 for target, source in disks.items()
             )
         )
-        self._folder.write_disks(record)
+        try:
+            self._folder.write_disks(record)
+        except VmsnapError:
+            # The folder may be gone: the environment was destroyed meanwhile, by somebody who saw no hold.
+            with suppress(VmsnapError):
+                self._replica.let_go()
+            raise
         return record
 
     def _serve(self, record: DisksRecord) -> None:
