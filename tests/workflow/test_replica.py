@@ -278,6 +278,7 @@ def test_disks_are_exported_as_files(tmp_path: Path) -> None:
             for target, data in stored(here).items():
                 path = folder / f"{target}.{image_format}"
                 assert str(path) in done.files
+                assert path.stat().st_mode & 0o777 == 0o600
                 assert _raw(path, image_format=image_format) == data
             assert sorted(path.name for path in folder.iterdir()) == sorted(Path(one).name for one in done.files)
 

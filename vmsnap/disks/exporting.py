@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from vmsnap.disks.tools import run_tool
+from vmsnap.disks.tools import environment, failure, missing
 from vmsnap.errors import NoSpaceError, PreconditionError
 from vmsnap.linux.reflink import clone
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.clock import Cancel
 
-_LONGEST = timedelta(hours=24)
+_POLL_SECONDS = 0.2
 _STEP = 8 << 20
 
 
@@ -44,20 +45,41 @@ class LocalFolders:
         """Return the path where a file is to be made that will have that name."""
         return Path(resource.name) / f".vmsnap-{resource.run}-{name}"
 
-    def copy(self, source: Path, *, draft: Path) -> None:
+    def create(self, draft: Path, *, size_bytes: int) -> None:
+        """Make a file that is all holes, and that nobody but its owner may read: it holds a guest's data."""
+        with _translated(draft):
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.ftruncate(descriptor, size_bytes)
+            finally:
+                os.close(descriptor)
+
+    def copy(self, source: Path, *, draft: Path, cancel: Cancel) -> None:
         """Copy a raw image, sharing its blocks where the file system can, holes as holes."""
-        with _translated(draft), source.open("rb") as data, draft.open("xb") as file:
-            size = os.fstat(data.fileno()).st_size
+        self.create(draft, size_bytes=source.stat().st_size)
+        with _translated(draft), source.open("rb") as data, draft.open("r+b") as file:
             try:
                 clone(source=data.fileno(), target=file.fileno())
             except OSError:
-                _copy_data(data.fileno(), target=file.fileno(), size=size)
-            os.ftruncate(file.fileno(), size)
+                _copy_data(data.fileno(), target=file.fileno(), cancel=cancel)
 
     def convert(self, source: Path, *, draft: Path, cancel: Cancel) -> None:
         """Make a qcow2 image of a raw one. Raises ToolError."""
-        cancel.check()
-        run_tool(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(source), str(draft)], timeout=_LONGEST)
+        self.create(draft, size_bytes=0)  # whose mode stays
+        command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(source), str(draft)]
+        try:
+            program = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+            )
+        except FileNotFoundError as error:
+            raise missing(command[0]) from error
+        try:
+            complaint = _said_until_end(program, cancel=cancel)
+        finally:
+            program.kill()
+            program.wait()
+        if program.returncode != 0:
+            raise failure(command, status=program.returncode, complaint=complaint)
 
     def finish(self, resource: Resource, *, name: str) -> Path:
         """Put a file on the disk and give it its name. Raises PreconditionError where there is one of that name."""
@@ -91,9 +113,19 @@ class LocalFolders:
         return ()
 
 
-def _copy_data(source: int, *, target: int, size: int) -> None:
-    """Copy a file's data; what is a hole stays one. Raises OSError."""
-    position = 0
+def _said_until_end(program: subprocess.Popen[bytes], *, cancel: Cancel) -> str:
+    """Wait for a program, and return what it wrote to its standard error. Raises CancelledError."""
+    while True:
+        cancel.check()
+        try:
+            return program.communicate(timeout=_POLL_SECONDS)[1].decode("utf-8", "replace").strip()
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _copy_data(source: int, *, target: int, cancel: Cancel) -> None:
+    """Copy a file's data; what is a hole stays one. Raises OSError, CancelledError."""
+    position, size = 0, os.fstat(source).st_size
     while position < size:
         try:
             start = os.lseek(source, position, os.SEEK_DATA)
@@ -101,6 +133,7 @@ def _copy_data(source: int, *, target: int, size: int) -> None:
             return  # nothing but a hole is left
         position = min(os.lseek(source, start, os.SEEK_HOLE), size)
         while start < position:
+            cancel.check()
             os.lseek(target, start, os.SEEK_SET)
             start += os.sendfile(target, source, start, min(_STEP, position - start))
 

@@ -23,7 +23,10 @@ class ExportFolders(Owner, Protocol):
     def draft(self, resource: Resource, *, name: str) -> Path:
         """Return the path where a file is to be made that will have that name."""
 
-    def copy(self, source: Path, *, draft: Path) -> None:
+    def create(self, draft: Path, *, size_bytes: int) -> None:
+        """Make a file that is all holes, and that nobody but its owner may read: it holds a guest's data."""
+
+    def copy(self, source: Path, *, draft: Path, cancel: Cancel) -> None:
         """Copy a raw image, sharing its blocks where the file system can, holes as holes."""
 
     def convert(self, source: Path, *, draft: Path, cancel: Cancel) -> None:

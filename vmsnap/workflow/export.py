@@ -97,7 +97,7 @@ class _Writer:
             if self._replica is not None:
                 self._fetch(self._replica, record, raw=raw, progress=counted(progress, before=before, total=total))
             elif not qcow2:
-                self._world.folders.copy(local[record.target].image, draft=draft)
+                self._world.folders.copy(local[record.target].image, draft=draft, cancel=self._cancel)
             else:
                 raw = local[record.target].image
             if qcow2:
@@ -117,8 +117,7 @@ class _Writer:
         digests = self._draft(f"{record.digests}.tmp")
         blocks = -(-record.size_bytes // record.block_bytes)
         for path, size in ((raw, record.size_bytes), (digests, blocks * _DIGEST_BYTES)):
-            with path.open("xb") as file:
-                file.truncate(size)
+            self._world.folders.create(path, size_bytes=size)
         content = DiskContent(record=record, image=raw, digests=digests)
         replica.fetch_disk(self._snapshot, content=content, progress=progress, cancel=self._cancel)
         digests.unlink()

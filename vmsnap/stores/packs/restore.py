@@ -274,7 +274,8 @@ class Place:
 
 
 def restore(place: Place, body: Json, *, folder: Path) -> None:
-    """Write the disks, files and manifest of a snapshot."""
+    """Write the disks, files and manifest of a snapshot, which only their owner may read."""
+    os.umask(0o077)
     folder.mkdir()
     manifest: dict[str, list[dict[str, str]]] = body["manifest"]  # type: ignore[assignment]
     roots = {disk["target"]: disk["root"] for disk in body["disks"]}  # type: ignore[attr-defined]
