@@ -26,6 +26,7 @@ class Actor:
         self._changed = threading.Condition()
         self._waiting = 0
         self._through = 0
+        self._next: list[ObjectCall] = []
         self._dead = False
         self.ended = False
         self._store = FaultyObjects(place, on_call=self._gate)
@@ -53,6 +54,12 @@ class Actor:
         self._thread.join(_PATIENCE_SECONDS)
         assert not self._thread.is_alive(), f"{self.name} does not end"
 
+    def to(self, method: str, prefix: str) -> None:
+        """Let calls through until the one that is next is of that method, for a name that begins so."""
+        while not any(call.method == method and call.name.startswith(prefix) for call in self._next):
+            assert not self.ended, f"{self.name} never comes to {method} {prefix}: {self.failure}"
+            self.step(1)
+
     def finish(self) -> None:
         """Let all calls through."""
         while not self.ended:
@@ -74,8 +81,10 @@ class Actor:
     def _gate(self, call: ObjectCall) -> None:
         with self._changed:
             self._waiting += 1
+            self._next.append(call)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._through or self._dead)
+            self._next.remove(call)
             if self._dead:
                 self._store.dead = True
                 raise ProcessDied

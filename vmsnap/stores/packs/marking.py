@@ -26,7 +26,7 @@ _MOST_COUNTED_PACKS = 400_000
 _SLOTS = 1021
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Use:
     """How much of a pack is in use, at most. Two frames may look like one: it is a guess, to be made sure of."""
 
