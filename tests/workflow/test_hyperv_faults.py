@@ -178,6 +178,43 @@ def test_the_answer_to_any_script_is_lost(tmp_path: Path, what: str, trouble: st
     assert len(scripts) > 3
 
 
+class _Restarting(_LosingAnswers):
+    """Boots the host anew instead of running the script of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, done=False)
+        self.restart: Callable[[], None] = lambda: None
+
+    def __call__(self, place: str) -> None:
+        try:
+            super().__call__(place)
+        except UnknownOutcomeError:
+            self.restart()
+            raise
+
+
+@pytest.mark.parametrize("what", ["backup", "provision"])
+def test_the_host_boots_anew_at_any_script(tmp_path: Path, what: str) -> None:
+    """Guests come back by themselves, and a clone does not."""
+    prepare, work = WORKS[what]
+    problems: list[str] = []
+    for number in range(1000):
+        lab = prepare(tmp_path / f"{number}")
+        trouble = _Restarting(number)
+        trouble.restart = lab.machine.restart
+        lab.script = trouble
+        outcome = simply(lab, work())
+        if not trouble.lost:
+            assert number > 10
+            break
+        found = [f"harm: {text}" for text in lab.host.harm()]
+        if outcome.error is None and what == "backup" and len(lab.store.snapshots("db")) != 1:
+            found.append("done, and yet there is no snapshot")
+        found += [*recovers(lab), *_left(lab)]
+        problems += [f"{trouble.lost}: {text}" for text in found]
+    assert problems == []
+
+
 @pytest.mark.parametrize("what", list(WORKS))
 def test_a_script_goes_on_when_its_client_is_long_dead(tmp_path: Path, what: str) -> None:
     """The client dies in the middle of a script. Others reconcile meanwhile; later the host does the rest of the script.
