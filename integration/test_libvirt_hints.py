@@ -246,13 +246,13 @@ def _data_blocks(text: str) -> set[int]:
 DIES_READING = """
 import os, sys
 from pathlib import Path
-from vmsnap.hypervisors.libvirt import driver, hints
+from vmsnap.hypervisors.libvirt import bitmaps, driver, hints
 from vmsnap.model.capture import CapturePlan, CaptureSettings
 from vmsnap.state.clock import SystemClock
 uri, name, run, since, runtime, scratch = sys.argv[1:]
 folders = driver.LibvirtFolders(runtime=Path(runtime), environments=Path(scratch))
 guest = driver.LibvirtHypervisor(uri, folders=folders, clock=SystemClock()).inspect(name)
-hints.run_tool = lambda *_argv, **_options: os._exit(9)
+bitmaps.run_tool = lambda *_argv, **_options: os._exit(9)
 hints.LibvirtHints(uri, runtime=Path(runtime)).read(CapturePlan(run=run, guest=guest, settings=CaptureSettings()), since=since)
 """
 

@@ -58,6 +58,7 @@ from vmsnap.model.manifest import (
     PausePartRecord,
     Pin,
     ProofRecord,
+    ReadRecord,
     Snapshot,
     StepRecord,
     StoreRecord,
@@ -264,6 +265,10 @@ class FakeApplication:
             drain=DRAIN,
             clean=CLEAN,
             store=sample().manifest.store,
+            reads={
+                "vda": ReadRecord(read_bytes=40 << 20, since=SnapshotId("0123456789"), sampled_blocks=512),
+                "vdb": ReadRecord(read_bytes=1 << 30, full_because="the guest\nwas off"),
+            },
             steps=sample().manifest.steps,
             warnings=("one cluster\nhas a standby",),
         )

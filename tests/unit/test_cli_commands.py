@@ -82,6 +82,8 @@ def test_backup_prints_what_happened(program: Program) -> None:
         "  isolated  2 proofs, way to an address: none\n"
         "  drained   9 in flight: 8 finished, 1 rolled back\n"
         "  clean     postgresql: 2 database instances, 1 file system (read: disk)\n"
+        "  read      40.0 MiB of disk vda, only what changed since 0123456789\n"
+        "  read      1.0 GiB of disk vdb, all: the guest\\nwas off\n"
         "  stored    300 MiB new of 8.0 GiB in 4.2 s\n"
         "  took      1 min 34 s\n"
         "  warning   one cluster\\nhas a standby\n"
@@ -127,6 +129,8 @@ def test_backup_in_json_has_the_promised_keys_and_silence_on_stderr(program: Pro
         "seconds": 4.2,
         "read_bytes": 5 << 30,
     }
+    assert document["reads"]["vda"]["since"] == "0123456789"
+    assert document["reads"]["vdb"]["full_because"] == "the guest\nwas off"
     assert document["steps"] == [{"name": "capture", "seconds": 3.25}, {"name": "drain", "seconds": 6.75}]
 
 
