@@ -79,7 +79,7 @@ def look_at_unchanged(source: int, *, digests: int, unchanged: BlockSet, data: B
         if entries.count(0) != len(entries):
             place = f"in blocks {stretch.first} to {stretch.first + stretch.count - 1}"
             return Look(read_bytes=0, sampled_blocks=0, mismatch=f"{place} data became a hole")
-    sample = _pick(unchanged & data)
+    sample = pick(unchanged & data)
     comparison = _Comparison(source=source, digests=digests)
     quiet = replace(scope, progress=lambda _done, _total: None)
     for_each((Stretch(first=block, count=1, data=True) for block in sample), scope=quiet, task=comparison.compare)
@@ -87,7 +87,7 @@ def look_at_unchanged(source: int, *, digests: int, unchanged: BlockSet, data: B
     return Look(read_bytes=comparison.read_bytes, sampled_blocks=len(sample), mismatch=mismatch)
 
 
-def _pick(blocks: BlockSet) -> list[int]:
+def pick(blocks: BlockSet) -> list[int]:
     """Return some blocks by chance, in order: every 256th, and at least 64 where there are as many."""
     count = blocks.count
     wanted = min(count, max(_LEAST_SAMPLE, min(count // _SAMPLED_SHARE, _LARGEST_SAMPLE)))

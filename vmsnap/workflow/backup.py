@@ -199,8 +199,8 @@ class Backup:
         self._advance(Event.CAPTURE)
         self._chronicle.learned(pause_ms=capture.pause_ms)
         self._warnings += tell_pause(capture, promised=settings.max_pause, progress=self._progress)
-        hinting.read()
         capture = taking.detach(capture)
+        hinting.read()
 
         def kill_clone() -> None:
             hypervisor.release(clone_resource, deadline=timedelta(seconds=30))

@@ -63,7 +63,7 @@ class Hinting:
             self._begun = True
 
     def read(self) -> None:
-        """Read what the guest wrote up to the capture, after it."""
+        """Read what the guest wrote up to the capture, after it. What it wrote since then may be told as well."""
         snapshots = self._world.store.snapshots(self._plan.guest.name)
         distrusted = distrust_of(snapshots)
         if self._policy.capture.hints == "off":
