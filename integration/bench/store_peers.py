@@ -56,9 +56,12 @@ class Repository:
         return self._run(self._peer.backup, image=str(image))
 
     def restore(self, target: Path) -> float:
-        """Restore the newest backup; return how many seconds that took."""
+        """Restore the newest backup, and wait until it is on the disk; return how many seconds that took."""
         target.mkdir()
-        return self._run(self._peer.restore, target=str(target), folder=target)
+        took = self._run(self._peer.restore, target=str(target), folder=target)
+        began = time.monotonic()
+        subprocess.run(["sync", "--file-system", target], check=True, timeout=_LIMIT_S)
+        return took + time.monotonic() - began
 
     def _run(self, command: tuple[str, ...], *, image: str = "", target: str = "", folder: Path | None = None) -> float:
         words = {
@@ -75,7 +78,8 @@ class Repository:
         home = str(self._folder / "home")
         environment = {**os.environ, **self._peer.environment, "HOME": home, "XDG_CACHE_HOME": home}
         began = time.monotonic()
-        subprocess.run(line, env=environment, cwd=folder or self._folder, check=True, timeout=_LIMIT_S)
+        where = folder or self._folder
+        subprocess.run(line, env=environment, cwd=where, check=True, timeout=_LIMIT_S, capture_output=True)
         return time.monotonic() - began
 
 

@@ -7,8 +7,10 @@ blocks of the bad packs are, for all other snapshots that have them. A repair th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vmsnap.errors import DriverError, HeldError, ObjectNotFoundError, SnapshotNotFoundError, VerificationError
 from vmsnap.model.verification import Checked
@@ -24,6 +26,8 @@ from vmsnap.stores.packs.maps import MOVES_TAG, Leaf, decode_leaf, encode_leaf, 
 from vmsnap.stores.packs.names import PACKS, digest_in, move_name, pack_name, snapshot_name
 from vmsnap.stores.packs.repository import Repository
 from vmsnap.stores.packs.uploading import Damaged, Means, upload
+
+T = TypeVar("T")
 
 
 def mend(
@@ -50,9 +54,14 @@ def mend(
     digests = {digest for name in packs if (digest := digest_in(name)) is not None}
     if not digests:
         return
-    needed = _needed(repository, packs=digests, cancel=cancel)
-    for pack in sorted(digests):
-        _tell_moves(repository, pack=pack, needed=needed[pack], index=index, token=bytes.fromhex(means.upload))
+    needs = _Needs(packs={digest: set() for digest in digests})
+    needs.learn(repository, cancel=cancel)
+    for pack, needed in sorted(needs.packs.items()):
+        moved = _tell_moves(repository, pack=pack, needed=needed, index=index, token=bytes.fromhex(means.upload))
+        if needs.complete and needed <= moved:
+            # Where it is locked, or cannot be removed now, readers go by the moves just as well.
+            with suppress(HeldError, DriverError):
+                repository.store.delete(pack_name(pack))
 
 
 def _info(repository: Repository, *, copy: LocalCopy) -> ObjectInfo | None:
@@ -75,55 +84,57 @@ def _info(repository: Repository, *, copy: LocalCopy) -> ObjectInfo | None:
     return found.info
 
 
-def _needed(repository: Repository, *, packs: Collection[bytes], cancel: Cancel) -> dict[bytes, set[bytes]]:
-    """Return the ids of the blocks that snapshots need of some packs. Maps that cannot be read are left out."""
-    needed: dict[bytes, set[bytes]] = {pack: set() for pack in packs}
-    for leaf in _leaves(repository):
-        cancel.check()
-        if not needed.keys().isdisjoint(leaf.packs):
-            for identity, place in leaf.places():
-                if place.pack in needed:
-                    needed[place.pack].add(identity)
-    return needed
+@dataclass(kw_only=True)
+class _Needs:
+    """Which blocks snapshots need of some packs. ``complete``: every manifest and map could be read."""
 
+    packs: dict[bytes, set[bytes]]
+    complete: bool = True
 
-def _leaves(repository: Repository) -> Iterator[Leaf]:
-    seen = {HOLE}
-    for _, entry in repository.entries():
-        if isinstance(entry, VerificationError):
-            continue
-        for root in entry.body.roots:
-            try:
-                leaves = repository.root(root).leaves
-            except (VerificationError, ObjectNotFoundError):
+    def learn(self, repository: Repository, *, cancel: Cancel) -> None:
+        """Read all maps."""
+        for leaf in self._leaves(repository):
+            cancel.check()
+            if not self.packs.keys().isdisjoint(leaf.packs):
+                for identity, place in leaf.places():
+                    if place.pack in self.packs:
+                        self.packs[place.pack].add(identity)
+
+    def _leaves(self, repository: Repository) -> Iterator[Leaf]:
+        seen = {HOLE}
+        for _, entry in repository.entries():
+            if isinstance(entry, VerificationError):
+                self.complete = False
                 continue
-            for digest in leaves:
-                if digest in seen:
-                    continue
-                seen.add(digest)
-                try:
-                    yield repository.leaf(digest)
-                except (VerificationError, ObjectNotFoundError):
-                    continue
+            for root in entry.body.roots:
+                found = self._readable(repository.root, root)
+                for digest in () if found is None else found.leaves:
+                    if digest not in seen:
+                        seen.add(digest)
+                        leaf = self._readable(repository.leaf, digest)
+                        if leaf is not None:
+                            yield leaf
+
+    def _readable(self, read: Callable[[bytes], T], digest: bytes) -> T | None:
+        try:
+            return read(digest)
+        except (VerificationError, ObjectNotFoundError):
+            self.complete = False
+            return None
 
 
 def _tell_moves(
     repository: Repository, *, pack: bytes, needed: Collection[bytes], index: BlockIndex, token: bytes
-) -> None:
-    """Say where the blocks of a bad pack are now; remove it where all that is needed of it is elsewhere."""
+) -> set[bytes]:
+    """Say where the blocks of a bad pack are now, as far as they are elsewhere; return which."""
     places = dict(_moved(repository, pack=pack))
     places.update(index.find(needed))
-    if not places:
-        return
-    ids = sorted(places)
-    leaf = leaf_of(b"".join(ids), places=[places[identity] for identity in ids])
-    stored = encode_leaf(leaf, seal=repository.seal, token=token, tag=MOVES_TAG)
-    repository.store.put(move_name(pack), data=stored.data)
-    if set(needed) <= places.keys():
-        try:
-            repository.store.delete(pack_name(pack))
-        except (HeldError, DriverError):
-            return  # readers go by the moves where it is damaged, too
+    if places:
+        ids = sorted(places)
+        leaf = leaf_of(b"".join(ids), places=[places[identity] for identity in ids])
+        stored = encode_leaf(leaf, seal=repository.seal, token=token, tag=MOVES_TAG)
+        repository.store.put(move_name(pack), data=stored.data)
+    return set(places)
 
 
 def _moved(repository: Repository, *, pack: bytes) -> Iterator[tuple[bytes, Place]]:
