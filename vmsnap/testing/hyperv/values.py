@@ -224,7 +224,6 @@ class Truth:
     planned: bool = False
     shutdown_left: int | None = None
     files: tuple[str, ...] = ()
-    refuses_direct: bool = False
 
 
 @dataclass(kw_only=True, eq=False)
