@@ -127,6 +127,11 @@ class S3Server:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+        for name, port in self._ports.items():
+            # It makes these whatever it is told, and leaves them when it is killed.
+            (Path("/tmp") / f"seaweedfs-{name.partition('.')[0]}-grpc-{port + _GRPC_DISTANCE}.sock").unlink(
+                missing_ok=True
+            )
 
     def _answers(self) -> bool:
         """Tell whether S3 knows who asks: anonymous listing is refused, in S3's own words."""
