@@ -91,7 +91,8 @@ class Model:
         else:
             changed = self.union(some(*self.bitmaps[self.parent]), by_clone, self.parents_clone)
             self.stored = [
-                new if flag else old for new, old, flag in zip(clone, self.stored, changed.flags, strict=True)
+                new if block in changed else old
+                for block, (new, old) in enumerate(zip(clone, self.stored, strict=True))
             ]
         assert self.stored == clone
         self.parent, self.parents_clone = number, by_clone
@@ -153,6 +154,8 @@ def test_sets_are_sets(one: BlockSet, other: BlockSet) -> None:
     assert numbers(one & other) == numbers(one) & numbers(other)
     assert numbers(~one) == set(range(BLOCKS)) - numbers(one)
     assert (one.count, (~one).count) == (len(numbers(one)), BLOCKS - len(numbers(one)))
+    assert {block for block in range(BLOCKS + 3) if block in one} == numbers(one)
+    assert (one | other, ~~one) == (other | one, one)
     runs = list(one.runs())
     assert all(first + count < later for (first, count), (later, _) in itertools.pairwise(runs))
 

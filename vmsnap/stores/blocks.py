@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vmsnap.errors import DriverError
-from vmsnap.model.hints import BlockSet
+from vmsnap.model.hints import HINT_BLOCK_BYTES, BlockSet
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import Extent
 from vmsnap.ports.store import ByteProgress
 
-BLOCK_BYTES = 64 * 1024
+# Hints are about the very blocks that are stored.
+BLOCK_BYTES = HINT_BLOCK_BYTES
 DIGEST_BYTES = 32
 HOLE = bytes(DIGEST_BYTES)
 

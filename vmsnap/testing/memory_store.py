@@ -73,7 +73,7 @@ def _read_by_hint(disk: _Disk, *, old: _Disk, hint: DiskHint) -> ReadRecord:
     if wrong is not None:
         reason = f"the hint since {hint.since} is wrong: block {wrong} changed"
         return ReadRecord(read_bytes=disk.size_bytes, full_because=reason, mismatch=f"block {wrong} changed")
-    read_bytes = sum(len(disk.blocks.get(index, b"")) for index, flag in enumerate(changed.flags) if flag)
+    read_bytes = sum(len(block) for index, block in disk.blocks.items() if index in changed)
     return ReadRecord(read_bytes=read_bytes, since=hint.since, hinted_in_a_row=1)
 
 
