@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from zoneinfo import ZoneInfo
 
@@ -12,11 +11,10 @@ from vmsnap.errors import ConfigError, HeldError, PreconditionError, VmsnapError
 from vmsnap.model.copies import Held, Rules, decide_copies, locked_until
 from vmsnap.model.forecast import Forecast, as_scheduled, every_so_often, forecast
 from vmsnap.model.history import Action
-from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import Place, PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
-from vmsnap.ports.upkeep import Upkeep
+from vmsnap.ports.upkeep import Copies, Upkeep
 from vmsnap.workflow.chronicle import audit, audited
 from vmsnap.workflow.world import World
 
@@ -39,12 +37,14 @@ def prune(
     Raises PreconditionError for so many without that, and then removes none; BusyError, DriverError; what was removed
     before stays removed.
     """
+    upkeep = world.upkeep if policy.replica.enabled else None
+    # Not under the lock: a replica that does not answer must keep no backup from being stored.
+    copies = None if upkeep is None else _ask(upkeep, guest=policy.guest)
     with world.store.lock(policy.guest, timeout=_LOCK_TIMEOUT):
         if not dry_run:
             _finish_removals(world, policy.guest)
         snapshots = world.store.snapshots(policy.guest)
         held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
-        upkeep = world.upkeep if policy.replica.enabled else None
         if upkeep is None:
             decisions = decide(
                 snapshots,
@@ -55,7 +55,10 @@ def prune(
                 trust_clock=trust_clock,
             )
         else:
-            decisions = _decide_copies(world, upkeep, policy=policy, here=snapshots, trust_clock=trust_clock)
+            rules = _rules(world, policy, trust_clock=trust_clock)
+            away = None if copies is None else copies.snapshots
+            there = frozenset() if copies is None else copies.held
+            decisions = decide_copies(snapshots, away, rules=rules, held=Held(here=held, away=there))
         doubtful = [decision.snapshot.id for decision in decisions if Keeper.CLOCK_IN_DOUBT in decision.rules]
         if doubtful:
             _LOG.warning(
@@ -68,7 +71,10 @@ def prune(
         if not many:
             for place in Place:
                 _brake([one for one in decisions if one.place is place], guest=policy.guest)
-        return tuple(_carry_out(world, decision) for decision in decisions)
+        done = [_carry_out(world, one) for one in decisions if one.place is Place.LOCAL]
+    if upkeep is not None:
+        done += [_carry_out_away(world, upkeep, decision=one) for one in decisions if one.place is Place.REPLICA]
+    return tuple(done)
 
 
 def lock_copies(world: World, upkeep: Upkeep, *, policy: Policy) -> int:
@@ -99,18 +105,13 @@ def _rules(world: World, policy: Policy, *, trust_clock: bool) -> Rules:
     )
 
 
-def _decide_copies(
-    world: World, upkeep: Upkeep, *, policy: Policy, here: Sequence[Snapshot], trust_clock: bool
-) -> tuple[PruneDecision, ...]:
-    """Decide of the copies here and at the replica, or, where it cannot be asked, of those here."""
-    away: tuple[Snapshot, ...] | None = None
-    held = Held(here=frozenset(one.id for one in here if world.store.holders(one)))
+def _ask(upkeep: Upkeep, *, guest: str) -> Copies | None:
+    """Return what the replica has of a guest; None where that is not known."""
     try:
-        copies = upkeep.copies(policy.guest)
-        away, held = copies.snapshots, replace(held, away=copies.held)
+        return upkeep.copies(guest)
     except VmsnapError as error:
-        _LOG.warning("the replica cannot be asked for copies of %s, so none goes here: %s", policy.guest, error.brief)
-    return decide_copies(here, away, rules=_rules(world, policy, trust_clock=trust_clock), held=held)
+        _LOG.warning("the replica cannot be asked for copies of %s, so none goes here: %s", guest, error.brief)
+        return None
 
 
 def _brake(decisions: Sequence[PruneDecision], *, guest: str) -> None:
@@ -150,12 +151,10 @@ def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
     if decision.keep:
         return decision
     snapshot, upkeep = decision.snapshot, world.upkeep
-    if Keeper.COPY_STAYS in decision.rules and decision.place is Place.LOCAL and upkeep is not None:
+    if Keeper.COPY_STAYS in decision.rules and upkeep is not None:
         decision = _only_with_a_copy(decision, upkeep=upkeep)
         if decision.keep:
             return decision
-    if decision.place is Place.REPLICA:
-        return decision if upkeep is None else _carry_out_away(world, upkeep, decision=decision)
     try:
         with audited(world, Action.PRUNE, guest=snapshot.manifest.guest, subject=snapshot.id, detail=_why(decision)):
             removed = world.store.remove(snapshot)
@@ -167,6 +166,8 @@ def _carry_out(world: World, decision: PruneDecision) -> PruneDecision:
 
 def _carry_out_away(world: World, upkeep: Upkeep, *, decision: PruneDecision) -> PruneDecision:
     """Remove a copy at the replica. One that is locked or in use stays: that is no event, and comes again each time."""
+    if decision.keep:
+        return decision
     snapshot, guest = decision.snapshot, decision.snapshot.manifest.guest
     detail = f"at the replica, {_why(decision)}"
     try:
