@@ -314,6 +314,18 @@ def test_a_name_of_any_text_is_the_name_of_a_guest_and_nothing_else(tmp_path: Pa
     assert machine.leftovers() == []
 
 
+def test_disks_come_in_the_order_of_their_slots(rig: Rig) -> None:
+    vm = rig.machine.get_vm(name="db")[0]
+    slots = [10, 2]
+    for slot in slots:
+        path = f"C:\\VMs\\0\\more{slot}.vhdx"
+        rig.machine.files.copy(vm.hard_drives[0].path, target=path)
+        vm.hard_drives.append(HardDiskDrive(path=path, controller_location=slot))
+    found = [disk.target.rpartition("-")[2] for disk in rig.driver.inspect("db").disks]
+    assert found == [str(slot) for slot in sorted({*slots, *map(int, found)})]
+    assert len(found) > 2
+
+
 @pytest.mark.parametrize("name", ["*", "d?", "DB", "", "db\n"])
 def test_a_name_is_no_pattern(rig: Rig, name: str) -> None:
     with pytest.raises(GuestNotFoundError):

@@ -181,7 +181,9 @@ def description_of(rows: tuple[Row, ...]) -> Description:
         tpm=flag(row, "Tpm"),
         shielded=flag(row, "Shielded"),
         product_type=number(row, "ProductType"),
-        drives=tuple(sorted(map(_drive, of_kind["disk"]), key=lambda drive: (drive.controller, drive.target))),
+        drives=tuple(
+            sorted(map(_drive, of_kind["disk"]), key=lambda drive: (drive.controller, drive.number, drive.location))
+        ),
         adapters=tuple(map(_adapter, of_kind["adapter"])),
         services=tuple(map(_service, of_kind["service"])),
     )
