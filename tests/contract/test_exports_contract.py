@@ -26,7 +26,7 @@ from vmsnap.stores.blocks import BLOCK_BYTES
 from vmsnap.stores.objects.directory import DirectoryObjects
 from vmsnap.stores.packs import holds
 from vmsnap.testing.nbd_client import NbdClient
-from vmsnap.testing.packs_samples import Local, fresh, send
+from vmsnap.testing.packs_samples import KEY, Local, fresh, send
 
 RUN = RunId("0123456789")
 SOON = timedelta(seconds=30)
@@ -39,7 +39,7 @@ def image() -> bytes:
 
 
 class Place:
-    """A replica with one snapshot of two disks, and this host's exports of it."""
+    """An encrypted replica with one snapshot of two disks, and this host's exports of it."""
 
     def __init__(self, folder: Path, *, runtime: Path) -> None:
         self.folder = folder
@@ -49,7 +49,10 @@ class Place:
         self.disks = {"vda": image(), "vdb": b"\1" * BLOCK_BYTES}
         (folder / "local").mkdir()
         copy = Local(folder=folder / "local").snapshot(disks=self.disks)
-        send(fresh(self.objects), copy=copy, index=folder / "index")
+        send(fresh(self.objects, key=KEY), copy=copy, index=folder / "index")
+        self.key = folder / "key.toml"
+        self.key.write_text(f'encryption_key = "{KEY.hex()}"\n')
+        self.key.chmod(0o600)
         self.snapshot = SnapshotId(f"{1:010x}")
         self.runtime = runtime
         self.exports = self.process()
@@ -60,7 +63,7 @@ class Place:
         return exports_of(
             self.folder / "store",
             runtime=self.runtime,
-            replica=ReplicaSettings(kind="directory", path=self.replica),
+            replica=ReplicaSettings(kind="directory", path=self.replica, encryption_credential=str(self.key)),
             launcher=lambda: launcher,
         )
 
