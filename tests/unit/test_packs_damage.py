@@ -175,3 +175,20 @@ def test_a_lost_description_is_not_made_anew(bucket: MemoryBucket, key: bytes | 
 def test_what_was_never_there_is_not_found(bucket: MemoryBucket, key: bytes | None) -> None:
     with pytest.raises(SnapshotNotFoundError):
         disks_of(over(bucket, key), number=3)
+
+
+def test_what_is_damaged_there_keeps_nothing_new_from_being_sent(
+    bucket: MemoryBucket, key: bytes | None, tmp_path: Path
+) -> None:
+    third = {"vda": block(5) + block(2) + block(3)}
+    (tmp_path / "new").mkdir()
+    copy = Local(folder=tmp_path / "new").snapshot(3, disks=third)
+    for name in names(bucket, MAPS):
+        flip(bucket, name, at=40)
+    send(over(bucket, key), copy=copy, index=tmp_path / "another index")
+    assert disks_of(over(bucket, key), number=3) == third
+    bucket.damage(name_of(3), data=b"{}")
+    bucket.damage(name_of(2), data=b"{}")
+    fourth = Local(folder=tmp_path / "new").snapshot(4, disks=third)
+    send(over(bucket, key), copy=fourth, index=tmp_path / "a third index")
+    assert disks_of(over(bucket, key), number=4) == third

@@ -68,7 +68,10 @@ class Replica(Protocol):
         """
 
     def fetch_disk(self, snapshot: Snapshot, *, content: DiskContent, progress: ByteProgress, cancel: Cancel) -> None:
-        """Write a disk's image and digests into files that have their sizes and nothing else. Only reads the replica."""
+        """Write a disk's image and digests into files that have their sizes and nothing else. Only reads the replica.
+
+        Every block is compared with its digest. The files are not on the disk for good yet: whoever keeps them sees to that.
+        """
 
     def fetch_files(self, snapshot: Snapshot) -> tuple[DiskFile, ...]:
         """Return the small files beside the disks."""

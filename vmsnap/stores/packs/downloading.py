@@ -40,7 +40,7 @@ class _LeafInHand:
 def download(
     disk: PackedDisk, *, target: Target, digests_sha256: str, connections: int, progress: ByteProgress, cancel: Cancel
 ) -> None:
-    """Write a disk and its digests, and put both on the disk.
+    """Write a disk and its digests. Whoever keeps the files puts them on the disk.
 
     Raises VerificationError where a block, or all of them together, are not what the manifest vouches for, CancelledError,
     OSError, StoreUnreachableError.
@@ -65,8 +65,6 @@ def download(
         stop.set()
         pool.shutdown(cancel_futures=True)
         writer.close()
-    os.fsync(target.image)
-    os.fsync(target.digests)
     if file_digest(target.digests) != digests_sha256:
         raise VerificationError(
             "what was read from the replica is not the disk that the snapshot's manifest vouches for",

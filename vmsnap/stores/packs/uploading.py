@@ -5,6 +5,7 @@ The order of what is written is the whole safety of the repository; ``docs/packs
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections import deque
@@ -34,6 +35,7 @@ from vmsnap.stores.packs.repository import Repository
 from vmsnap.stores.packs.sources import BATCH_BLOCKS, Source, open_bytes, open_disk
 
 _LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _FIRST_TAIL_BYTES = 64 * 1024
 _HOLES = HOLE * LEAF_BLOCKS
 
@@ -137,7 +139,12 @@ def _publish(repository: Repository, *, name: str, data: bytes, over: str | None
 
 
 def _base(repository: Repository, *, manifest: Manifest) -> PackedSnapshot | None:
-    """Return the guest's newest snapshot in the repository that was captured before; its maps may be shared."""
+    """Return a snapshot of the guest in the repository whose maps may be shared: its parent, else the newest before it."""
+    if manifest.parent is not None:
+        with contextlib.suppress(VerificationError):  # what is damaged there keeps nothing new from being sent
+            parent = repository.entry(snapshot_name(manifest.guest, snapshot=manifest.parent))
+            if isinstance(parent, PackedSnapshot):
+                return parent
     found: PackedSnapshot | None = None
     for _, entry in repository.entries(manifest.guest):
         if isinstance(entry, PackedSnapshot) and entry.body.manifest.ranked < manifest.ranked:
@@ -299,15 +306,24 @@ class _Sending:
         """Return the leaves of the disk in the snapshot before, and learn those that this host does not know."""
         if root is None:
             return ()
-        leaves = self._repository.root(bytes.fromhex(root)).leaves
+        try:
+            leaves = self._repository.root(bytes.fromhex(root)).leaves
+        except (VerificationError, ObjectNotFoundError) as error:
+            _log.warning("no maps are shared with the snapshot before: %s", error.brief)
+            return ()
         unknown = [leaf for leaf in dict.fromkeys(leaves) if leaf != HOLE and self._index.leaf_ids(leaf) is None]
 
-        def read(leaf: bytes) -> tuple[bytes, bytes, bytes]:
+        def read(leaf: bytes) -> tuple[bytes, bytes, bytes] | None:
             self._check()
-            found = self._repository.leaf(leaf)
+            try:
+                found = self._repository.leaf(leaf)
+            except (VerificationError, ObjectNotFoundError) as error:
+                _log.warning("a map of the snapshot before is not shared: %s", error.brief)
+                return None
             return leaf, hashlib.sha256(found.ids).digest(), b"".join(found.packs)
 
-        self._index.remember_leaves(self._packer.ahead(unknown, task=read))
+        found = self._packer.ahead(unknown, task=read)
+        self._index.remember_leaves(one for one in found if one is not None)
         return tuple(HOLE if self._is_condemned(leaf) else leaf for leaf in leaves)
 
     def _is_condemned(self, leaf: bytes) -> bool:
