@@ -35,7 +35,6 @@ from vmsnap.stores.packs.repository import Repository
 from vmsnap.stores.packs.sources import BATCH_BLOCKS, Source, open_bytes, open_disk
 
 _LOG = logging.getLogger(__name__)
-_log = logging.getLogger(__name__)
 _FIRST_TAIL_BYTES = 64 * 1024
 _HOLES = HOLE * LEAF_BLOCKS
 
@@ -309,7 +308,7 @@ class _Sending:
         try:
             leaves = self._repository.root(bytes.fromhex(root)).leaves
         except (VerificationError, ObjectNotFoundError) as error:
-            _log.warning("no maps are shared with the snapshot before: %s", error.brief)
+            _LOG.warning("no maps are shared with the snapshot before: %s", error.brief)
             return ()
         unknown = [leaf for leaf in dict.fromkeys(leaves) if leaf != HOLE and self._index.leaf_ids(leaf) is None]
 
@@ -318,7 +317,7 @@ class _Sending:
             try:
                 found = self._repository.leaf(leaf)
             except (VerificationError, ObjectNotFoundError) as error:
-                _log.warning("a map of the snapshot before is not shared: %s", error.brief)
+                _LOG.warning("a map of the snapshot before is not shared: %s", error.brief)
                 return None
             return leaf, hashlib.sha256(found.ids).digest(), b"".join(found.packs)
 
