@@ -168,13 +168,13 @@ def test_a_guest_that_is_off_or_gone_has_nothing_to_release(
 def test_marked_stretches_are_those_without_data() -> None:
     text = """[{ "start": 0, "length": 65536, "depth": 0, "present": false, "zero": false, "data": false},
         { "start": 65536, "length": 131072, "depth": 0, "present": true, "zero": false, "data": true, "offset": 65536}]"""
-    assert list(parse_bitmap(text, size_bytes=196608)) == [(0, 65536)]
+    assert list(parse_bitmap(text.splitlines(), size_bytes=196608)) == [(0, 65536)]
 
 
 @pytest.mark.parametrize("text", ["", "[", "{}", "[{}]", '[{"start": "x", "length": 1, "data": false}]', "[1]", "null"])
 def test_nonsense_is_not_taken_for_a_bitmap(text: str) -> None:
     with pytest.raises(DriverError):
-        list(parse_bitmap(text, size_bytes=1))
+        list(parse_bitmap([text], size_bytes=1))
 
 
 def test_what_does_not_tell_of_the_whole_disk_is_no_answer() -> None:
@@ -182,4 +182,4 @@ def test_what_does_not_tell_of_the_whole_disk_is_no_answer() -> None:
     first, third = ({"start": start, "length": 65536, "data": True} for start in (0, 131072))
     for entries in ([], [first], [first, third], [third]):
         with pytest.raises(DriverError, match="bytes"):
-            list(parse_bitmap(json.dumps(entries), size_bytes=196608))
+            list(parse_bitmap(map(json.dumps, entries), size_bytes=196608))

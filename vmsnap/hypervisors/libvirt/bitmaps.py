@@ -14,7 +14,7 @@ from typing import Any
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt.monitor import Monitor, MonitorError
 from vmsnap.hypervisors.libvirt.tools import run_tool
-from vmsnap.model.hints import HINT_BLOCK_BYTES
+from vmsnap.model.hints import HINT_BLOCK_BYTES, BlockSet
 from vmsnap.model.ids import RunId
 
 _NAME = re.compile(r"vmsnap-(?P<run>[0-9a-f]{10})-(?P<target>[A-Za-z0-9]+)(?P<copy>-copy)?\Z")
@@ -64,10 +64,11 @@ def _is_usable(entry: dict[str, Any]) -> bool:
     return bool(entry["recording"]) and not entry["busy"] and not entry.get("inconsistent", False)
 
 
-def read_bitmap(
-    monitor: Monitor, *, bitmap: Bitmap, run: RunId, address: Path, size_bytes: int
-) -> Iterable[tuple[int, int]]:
-    """Return the stretches that a bitmap has marked. Of a bitmap that goes on, QEMU serves a copy only."""
+def read_bitmap(monitor: Monitor, *, bitmap: Bitmap, run: RunId, address: Path, size_bytes: int) -> BlockSet:
+    """Return the blocks that a bitmap has marked. Of a bitmap that goes on, QEMU serves a copy only.
+
+    ``address``: the socket of QEMU's NBD server; the folder that it is in is used as well. Raises DriverError, ToolError.
+    """
     copy, export = f"{bitmap.name}-copy", f"vmsnap-{run}-{bitmap.target}"
     add = {"node": bitmap.node, "name": copy, "granularity": HINT_BLOCK_BYTES, "disabled": True}
     merge = {"node": bitmap.node, "target": copy, "bitmaps": [bitmap.name]}
@@ -90,19 +91,22 @@ def read_bitmap(
         try:
             options = f"driver=nbd,server.type=unix,server.path={_escaped(address)},export={export}"
             context = f"x-dirty-bitmap=qemu:dirty-bitmap:{copy}"
-            text = run_tool(
-                ("qemu-img", "map", "--output=json", "--image-opts", f"{options},{context}"),
-                timeout_seconds=_MAP_SECONDS,
-            )
+            # One line a stretch, and a large disk may have millions.
+            with address.with_suffix(".map").open("w+", encoding="utf-8") as listing:
+                run_tool(
+                    ("qemu-img", "map", "--output=json", "--image-opts", f"{options},{context}"),
+                    timeout_seconds=_MAP_SECONDS,
+                    stdout_to=listing,
+                )
+                listing.seek(0)
+                marked = BlockSet.of(parse_bitmap(listing, size_bytes=size_bytes), size_bytes=size_bytes)
         finally:
             _end_export(monitor, export)
     finally:
         monitor.ask("block-dirty-bitmap-remove", node=bitmap.node, name=copy)
-    marked = tuple(parse_bitmap(text, size_bytes=size_bytes))
-    told = sum(length for _, length in marked)
-    # The last block of a disk may be counted as a whole one.
-    if abs(told - counted) >= HINT_BLOCK_BYTES:
-        raise DriverError(f"QEMU counts {counted} bytes that were written, and told of {told}")
+    # The last block of a disk may be counted in part.
+    if abs(marked.count * HINT_BLOCK_BYTES - counted) >= HINT_BLOCK_BYTES:
+        raise DriverError(f"QEMU counts {counted} bytes that were written, and told of {marked.count} blocks")
     return marked
 
 
@@ -111,25 +115,30 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def parse_bitmap(text: str, *, size_bytes: int) -> Iterator[tuple[int, int]]:
+def parse_bitmap(lines: Iterable[str], *, size_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield the stretches (offset, length) that a bitmap has marked, from ``qemu-img map`` of an NBD export of it.
 
-    QEMU's NBD client shows a marked stretch as one without data (block/nbd.c, ``x-dirty-bitmap``). Raises DriverError, also
-    where the answer is not about all of the disk: what it leaves out would be taken for unchanged.
+    The output has an entry a line. QEMU's NBD client shows a marked stretch as one without data (block/nbd.c,
+    ``x-dirty-bitmap``). Raises DriverError, also where the answer is not about all of the disk: what it leaves out would be
+    taken for unchanged.
     """
     position = 0
-    try:
-        for entry in json.loads(text):
-            start, length = int(entry["start"]), int(entry["length"])
-            if start != position:
-                break
-            position += length
-            if not entry["data"]:
-                yield start, length
-    except (ValueError, KeyError, TypeError) as error:
-        raise DriverError("qemu-img map printed something that makes no sense", details=text[:200]) from error
+    for line in lines:
+        text = line.strip().removeprefix("[").removesuffix("]").rstrip(",")
+        if not text:
+            continue
+        try:
+            entry = json.loads(text)
+            start, length, marked = int(entry["start"]), int(entry["length"]), not entry["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DriverError("qemu-img map printed something that makes no sense", details=text[:200]) from error
+        if start != position:
+            break
+        position += length
+        if marked:
+            yield start, length
     if position < size_bytes:
-        raise DriverError(f"qemu-img map told of {position} of {size_bytes} bytes", details=text[:200])
+        raise DriverError(f"qemu-img map told of {position} of {size_bytes} bytes")
 
 
 def _end_export(monitor: Monitor, export: str) -> None:

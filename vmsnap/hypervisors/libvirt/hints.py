@@ -28,7 +28,7 @@ from vmsnap.hypervisors.libvirt.monitor import Monitor, MonitorError, was_used
 from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.model.capture import CapturePlan
 from vmsnap.model.guest import Disk, Guest
-from vmsnap.model.hints import HINT_BLOCK_BYTES, BlockSet, DiskHint
+from vmsnap.model.hints import HINT_BLOCK_BYTES, DiskHint
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import Resource, ResourceKind
 
@@ -85,14 +85,13 @@ class LibvirtHints:
             with self._served(monitor, run=plan.run) as address:
                 for disk in plan.guest.disks:
                     if disk.target in sources:
-                        written = read_bitmap(
+                        blocks = read_bitmap(
                             monitor,
                             bitmap=sources[disk.target],
                             run=plan.run,
                             address=address,
                             size_bytes=disk.size_bytes,
                         )
-                        blocks = BlockSet.of(written, size_bytes=disk.size_bytes)
                         hints[disk.target] = DiskHint(target=disk.target, since=since, written=blocks)
         return tuple(hints[disk.target] for disk in plan.guest.disks)
 

@@ -7,21 +7,23 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from vmsnap.errors import DeadlineError, DriverError, NoSpaceError, PreconditionError, ToolError
 
 _ENVIRONMENT = {**os.environ, "LC_ALL": "C"}
 
 
-def run_tool(argv: tuple[str, ...], *, timeout_seconds: float = 60) -> str:
-    """Run a program and return its stdout.
+def run_tool(argv: tuple[str, ...], *, timeout_seconds: float = 60, stdout_to: IO[str] | None = None) -> str:
+    """Run a program and return its stdout; ``stdout_to`` takes it instead, where given.
 
     Raises PreconditionError where it is not installed, DeadlineError where it does not end, NoSpaceError, ToolError.
     """
     try:
         done = subprocess.run(
             argv,
-            capture_output=True,
+            stdout=subprocess.PIPE if stdout_to is None else stdout_to,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             timeout=timeout_seconds,
@@ -35,7 +37,7 @@ def run_tool(argv: tuple[str, ...], *, timeout_seconds: float = 60) -> str:
     except subprocess.TimeoutExpired as error:
         raise DeadlineError(f"{argv[0]} did not end within {timeout_seconds:g} s", details=" ".join(argv)) from error
     if done.returncode == 0:
-        return done.stdout
+        return done.stdout or ""
     kind = NoSpaceError if "No space left on device" in done.stderr else ToolError
     raise kind(f"{argv[0]} failed with status {done.returncode}", details=f"{' '.join(argv)}\n{done.stderr.strip()}")
 
