@@ -9,9 +9,7 @@ Some servers (SeaweedFS 4) keep an empty object where a write was cut before its
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,15 +33,14 @@ from vmsnap.model.objects import ObjectLock, S3Keys, S3Place
 from vmsnap.ports.objects import ObjectInfo, StoredObject
 from vmsnap.stores.objects import s3_errors, s3_findings
 from vmsnap.stores.objects.ordering import in_order
+from vmsnap.stores.objects.s3_client import new_client, sends_checksums
 
 if TYPE_CHECKING:
-    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
 
 _LARGE_BYTES = 128 << 10
 """The cheaper storage classes bill smaller objects as if they had this size, so those stay in the standard one."""
 _BUCKET_SEEN_SECONDS = 60.0
-_NOISY = ("boto3", "botocore", "s3transfer", "urllib3")
 
 
 def _no_keys() -> S3Keys | None:
@@ -259,7 +256,7 @@ class S3Objects:
 
     @property
     def _checksums(self) -> bool:
-        return self._place.endpoint is None if self._place.checksums is None else self._place.checksums
+        return sends_checksums(self._place)
 
     def _key(self, name: str) -> str:
         return f"{self._place.prefix}/{name}" if self._place.prefix else name
@@ -323,59 +320,8 @@ class S3Objects:
             if self._made is None:
                 keys = self._keys()
                 with s3_errors.translated("begin", where=self._where):
-                    self._made = (self._new_client(keys), keys)
+                    self._made = (new_client(self._place, keys=keys), keys)
             return self._made
-
-    def _new_client(self, keys: S3Keys | None) -> S3Client:
-        from botocore.config import Config  # noqa: PLC0415 - boto3 takes long to load
-        from botocore.handlers import add_expect_header  # noqa: PLC0415
-
-        for name in _NOISY:
-            # Their debugging messages have headers in them, and those have session tokens.
-            logging.getLogger(name).setLevel(logging.ERROR)
-        place = self._place
-        path_style = place.endpoint is not None if place.path_style is None else place.path_style
-        style: Any = "path" if path_style else "auto" if place.path_style is None else "virtual"
-        checksums: Any = "when_supported" if self._checksums else "when_required"
-        seconds = place.timeout.total_seconds()
-        config = Config(
-            connect_timeout=seconds,
-            read_timeout=seconds,
-            max_pool_connections=place.connections,
-            retries={"mode": "standard", "total_max_attempts": 1},
-            request_checksum_calculation=checksums,
-            response_checksum_validation=checksums,
-            s3={"addressing_style": style},
-            user_agent_extra="vmsnap",
-            tcp_keepalive=True,
-        )
-        with _SESSIONS:
-            session = _session()
-            region = place.region or session.region_name or ("us-east-1" if place.endpoint is not None else None)
-            client = session.client(
-                "s3",
-                endpoint_url=place.endpoint,
-                region_name=region,
-                verify=str(place.ca_file) if place.ca_file is not None else None,
-                config=config,
-                aws_access_key_id=keys.access_key if keys else None,
-                aws_secret_access_key=keys.secret_key if keys else None,
-                aws_session_token=keys.session_token if keys else None,
-            )
-        # Asking first whether a body may be sent costs a round trip for each object.
-        client.meta.events.unregister("before-call.s3", add_expect_header)
-        return client
-
-
-_SESSIONS = threading.Lock()
-
-
-@functools.cache
-def _session() -> Session:
-    """Return what knows the API of S3: reading its description takes half a second. Not for two threads at a time."""
-    from boto3.session import Session  # noqa: PLC0415 - boto3 takes long to load
-
-    return Session()
 
 
 def _nothing_there(name: str) -> ObjectNotFoundError:
