@@ -99,8 +99,10 @@ def damage(report: VerifyReport, *, guest: str) -> VerificationError | None:
     """Return the error that a damaged snapshot is; None for an intact one."""
     if not report.defects:
         return None
+    where, option = (" at the replica", " --replica") if report.replica else ("", "")
     return VerificationError(
-        f"snapshot {report.snapshot} of '{guest}' is damaged: {report.defects[0]}",
+        f"snapshot {report.snapshot} of '{guest}' is damaged{where}: {report.defects[0]}",
         details="\n".join(report.defects[:20]),
-        remedy="use another snapshot, and test the store's disk and this host's memory",
+        remedy=f"'vmsnap verify {report.snapshot}{option} --repair' repairs it where the other copy is intact; or use another "
+        "snapshot. Test the store's disk and this host's memory",
     )
