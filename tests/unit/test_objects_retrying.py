@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from vmsnap.errors import BugError, DriverError, ObjectConflictError, StoreUnreachableError
 from vmsnap.ports.objects import ObjectInfo
-from vmsnap.stores.objects import retrying
 from vmsnap.stores.objects.ordering import in_order
 from vmsnap.stores.objects.pacing import Pace, PacedObjects
 from vmsnap.stores.objects.retrying import Patience, Repeating, RetryingObjects
@@ -59,7 +58,7 @@ def test_what_passes_is_waited_for_longer_each_time(caplog: pytest.LogCaptureFix
     clock = HandClock()
     work = Failing(*(gone() for _ in range(9)))
     patience = Patience(first=timedelta(seconds=1), longest=timedelta(seconds=20))
-    with caplog.at_level(logging.INFO, logger=retrying.__name__):
+    with caplog.at_level(logging.INFO, logger=Repeating.__module__):
         assert Repeating(clock=clock, patience=patience, part=lambda: 1.0)(work)() == "done"
     assert clock.waits == [1, 2, 4, 8, 16, 20, 20, 20, 20]
     assert [record.levelname for record in caplog.records] == ["WARNING"] + ["INFO"] * 8
