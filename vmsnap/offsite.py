@@ -7,6 +7,7 @@ from pathlib import Path
 from vmsnap.config.credentials import encryption_key_of, s3_keys_of
 from vmsnap.config.settings import ReplicaSettings
 from vmsnap.errors import BugError
+from vmsnap.linux.heap import keep_heaps_small
 from vmsnap.model.objects import S3Place
 from vmsnap.ports.clock import Clock
 from vmsnap.ports.objects import ObjectStore
@@ -44,6 +45,7 @@ def objects_of(settings: ReplicaSettings, *, clock: Clock) -> ObjectStore:
 
 def replica_of(settings: ReplicaSettings, *, state: Path, clock: Clock) -> PacksReplica:
     """Return the replica. Reads no credential and asks nothing of the place yet: local commands work without them."""
+    keep_heaps_small()
     return PacksReplica(
         lambda: objects_of(settings, clock=clock),
         key=lambda: encryption_key_of(settings),

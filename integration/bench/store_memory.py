@@ -9,6 +9,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+from vmsnap.linux.heap import keep_heaps_small
 from vmsnap.model.ids import new_run_id
 from vmsnap.ports.replica import LocalCopy
 from vmsnap.ports.store import DiskContent
@@ -27,6 +28,7 @@ _STRETCH_BLOCKS = 8
 
 
 def main(place: Path) -> None:
+    keep_heaps_small()  # as the program does that has a replica
     source = place / "source.raw"
     chance = random.Random(1)
     descriptor = os.open(source, os.O_RDWR | os.O_CREAT)
