@@ -154,7 +154,7 @@ def test_stored_files_are_for_reading_and_folders_for_passing_through(store: Ima
         "manifest.json": 0o400,
         "vda.raw": 0o400,
         "vda.digests": 0o400,
-            "vda.written": 0o400,
+        "vda.written": 0o400,
     }
 
 
