@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from vmsnap.config.credentials import guest_accounts_of, host_account_of
 from vmsnap.config.settings import HypervSettings, Settings
+from vmsnap.hypervisors.hyperv.addressing import HyperVAddressing
 from vmsnap.hypervisors.hyperv.connection import Authentication, HostConnection, Login
 from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
 from vmsnap.hypervisors.hyperv.fence import HyperVFence
 from vmsnap.hypervisors.hyperv.host import Host
+from vmsnap.hypervisors.hyperv.responder import Responder
 from vmsnap.hypervisors.hyperv.running import LateRunner, ScriptRunner
 from vmsnap.hypervisors.hyperv.tags import RunFolders
-from vmsnap.hypervisors.hyperv.unaddressed import NoAddresses, NoResidences
+from vmsnap.hypervisors.hyperv.unaddressed import NoResidences
 from vmsnap.hypervisors.hyperv.unhinted import NoHints
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.hypervisors.libvirt.hints import LibvirtHints
@@ -59,11 +61,13 @@ def _hyperv(settings: HypervSettings, *, clock: Clock) -> Virtual:
         LateRunner(lambda: _commands(settings)),
         folders=RunFolders(root=settings.export_folder, mounted=str(settings.export_mounted)),
     )
+    responder = None if settings.responder_vm is None else Responder(host, name=settings.responder_vm, clock=clock)
+    fence = HyperVFence(host, responder=responder)
     return Virtual(
         hypervisor=HyperVHypervisor(host, clock=clock, logins=_GuestLogins(settings)),
         hints=NoHints(),
-        fence=HyperVFence(host),
-        addressing=NoAddresses(),
+        fence=fence,
+        addressing=HyperVAddressing(host, fence=fence, responder=responder, clock=clock),
         residences=NoResidences(),
     )
 

@@ -17,7 +17,7 @@ from vmsnap.hypervisors.libvirt.driver import LibvirtHypervisor
 def test_libvirt_is_the_default(tmp_path: Path) -> None:
     world = make_world(Settings(store=StoreSettings(path=tmp_path)))
     assert isinstance(world.hypervisor, LibvirtHypervisor)
-    world.addressing.require_possible()
+    world.addressing.require_possible(to_connect=True)
 
 
 def test_a_hyper_v_host_is_asked_only_when_it_is_needed(tmp_path: Path) -> None:

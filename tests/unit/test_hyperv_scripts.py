@@ -10,7 +10,7 @@ import pytest
 import tree_sitter_powershell
 from tree_sitter import Language, Parser
 
-from vmsnap.testing.hyperv import direct
+from vmsnap.testing.hyperv import direct, leases
 from vmsnap.testing.hyperv.cmdlets import check_call
 from vmsnap.testing.hyperv.running import ALL
 from vmsnap.testing.hyperv.twins import TWINS, digest_of
@@ -85,6 +85,7 @@ def test_every_script_has_a_twin_that_was_written_for_it_as_it_is_now() -> None:
     twins = {name: twin.sha256 for name, twin in TWINS.items()} | {"run_in_guest": direct.SCRIPT_SHA256}
     assert {f"{name}.ps1" for name in twins} == set(_SCRIPTS)
     assert twins == {name: digest_of(name) for name in twins}
+    assert leases.digest_now() == leases.SCRIPT_SHA256
 
 
 def test_scripts_use_only_cmdlets_and_parameters_that_there_are() -> None:

@@ -261,6 +261,7 @@ class HypervSettings(_Section):
     those of accounts in the guests. ``authority``: certificates to trust instead of the system's. ``certificate`` and
     ``key`` log in by themselves. ``configuration`` is a session configuration of the host (JEA). ``export_folder`` is a
     folder of the host, on NTFS or ReFS, and ``export_mounted`` the same one as this host sees it, over SMB.
+    ``responder_vm`` is a VM that gives clones addresses on their private switches (docs/hyper-v.md).
     """
 
     host: str = Field(min_length=1, max_length=253)
@@ -279,6 +280,7 @@ class HypervSettings(_Section):
     )
     export_folder: str = Field(pattern=r"^([A-Za-z]:\\|\\\\[^\\]+\\[^\\]+\\)[^/]+$")
     export_mounted: AbsolutePath
+    responder_vm: str | None = Field(default=None, min_length=1, max_length=100)
 
     @model_validator(mode="after")
     def _login_is_possible(self) -> HypervSettings:

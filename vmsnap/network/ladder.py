@@ -59,7 +59,7 @@ class NetworkAddressing:
             Rung.OLD_ADDRESS: OldAddressWorld(keeper=self),
         }
 
-    def require_possible(self) -> None:
+    def require_possible(self, *, to_connect: bool) -> None:
         """Return: a fence on this host always has an inside."""
 
     def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:

@@ -114,8 +114,11 @@ class AddressRequest:
 class Addressing(Protocol):
     """Gives a clone an address."""
 
-    def require_possible(self) -> None:
-        """Return where clones can be given addresses at all. Raises PreconditionError, before anything is touched."""
+    def require_possible(self, *, to_connect: bool) -> None:
+        """Return where clones can be given addresses at all. Raises PreconditionError, before anything is touched.
+
+        ``to_connect``: the clone has to be reached at its address from here.
+        """
 
     def move(self, request: AddressRequest, *, links: LinkControl, cancel: Cancel) -> Addressed:
         """Try the rungs in order until the clone answers at an address of its own or, last, at its old one.

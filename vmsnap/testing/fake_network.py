@@ -228,7 +228,8 @@ class FakeAddressing:
         self.requests: list[AddressRequest] = []
         self.impossible = False
 
-    def require_possible(self) -> None:
+    def require_possible(self, *, to_connect: bool) -> None:
+        del to_connect
         if self.impossible:
             raise PreconditionError("no clone can be given an address here", remedy="this is a fake")
 

@@ -70,7 +70,7 @@ def choose(world: World, *, policy: Policy, guest: Guest) -> Login:
     agent = control.via != "ssh" and guest.has_agent_channel and _agent_answers(world, guest)
     addresses = old_addresses(policy, guest=guest)
     if not agent or policy.isolation.address == "always":
-        world.addressing.require_possible()
+        world.addressing.require_possible(to_connect=not agent)
     if control.via == "agent" and not agent:
         raise PreconditionError(
             f"the guest agent of {guest.name!r} does not answer, and the policy allows nothing else",

@@ -2,7 +2,8 @@
 
 What a Linux host's fence is tried out with - frames, probes, ears on production - cannot be sent or heard from here. What
 is proven is what Hyper-V itself says: what the switch is, who is on it, and on what else the clone's adapters are. The
-clone is reached by PowerShell Direct, which is no network; there is nobody on the switch but the clone.
+clone is reached by PowerShell Direct, which is no network; there is nobody on the switch but the clone, and for a while a
+responder (``vmsnap.hypervisors.hyperv.responder``) where the policy asks for an address.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vmsnap.errors import (
 )
 from vmsnap.hypervisors.hyperv.failures import RemoteError
 from vmsnap.hypervisors.hyperv.host import Host
+from vmsnap.hypervisors.hyperv.responder import Responder, unplug_responders
 from vmsnap.hypervisors.hyperv.rows import Machine, Plug, Switch
 from vmsnap.hypervisors.hyperv.tags import Tag, TagKind, read_tag
 from vmsnap.model.ids import RunId, is_run_id
@@ -70,10 +72,14 @@ def _run_of(switch: Switch) -> RunId | None:
 
 
 class HyperVFence:
-    """Builds, proves, watches and removes private switches. Keeps nothing: whoever knows the plan can prove the fence."""
+    """Builds, proves, watches and removes private switches. Keeps nothing: whoever knows the plan can prove the fence.
 
-    def __init__(self, host: Host) -> None:
+    ``responder`` is the one VM that may be on a switch beside its clone, while it is admitted there.
+    """
+
+    def __init__(self, host: Host, *, responder: Responder | None = None) -> None:
         self._host = host
+        self._eyes = _Eyes(host, responder=responder)
 
     @property
     def kinds(self) -> frozenset[ResourceKind]:
@@ -101,13 +107,17 @@ class HyperVFence:
 
     def prove(self, plan: FencePlan) -> IsolationProof:
         """Read switches and adapters back, and vouch for them. May be repeated. Raises IsolationError."""
-        return IsolationProof(run=plan.run, made=datetime.now(UTC), points=_look(self._host, plan, complete=True))
+        return IsolationProof(run=plan.run, made=datetime.now(UTC), points=self._eyes.look(plan, complete=True))
+
+    def read_back(self, plan: FencePlan) -> None:
+        """Look at the fence of a running clone, some of whose adapters may be unplugged. Raises IsolationError."""
+        self._eyes.look(plan, complete=False)
 
     def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> SwitchWatch:
         """Watch a proven fence from now on. See ``vmsnap.ports.network.Fence``."""
         if proof.run != plan.run:
             raise BugError(f"the proof is of run {proof.run}, the fence of run {plan.run}")
-        return SwitchWatch(self._host, plan, alarm=alarm)
+        return SwitchWatch(self._host, plan, eyes=self._eyes, alarm=alarm)
 
     def cut(self, plan: FencePlan) -> None:
         """Disconnect every adapter of the run's VMs. May be repeated."""
@@ -142,6 +152,7 @@ class HyperVFence:
         while found := switches_of(self._host, run=run):
             self._cut(run)
             for switch in found:
+                unplug_responders(self._host, switch=switch)
                 try:
                     self._host.remove_switch(switch, tag=fence_tag(run))
                 except UnknownOutcomeError:
@@ -174,32 +185,60 @@ def _require_private(switch: Switch) -> None:
         )
 
 
-def _look(host: Host, plan: FencePlan, *, complete: bool) -> tuple[ProofPoint, ...]:
-    """Read everything back. Raises IsolationError.
+class _Eyes:
+    """Reads switches and adapters back."""
 
-    ``complete``: the clone is there, on all its ports. Else it may be gone, or unplugged: nobody is reached from there.
-    The machines are listed before the adapters: one that appears between the two counts as a stranger.
-    """
-    machines = {machine.id.lower(): machine for machine in host.machines_of(plan.run)}
-    switch = find_switch(host, run=plan.run)
-    _require_private(switch)
-    plugs = host.plugs()
-    own = [plug for plug in plugs if not plug.of_host and plug.machine_id.lower() in machines]
-    members = [plug for plug in plugs if plug.switch_id.lower() == switch.id.lower()]
-    plugged = own if complete else [plug for plug in own if plug.switch]
-    _require_members(switch, own=plugged, members=members, machines=machines)
-    if complete and len(own) != len(plan.ports):
-        missing = ", ".join(f"{port.mac}" for port in plan.ports) or "none"
-        raise IsolationError(
-            f"the VM of {switch.name} has {len(own)} adapters on it, the fence has {len(plan.ports)} ports: {missing}",
-            remedy=_NOTHING_RAN,
+    def __init__(self, host: Host, *, responder: Responder | None) -> None:
+        self._host = host
+        self._responder = responder
+
+    def look(self, plan: FencePlan, *, complete: bool) -> tuple[ProofPoint, ...]:
+        """Read everything back. Raises IsolationError.
+
+        ``complete``: the clone is there, on all its ports. Else it may be gone, or unplugged: nobody is reached from there.
+        The machines are listed before the adapters: one that appears between the two counts as a stranger.
+        """
+        # The responder comes and goes while others look: who was admitted before, or is afterwards, may have been there.
+        admitted = {self._admitted(plan.run)}
+        machines = {machine.id.lower(): machine for machine in self._host.machines_of(plan.run)}
+        switch = find_switch(self._host, run=plan.run)
+        _require_private(switch)
+        plugs = self._host.plugs()
+        admitted.add(self._admitted(plan.run))
+        own = [plug for plug in plugs if not plug.of_host and plug.machine_id.lower() in machines]
+        admissible = {
+            machine_id
+            for machine_id in admitted
+            if machine_id is not None and sum(plug.machine_id.lower() == machine_id for plug in plugs) == 1
+        }
+        members = [
+            plug
+            for plug in plugs
+            if plug.switch_id.lower() == switch.id.lower()
+            and (plug.of_host or plug.machine_id.lower() not in admissible)
+        ]
+        plugged = own if complete else [plug for plug in own if plug.switch]
+        _require_members(switch, own=plugged, members=members, machines=machines)
+        if complete and len(own) != len(plan.ports):
+            missing = ", ".join(f"{port.mac}" for port in plan.ports) or "none"
+            raise IsolationError(
+                f"the VM of {switch.name} has {len(own)} adapters on it, the fence has {len(plan.ports)} ports: {missing}",
+                remedy=_NOTHING_RAN,
+            )
+        names = ", ".join(f"{plug.mac} of {plug.machine}" for plug in own) or "nobody"
+        return (
+            _point(f"switch {switch.name}", observed=f"{switch.kind}, no uplink, the host not on it; id {switch.id}"),
+            _point(f"members of {switch.name}", observed=names),
+            *(_point(f"adapter {plug.mac}", observed=f"on {plug.switch} ({plug.switch_id})") for plug in own),
         )
-    names = ", ".join(f"{plug.mac} of {plug.machine}" for plug in own) or "nobody"
-    return (
-        _point(f"switch {switch.name}", observed=f"{switch.kind}, no uplink, the host not on it; id {switch.id}"),
-        _point(f"members of {switch.name}", observed=names),
-        *(_point(f"adapter {plug.mac}", observed=f"on {plug.switch} ({plug.switch_id})") for plug in own),
-    )
+
+    @property
+    def exception(self) -> str:
+        """Return who else was allowed there, for reports."""
+        return "" if self._responder is None else " but the responder while it was admitted"
+
+    def _admitted(self, run: RunId) -> str | None:
+        return None if self._responder is None else self._responder.admitted(run)
 
 
 def _require_members(switch: Switch, *, own: list[Plug], members: list[Plug], machines: dict[str, Machine]) -> None:
@@ -222,8 +261,9 @@ def _point(name: str, *, observed: str) -> ProofPoint:
 class SwitchWatch:
     """Looks again and again, in a thread of its own, at the fence's switch and at who is on it. Changes nothing."""
 
-    def __init__(self, host: Host, plan: FencePlan, *, alarm: Callable[[IsolationError], None]) -> None:
+    def __init__(self, host: Host, plan: FencePlan, *, eyes: _Eyes, alarm: Callable[[IsolationError], None]) -> None:
         self._host = host
+        self._eyes = eyes
         self._plan = plan
         self._alarm = alarm
         self._breach: IsolationError | None = None
@@ -241,8 +281,8 @@ class SwitchWatch:
             ProofPoint(
                 kind=ProofKind.PRODUCTION,
                 name=f"adapters of {self._plan.namespace}",
-                observed=f"on the private switch or on none, nobody else there, at {self._looks} looks within "
-                f"{self._seen - self._began:.0f} s, as Hyper-V says; frames are not listened to",
+                observed=f"on the private switch or on none, nobody else there{self._eyes.exception}, at {self._looks} "
+                f"looks within {self._seen - self._began:.0f} s, as Hyper-V says; frames are not listened to",
             ),
         )
 
@@ -285,7 +325,7 @@ class SwitchWatch:
                     return
 
     def _look_once(self) -> None:
-        _look(self._host, self._plan, complete=False)
+        self._eyes.look(self._plan, complete=False)
         self._looks += 1
         self._seen = time.monotonic()
 

@@ -28,7 +28,7 @@ from vmsnap.hypervisors.hyperv.rows import (
     switch_of,
 )
 from vmsnap.hypervisors.hyperv.running import CHANGE, ScriptRunner
-from vmsnap.hypervisors.hyperv.tags import Part, RunFolders, Tag, run_of_folder
+from vmsnap.hypervisors.hyperv.tags import Mark, Part, RunFolders, Tag, run_of_folder
 from vmsnap.model.ids import RunId
 from vmsnap.ports.clock import Cancel
 
@@ -264,9 +264,9 @@ class Host:
         return {"Id": machine.id, "Tag": tag.beginning, "Folder": self.folders.of(tag.run)}
 
     def connect(
-        self, machine_id: str, *, tag: Tag, switch: Switch, switch_tag: Tag | None, macs: Sequence[str]
+        self, machine_id: str, *, tag: Tag | Mark, switch: Switch, switch_tag: Tag | None, macs: Sequence[str]
     ) -> None:
-        """Put adapters of a VM of ours on a switch: of ours too, where its tag is given."""
+        """Put adapters of a VM of ours, or a marked one, on a switch: of ours too, where its tag is given."""
         self._change(
             "connect_adapters",
             doing="put a VM on a switch",
@@ -279,8 +279,8 @@ class Host:
             },
         )
 
-    def disconnect(self, machine_id: str, *, tag: Tag, macs: Sequence[str] = ()) -> None:
-        """Pull cables of a VM of ours: those of these MACs, or all."""
+    def disconnect(self, machine_id: str, *, tag: Tag | Mark, macs: Sequence[str] = ()) -> None:
+        """Pull cables of a VM of ours, or a marked one: those of these MACs, or all."""
         parameters = {"Id": machine_id, "Tag": tag.beginning, "Macs": [_digits(mac) for mac in macs]}
         self._change("disconnect_adapters", doing="take a VM off its switches", parameters=parameters)
 

@@ -56,6 +56,17 @@ class Tag:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What an operator writes at the beginning of a VM's notes, where vmsnap may move its cable."""
+
+    beginning: str
+
+
+RESPONDER = Mark(beginning="vmsnap responder")
+"""The mark of the VM that gives clones addresses (``vmsnap.hypervisors.hyperv.responder``)."""
+
+
 def read_tag(notes: str) -> Tag | None:
     """Return the tag in notes, or None where they are not vmsnap's."""
     found = _NOTES.match(notes)

@@ -113,6 +113,8 @@ class Inventory:
             if vm.truth.origin is not None:
                 for wrong in self._reaches(vm):
                     self._violate(f"{vm.name} ({vm.state}), a copy of a guest, {wrong}")
+            if vm.truth.serves and (where := self._beyond_fences(vm)):
+                self._violate(f"the responder {vm.name} is on the switch {where!r}")
         for path, users in self._writers().items():
             if len(users) > 1 and any(as_it_was.vm in users for as_it_was in self._production):
                 names = " and ".join(sorted(vm.name for vm in users))
@@ -127,8 +129,14 @@ class Inventory:
                 continue
             if switch is None or switch.switch_type is not SwitchType.PRIVATE:
                 yield f"is on the switch {adapter.switch_name!r}: it could reach production"
-            elif any(other.truth.origin is None for other in self._on(switch)):
+            elif any(other.truth.origin is None and not _leads_nowhere(other) for other in self._on(switch)):
                 yield f"shares the switch {adapter.switch_name!r} with a VM that is no copy: it could reach production"
+
+    def _beyond_fences(self, vm: VirtualMachine) -> str:
+        """Return the switch that a VM is on and that is not private, or an empty text."""
+        private = {switch.id for switch in self.switches if switch.switch_type is SwitchType.PRIVATE}
+        away = [one.switch_name for one in vm.network_adapters if one.connected and one.switch_id not in private]
+        return away[0] if away else ""
 
     def _on(self, switch: VMSwitch) -> Iterator[VirtualMachine]:
         return (vm for vm in self.vms if any(adapter.switch_id == switch.id for adapter in vm.network_adapters))
@@ -168,6 +176,7 @@ class Inventory:
         mine = [before.vm for before in self._production]
         left = [f"VM {vm.name}" for vm in self.vms if vm not in mine]
         left += [f"planned VM {vm.name}" for vm in self.planned]
+        left += [f"responder {vm.name} on a switch" for vm in self.vms if vm.truth.serves and _is_plugged(vm)]
         left += [f"switch {one.name}" for one in self.switches if one.id not in self._production_switches]
         there = {self.files.windows(path) for path in self.files.root.rglob("*") if self._is_on_a_volume(path)}
         return left + sorted(there - self._given)
@@ -180,13 +189,23 @@ class Inventory:
         raise LookupError(name)
 
 
+def _leads_nowhere(vm: VirtualMachine) -> bool:
+    """Tell whether a VM that is no copy may be beside one: it has one adapter, so it is on no other switch."""
+    return bool(vm.truth.serves) and len(vm.network_adapters) == 1
+
+
+def _is_plugged(vm: VirtualMachine) -> bool:
+    return any(adapter.connected for adapter in vm.network_adapters)
+
+
 def _said(vm: VirtualMachine) -> tuple[object, ...]:
     return (
         vm.name,
         vm.state,
         vm.notes,
         vm.automatic_start_action,
-        tuple((adapter.mac_address, adapter.switch_name) for adapter in vm.network_adapters),
+        # The cable of a responder is moved; where it is, ``look`` and ``leftovers`` tell.
+        tuple((adapter.mac_address, vm.truth.serves or adapter.switch_name) for adapter in vm.network_adapters),
         tuple(_place(drive) for drive in vm.hard_drives),
         tuple(snapshot.id for snapshot in vm.snapshots),
         vm.processor_count,

@@ -9,7 +9,16 @@ from vmsnap.testing.hyperv import failures
 from vmsnap.testing.hyperv.cim import Cim
 from vmsnap.testing.hyperv.failures import Reason
 from vmsnap.testing.hyperv.host import cmdlet
-from vmsnap.testing.hyperv.values import ALIVE, SwitchType, VirtualMachine, VMNetworkAdapter, VMState, VMSwitch
+from vmsnap.testing.hyperv.leases import ask
+from vmsnap.testing.hyperv.values import (
+    ALIVE,
+    DhcpClient,
+    SwitchType,
+    VirtualMachine,
+    VMNetworkAdapter,
+    VMState,
+    VMSwitch,
+)
 
 
 class Network(Cim):
@@ -25,6 +34,8 @@ class Network(Cim):
         if switch not in self.switches:
             self._no_switch("Connect-VMNetworkAdapter", switch.name)
         plug(vm_network_adapter, switch=switch)
+        if vm_network_adapter.client is DhcpClient.SENSES_LINK:
+            ask(self.vms, vm_network_adapter)
 
     @cmdlet("Disconnect-VMNetworkAdapter")
     def disconnect_vm_network_adapter(self, *, vm_network_adapter: VMNetworkAdapter) -> None:

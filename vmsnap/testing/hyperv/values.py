@@ -143,6 +143,14 @@ class VMSwitch:
     net_adapter_interface_descriptions: tuple[str, ...] = ()
 
 
+class DhcpClient(StrEnum):
+    """What in a guest asks for an adapter's address, which no cmdlet shows: also when its link comes back, only when told."""
+
+    SENSES_LINK = "senses link"
+    WHEN_TOLD = "when told"
+    NONE = "none"
+
+
 @dataclass(kw_only=True)
 class VMNetworkAdapter:
     """``Get-VMNetworkAdapter``. ``mac_address`` is twelve digits; ``switch_name`` empty: not connected."""
@@ -160,6 +168,7 @@ class VMNetworkAdapter:
     is_management_os: bool = False
     vm_name: str = ""
     vm_id: str = ""
+    client: DhcpClient = DhcpClient.SENSES_LINK
 
     @property
     def connected(self) -> bool:
@@ -216,13 +225,17 @@ class SavedState:
 
 @dataclass(kw_only=True)
 class Truth:
-    """What no cmdlet shows. ``origin`` is the id of the VM that an imported copy was made of."""
+    """What no cmdlet shows. ``origin`` is the id of the VM that an imported copy was made of.
+
+    ``serves``: it has a DHCP server, whose addresses begin so.
+    """
 
     inside: Inside = field(default_factory=Silent)
     saved: SavedState | None = None
     origin: str | None = None
     planned: bool = False
     shutdown_left: int | None = None
+    serves: str = ""
     files: tuple[str, ...] = ()
 
 

@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmsnap.errors import HostUnreachableError, IsolationError
+from vmsnap.hypervisors.hyperv.addressing import HyperVAddressing
 from vmsnap.hypervisors.hyperv.driver import HyperVHypervisor
 from vmsnap.hypervisors.hyperv.fence import HyperVFence, SwitchWatch
 from vmsnap.hypervisors.hyperv.host import Host
+from vmsnap.hypervisors.hyperv.responder import Responder
 from vmsnap.hypervisors.hyperv.tags import RunFolders, TagKind, read_tag
 from vmsnap.model.drain import FileSystemState
 from vmsnap.model.guest import GuestState
@@ -44,6 +46,7 @@ from vmsnap.testing.hyperv.vhd import write_headers
 from vmsnap.testing.world import FakeWorld, disk_bytes
 from vmsnap.workflow.world import World
 
+RESPONDER_VM = "clones' dhcp"
 EXPORTS = "D:\\vmsnap"
 DISK_BYTES = 256 * 1024
 _LATER_DISKS_UUID = "00000000-0000-4000-8000-0000000000{:02x}"
@@ -165,8 +168,8 @@ class AgentHypervisor(HyperVHypervisor):
 class _Fence(HyperVFence):
     """The fence, whose watches end with their process, as threads do."""
 
-    def __init__(self, host: Host, *, watches: list[SwitchWatch]) -> None:
-        super().__init__(host)
+    def __init__(self, host: Host, *, watches: list[SwitchWatch], responder: Responder | None) -> None:
+        super().__init__(host, responder=responder)
         self._watches = watches
 
     def watch(self, plan: FencePlan, *, proof: IsolationProof, alarm: Callable[[IsolationError], None]) -> SwitchWatch:
@@ -190,6 +193,7 @@ class HyperVWorld(FakeWorld):
         self.machine.on_end = self._show
         self.script: ScriptHook = _nothing
         self.orphanage: Orphanage | None = None
+        self.has_responder = False
         self._faults: Faults | None = None
         self._watches: list[SwitchWatch] = []
         super().__init__(folder, disks=disks)
@@ -225,15 +229,33 @@ class HyperVWorld(FakeWorld):
         vm.truth.inside = DatabaseGuest(FakeGuest(clusters=(FakeCluster(will_finish=2, will_hang=1),)), disks=disks)
         return self.machine.add_vm(vm)
 
+    def add_responder(self, *, serves: str = "198.18.7.") -> VirtualMachine:
+        """Put a VM with a DHCP server on the host that clones may be given an address by; say where ``db`` lives now."""
+        self.has_responder = True
+        for vm in self.machine.vms:
+            for index, adapter in enumerate(vm.network_adapters):
+                adapter.ip_addresses = (f"10.0.0.{index + 1}",)
+        vm = VirtualMachine(
+            name=RESPONDER_VM,
+            state=VMState.RUNNING,
+            notes="vmsnap responder\nGives clones addresses.",
+            network_adapters=[VMNetworkAdapter(mac_address="00155D00FF01")],
+        )
+        vm.truth.serves = serves
+        return self.machine.add_vm(vm)
+
     def process(self, faults: Faults | None = None) -> World:
         """Return the drivers of a fresh process."""
         self._faults = faults
         world = super().process(None)
         host = self.connect()
+        responder = Responder(host, name=RESPONDER_VM, clock=self.clock) if self.has_responder else None
+        fence = _Fence(host, watches=self._watches, responder=responder)
         world = replace(
             world,
             hypervisor=AgentHypervisor(host, clock=self.clock, mirror=self.mirror),
-            fence=_Fence(host, watches=self._watches),
+            fence=fence,
+            addressing=HyperVAddressing(host, fence=fence, responder=responder, clock=self.clock),
         )
         if faults is None:
             return world
