@@ -35,8 +35,8 @@ class Responder:
         self._admitted: dict[RunId, str] = {}
         self._lock = threading.Lock()
 
-    def require_ready(self) -> Machine:
-        """Return the VM where it is what it has to be. Changes nothing. Raises PreconditionError."""
+    def require_ready(self) -> tuple[Machine, Plug]:
+        """Return the VM and its adapter where it is what it has to be. Changes nothing. Raises PreconditionError."""
         named = [machine for machine in self._host.machines() if machine.name == self._name]
         if len(named) != 1:
             raise PreconditionError(f"the Hyper-V host has {len(named)} VMs called {self._name!r}", remedy=_REMEDY)
@@ -57,7 +57,7 @@ class Responder:
             raise PreconditionError(
                 f"{self._name!r} cannot be a clone's responder: {wrong[0]}", details="\n".join(wrong), remedy=_REMEDY
             )
-        return machine
+        return machine, plugs[0]
 
     def admitted(self, run: RunId) -> str | None:
         """Return the id of the VM while it may be on the switch of that run's fence."""
@@ -82,8 +82,7 @@ class Responder:
         while True:
             cancel.check()
             with self._lock:
-                machine = self.require_ready()
-                (plug,) = _plugs_of(self._host, machine)
+                machine, plug = self.require_ready()
                 if not plug.switch:
                     self._connect(machine, plug, switch=switch, run=run)
                     return machine
