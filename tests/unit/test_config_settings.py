@@ -57,6 +57,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         operation_timeout = "30s"
         export_folder = 'E:\\exports'
         export_mounted = "/l"
+        responder_vm = "clones-dhcp"
         [store]
         path = "/a"
         allow_copies = true
@@ -170,6 +171,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
             "operation_timeout": "30s",
             "export_folder": "E:\\exports",
             "export_mounted": "/l",
+            "responder_vm": "clones-dhcp",
         },
     }
     assert "secret" not in repr(settings)
