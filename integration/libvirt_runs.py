@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import libvirt
+import pytest
 
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.lab.services import start_libvirt, stop_libvirtd
 from vmsnap.errors import CancelledError, GuestUnreachableError
 from vmsnap.guests.agent import AgentControl
+from vmsnap.hypervisors.libvirt import overlays, yielding
+from vmsnap.hypervisors.libvirt.clones import Clones, clone_of
 from vmsnap.hypervisors.libvirt.driver import LibvirtFolders, LibvirtHypervisor
 from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, CaptureSettings, Clone, ModeChoice
 from vmsnap.model.command import Command
@@ -130,7 +134,7 @@ class DriverRun:
         return sorted(path for path in map(Path, self.overlay_paths()) if path.exists())
 
     def overlay_paths(self) -> list[str]:
-        return [image.path.replace(".clone.", ".source.") for image in self.driver.clone_images(self.plan)]
+        return [disk.overlay for disk in overlays.describe(self.plan, role="source").disks]
 
 
 @contextmanager
@@ -182,6 +186,21 @@ def capture_job_runs(guest: LabGuest) -> bool:
     return bool(
         stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT and stats.get("memory_iteration", 0) >= 1
     )
+
+
+def idle_when_accepted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets, for each clone that is complete, whether its control group was idle until then."""
+    seen: list[str] = []
+    accept = Clones.accept
+
+    def noted(self: Clones, plan: CapturePlan, **arguments: Any) -> Clone:
+        group = yielding.group_of(clone_of(plan.run, guest=plan.guest.name).name, run=plan.run)
+        assert group is not None, "this kernel has no idle groups"
+        seen.append((group / "cpu.idle").read_text().strip())
+        return accept(self, plan, **arguments)
+
+    monkeypatch.setattr(Clones, "accept", noted)
+    return seen
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, limit_s: float = 60) -> None:

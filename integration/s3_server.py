@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,10 +15,11 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import boto3
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 from vmsnap.model.objects import S3Keys
 
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _PATIENCE_SECONDS = 90.0
-_PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
+_PORTS = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port")
 _OFF = ("webdav", "admin.ui", "s3.iam", "master.telemetry", "s3.autoCreateBucket")
 _GRPC_DISTANCE = 10000
+_BUCKET = "vmsnap-plain"
+_LOCKED_BUCKET = "vmsnap-locked"
 
 
 class S3Server:
@@ -70,27 +74,44 @@ class S3Server:
         """Return keys that may only read."""
         return S3Keys(access_key=self.reader_access_key, secret_key=self.reader_secret_key)
 
-    def client(self) -> S3Client:
-        """Return an administrator's client."""
+    def client(self, **settings: Any) -> S3Client:
+        """Return an administrator's client. ``settings``: see botocore.config.Config."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,
             region_name="us-east-1",
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
-            config=Config(s3={"addressing_style": "path"}),
+            config=Config(s3={"addressing_style": "path"}, **settings),
         )
 
     def bucket(self, *, object_lock: bool = False) -> str:
         """Return a bucket for all tests, each of which has a prefix of its own: a bucket takes several files of the server."""
-        name = "vmsnap-locked" if object_lock else "vmsnap-plain"
-        if name not in self._buckets:
-            self.client().create_bucket(Bucket=name, ObjectLockEnabledForBucket=object_lock)
-            self._buckets.add(name)
-        return name
+        return self._bucket(self.client(), object_lock=object_lock)
 
     def start(self) -> None:
-        """Start the server and wait until it answers S3."""
+        """Start the server and wait until it knows its keys and takes an object."""
+        self._process = self._launch()
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not (self._answers() and self._takes_an_object()):
+            if self._process.poll() is not None or time.monotonic() > until:
+                self.kill()
+                raise AssertionError(f"SeaweedFS did not start: {(self._folder / 'weed.log').read_text()[-4000:]}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End the server at once, as a power cut would."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        for name, port in self._ports.items():
+            # It makes these whatever it is told, and leaves them when it is killed.
+            (Path("/tmp") / f"seaweedfs-{name.partition('.')[0]}-grpc-{port + _GRPC_DISTANCE}.sock").unlink(
+                missing_ok=True
+            )
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         weed = Path(sys.executable).with_name("weed")
         command = [
             str(weed),
@@ -112,25 +133,8 @@ class S3Server:
         # Keys of the environment would make a further identity.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         with (self._folder / "weed.log").open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, env=environment
-            )
-        until = time.monotonic() + _PATIENCE_SECONDS
-        while not self._answers():
-            assert self._process.poll() is None, (self._folder / "weed.log").read_text()[-4000:]
-            assert time.monotonic() < until, (self._folder / "weed.log").read_text()[-4000:]
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        """End the server at once, as a power cut would."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-        for name, port in self._ports.items():
-            # It makes these whatever it is told, and leaves them when it is killed.
-            (Path("/tmp") / f"seaweedfs-{name.partition('.')[0]}-grpc-{port + _GRPC_DISTANCE}.sock").unlink(
-                missing_ok=True
             )
 
     def _answers(self) -> bool:
@@ -140,6 +144,25 @@ class S3Server:
                 urllib.request.urlopen(f"{self.endpoint}/", timeout=2).close()  # noqa: S310 - loopback
             except urllib.error.HTTPError as error:
                 return b"AccessDenied" in error.read()
+        return False
+
+    def _bucket(self, client: S3Client, *, object_lock: bool = False) -> str:
+        name = _LOCKED_BUCKET if object_lock else _BUCKET
+        if name not in self._buckets:
+            # A request that failed and is repeated may have made it.
+            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=object_lock)
+            self._buckets.add(name)
+        return name
+
+    def _takes_an_object(self) -> bool:
+        # The default waits for a minute and repeats by itself.
+        client = self.client(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})
+        with suppress(ClientError, BotoCoreError):
+            bucket = self._bucket(client)
+            client.put_object(Bucket=bucket, Key="ready", Body=b"yes")
+            client.delete_object(Bucket=bucket, Key="ready")
+            return True
         return False
 
 
@@ -164,17 +187,23 @@ def _identities() -> dict[str, object]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports of 127.0.0.1 that are free, and so are those of gRPC that belong to them."""
+    """Return ports of 127.0.0.1 that are free, and so are those of gRPC that belong to them.
+
+    They are drawn by lot: each server also makes sockets in `/tmp` that are named by its ports, and parts of a server in
+    another network namespace would talk to this one's.
+    """
     found: list[int] = []
-    port = 20000 + os.getpid() % 5000 * 4
     while len(found) < count:
-        port += 1
-        if _is_free(port) and _is_free(port + _GRPC_DISTANCE):
+        port = 10000 + secrets.randbelow(12000)
+        taken = [*found, *(other + _GRPC_DISTANCE for other in found)]
+        if not {port, port + _GRPC_DISTANCE} & set(taken) and _is_free(port) and _is_free(port + _GRPC_DISTANCE):
             found.append(port)
     return found
 
 
 def _is_free(port: int) -> bool:
+    if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock")):
+        return False
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))

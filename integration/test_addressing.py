@@ -9,8 +9,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -28,14 +27,17 @@ from integration.networld import (
     sh,
     stop,
 )
+from integration.waiting import wait_until
 from vmsnap.dhcp.pool import DEFAULT_POOL
 from vmsnap.errors import CancelledError, DeadlineError, GuestUnreachableError
 from vmsnap.model.command import Command, CommandResult
 from vmsnap.model.guest import OldAddress
 from vmsnap.model.isolation import Addressed, Exchange, FencePlan, FencePort, Rung
+from vmsnap.network import ladder
 from vmsnap.network.fence import NetworkFence
 from vmsnap.network.frames import vlan_tag
 from vmsnap.network.ladder import NetworkAddressing
+from vmsnap.network.leasing import FenceDhcp
 from vmsnap.network.linkflap import FLAPS, Flap
 from vmsnap.network.vlans import VlanLink
 from vmsnap.ports.network import AddressRequest
@@ -164,13 +166,6 @@ def be_static(clone: StandIn, *, interface: str = "eth0") -> None:
     clone.run("ip", "route", "add", "default", "via", str(GATEWAY), "dev", interface)
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-
-
 def leased(kind: str, worlds: Worlds, folder: Path, *, lease: str = "12h") -> tuple[StandIn, subprocess.Popen[bytes]]:
     """Return a machine with a lease of production's server, and its DHCP client."""
     folder.chmod(0o755)
@@ -267,21 +262,27 @@ def test_real_clients_obey_the_agent(kind: str, worlds: Worlds, addressing: Netw
 
 
 def test_a_client_that_renews_by_itself_is_noticed(
-    worlds: Worlds, addressing: NetworkAddressing, tmp_path: Path
+    worlds: Worlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine, client = leased("udhcpc", worlds, tmp_path)
     world = worlds.around(machine)
     seen = Exchange(mac=MAC, address=OLD.interface.ip, server=GATEWAY, xid=1, seen=datetime.now(UTC))
-    timer = threading.Timer(0.1, lambda: client.send_signal(signal.SIGUSR1))  # udhcpc: renew now, at the old server
-    timer.start()
-    moved = addressing.move(
-        replace(request_for(world.plan, Rung.LINK_FLAP), exchanges=(seen,)), links=world.cables, cancel=SwitchCancel()
-    )
-    timer.join()
-    print(f"udhcpc: {told(moved)}")
-    assert moved.rung is Rung.BY_ITSELF
-    assert greeting(world.plan, str(moved.address)) == "clone"
-    assert world.cables.events == []
+
+    class Renewed(FenceDhcp):
+        def start(self, ports: Sequence[FencePort] | None = None) -> None:
+            super().start(ports)
+            client.send_signal(signal.SIGUSR1)  # udhcpc: renew now, at the old server
+
+    monkeypatch.setattr(ladder, "_FIRST_LOOK_SECONDS", 4)  # a client on a busy machine takes its time
+    with NetworkAddressing(clock=SystemClock(), dhcp_for=Renewed) as addressing:
+        moved = addressing.move(
+            replace(request_for(world.plan, Rung.LINK_FLAP), exchanges=(seen,)),
+            links=world.cables, cancel=SwitchCancel(),
+        )  # fmt: skip
+        print(f"udhcpc: {told(moved)}")
+        assert moved.rung is Rung.BY_ITSELF
+        assert greeting(world.plan, str(moved.address)) == "clone"
+        assert world.cables.events == []
 
 
 SECOND = "52:54:00:aa:00:02"

@@ -158,7 +158,9 @@ def test_doctor_says_what_backup_says(define_guest: MakeGuest, vmsnap: Installat
     guest = define_guest(GuestSpec(name="tied", disks=TINY, extra_devices=(shared, fixed_cid, user_net)))
     vmsnap.policy(guest.name)
     with unchanged(vmsnap, guest):
-        error = refused(vmsnap, "backup", guest.name, code=3, names=("virtiofs or 9p", "CID", "'user'"), remedy="virsh")
+        error = refused(
+            vmsnap, "backup", guest.name, code=3, names=("virtiofs or 9p", "vsock", "'user'"), remedy="virsh"
+        )
         findings = doctor_refusals(vmsnap, guest.name)
     assert len(findings) == 4
     for item in findings:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 
 from integration.dhcp_clients import Dhcpcd
 from integration.networld import StandIn, SwitchCancel, fresh_network, sh, stop
+from integration.waiting import wait_until
 from vmsnap.dhcp.authentication import Authentication, Proof
 from vmsnap.dhcp.message import DhcpMessage, MessageType, Op, Option, OptionCode, encode
 from vmsnap.model.isolation import Exchange
@@ -97,17 +98,10 @@ def watching(tmp_path: Path) -> Iterator[Watching]:
             made.close()
 
 
-def wait_until(condition: Callable[[], bool], *, what: str, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-
-
 def test_the_last_exchange_of_a_protected_guest_is_kept(watching: Watching) -> None:
     log = watching.add_server()
     client, other = watching.add_client(MAC), watching.add_client(OTHER)
-    wait_until(lambda: bool(watching.told) and bool(other.addresses()), what="two leases")
+    wait_until(lambda: bool(watching.told and client.addresses() and other.addresses()), what="two leases")
     kept = watching.book.get(MAC)
     assert kept is not None
     assert [str(kept.address)] == client.addresses()

@@ -454,6 +454,29 @@ def test_a_partitioned_disk_with_several_file_systems(open_images: OpenImages, t
     assert found["xfs"].uuid in caught.value.details
 
 
+def test_an_image_that_is_a_file_system_and_has_a_partition_table_is_refused(
+    open_images: OpenImages, tmp_path: Path, tree: Path
+) -> None:
+    """As isohybrid images are: what the partitions hold would never be looked at."""
+    part = make_ext4(tmp_path / "part", tree=tree)
+    run("debugfs", "-w", "-R", "feature needs_recovery", part)
+    disk = tmp_path / "disk.raw"
+    disk.touch()
+    os.truncate(disk, 66 * MIB)
+    run("sfdisk", "-q", disk, stdin="label: dos\nstart=2048,size=64MiB")
+    with disk.open("r+b") as target:
+        target.seek(MIB)
+        target.write(part.read_bytes())
+    (before,) = states(open_images(image_of(disk)))
+    assert (before.kind, before.clean) == ("ext4", False)
+    with disk.open("r+b") as target:
+        target.seek(32 << 10)
+        target.write(b"\1CD001\1".ljust(2048, b"\0") + b"\xffCD001\1".ljust(2048, b"\0"))
+    (state,) = states(open_images(image_of(disk)))
+    assert (state.kind, state.clean) == ("ambivalent", False)
+    assert "contradict" in state.observed
+
+
 def test_vfat_with_its_dirty_flag_set(open_images: OpenImages, tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.touch()

@@ -19,7 +19,8 @@ import pytest
 
 from integration.dhcp_clients import CLIENTS, Client
 from integration.networld import StandIn, SwitchCancel, fresh_network, sh
-from integration.test_addressing import GATEWAY, MAC, OLD, PORT, Fenced, Worlds, greeting, wait_until
+from integration.test_addressing import GATEWAY, MAC, OLD, PORT, Fenced, Worlds, greeting
+from integration.waiting import wait_until
 from vmsnap.dhcp.authentication import ReplayCounter, authentication_of, is_signed
 from vmsnap.dhcp.message import DhcpMessage, MessageType, OptionCode, decode
 from vmsnap.dhcp.pool import DEFAULT_POOL

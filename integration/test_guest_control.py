@@ -176,14 +176,15 @@ class TestAgentOfAGuest(GuestControlContract):
     @pytest.fixture
     def lost(self, guest: LabGuest, channel: LibvirtAgentChannel) -> Iterator[GuestControl]:
         """An agent that stands still for a while."""
-        for after, name in ((1, "STOP"), (60, "CONT")):
+        # The end first, and the beginning late enough that the agent still tells how the command to begin ended.
+        for after, name in ((60, "CONT"), (5, "STOP")):
             kill = ("systemctl", "kill", f"--signal={name}", "qemu-guest-agent")
             guest.run(["systemd-run", f"--on-active={after}", "--timer-property=AccuracySec=100ms", *kill])
         deadline = time.monotonic() + 30
         control = ACCESS.agent(channel)
         while True:
             try:
-                control.ping(timeout=timedelta(seconds=1))
+                control.ping(timeout=timedelta(seconds=5))  # longer than a guest that is only slow takes
             except GuestUnreachableError:
                 break
             assert time.monotonic() < deadline, "the agent did not stand still"
@@ -232,6 +233,7 @@ class TestAgentOfAGuest(GuestControlContract):
             report = run_procedure(engine.drain(instance, deadline=timedelta(seconds=60)), control)
             run_procedure(engine.stop(instance, deadline=timedelta(minutes=5)), control)
             evidence = run_procedure(engine.evidence_in_guest(instance), control)
+            run_procedure(engine.require_all_stopped(), control)
         finally:
             guest.stop_pgbench()
             guest.run(["systemctl", "restart", "postgresql@15-main"], timeout_s=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import libvirt
 import pytest
 
 from integration.installation import Installation
+from integration.lab.commands import run as host_run
 from integration.lab.guest import LabGuest
 from integration.lab.services import start_libvirt, stop_libvirtd
 
@@ -120,6 +122,55 @@ def test_provision_killed_in_a_step(guest: LabGuest, vmsnap: Installation, step:
         assert vmsnap.run("env", "destroy", environment["environment"]).exit_code == 0
     assert not list(vmsnap.store.glob(".environments/*"))
     assert not list(vmsnap.store.glob("*/*/holds/*"))
+
+
+def test_a_run_whose_state_directory_was_lost_is_adopted_once_it_is_dead(guest: LabGuest, vmsnap: Installation) -> None:
+    vmsnap.policy(guest.name)
+    guest.psql("DELETE FROM markers; INSERT INTO markers VALUES (1)")
+    with vmsnap.start("backup", guest.name) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if _is_step(line, "find databases"):
+                break
+        # Stopped, it is alive, and does not come to its end meanwhile.
+        process.send_signal(signal.SIGSTOP)
+        vmsnap.state.rename(vmsnap.state.with_name("lost"))
+        (unknown,) = vmsnap.ok("reconcile")["unknown"]
+        assert {"clone", "fence", "source-overlays"} <= {thing["kind"] for thing in unknown["things"]}
+        outcome = vmsnap.run("reconcile", "--adopt", unknown["run"])
+        assert outcome.exit_code == 4, outcome.explain()
+        assert f"process {process.pid} " in outcome.stderr
+        process.kill()
+    _write(guest, 2)
+    outcome = vmsnap.run("backup", guest.name)
+    assert outcome.exit_code == 3, outcome.explain()
+    assert "vmsnap reconcile --adopt" in outcome.stderr
+    planned = vmsnap.ok("reconcile", "--adopt", unknown["run"], "--dry-run")
+    assert planned["undone"] == []
+    assert [told["run"] for told in planned["adopted"]] == [unknown["run"]]
+    report = vmsnap.ok("reconcile", "--adopt", unknown["run"])
+    assert report["complete"] is True
+    assert [item["kind"] for item in report["undone"]][:2] == ["clone", "fence"]
+    assert vmsnap.ok("reconcile")["unknown"] == []
+    _require_home(guest, counter=2)
+
+
+def test_a_guest_comes_home_by_hand_as_the_guide_says_and_the_rest_is_adopted(
+    guest: LabGuest, vmsnap: Installation
+) -> None:
+    vmsnap.policy(guest.name)
+    guest.psql("DELETE FROM markers; INSERT INTO markers VALUES (1)")
+    _kill_at(vmsnap, "backup", guest.name, step="find databases", delay_s=0)
+    vmsnap.state.rename(vmsnap.state.with_name("lost"))
+    _write(guest, 2)
+    (unknown,) = vmsnap.ok("reconcile")["unknown"]
+    host_run(["virsh", "destroy", f"vmsnap-clone-{unknown['run']}"])
+    for disk in guest.disks:
+        host_run(["virsh", "blockcommit", guest.name, disk.target, "--active", "--shallow", "--pivot", "--wait"])
+    _require_home(guest, counter=2)
+    assert vmsnap.ok("reconcile", "--adopt", unknown["run"])["complete"] is True
+    assert vmsnap.ok("reconcile")["unknown"] == []
+    _require_home(guest, counter=2)
 
 
 def test_libvirtd_restarted_in_mid_run_is_harmless(guest: LabGuest, vmsnap: Installation) -> None:

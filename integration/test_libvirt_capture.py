@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -25,9 +27,11 @@ from integration.libvirt_runs import (
     capture_job_runs,
     definitions,
     drop_caches,
+    idle_when_accepted,
     is_running,
     memory_writer,
     run_of,
+    wait_until,
     write_file,
 )
 from integration.memory_use import MemoryUse
@@ -40,10 +44,11 @@ from vmsnap.errors import (
     NotCleanError,
     NotConvergingError,
 )
-from vmsnap.hypervisors.libvirt import pauses
+from vmsnap.hypervisors.libvirt import pauses, yielding
 from vmsnap.hypervisors.libvirt.capturewatch import CaptureWatch
 from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.hypervisors.libvirt.processes import CLONE_OOM_SCORE, pid_of
+from vmsnap.hypervisors.libvirt.xml import parse
 from vmsnap.model.capture import CaptureSettings, CloneLimits, OnNoConvergence
 from vmsnap.model.guest import GuestState, Severity
 from vmsnap.model.journal import ResourceKind
@@ -81,7 +86,33 @@ def check_limits(clone: libvirt.virDomain, limits: CloneLimits) -> None:
     )
 
 
-def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, guest: LabGuest) -> None:
+def cache_modes(guest: LabGuest, name: str) -> set[str | None]:
+    root = parse(guest.connection.lookupByName(name).XMLDesc())
+    return {driver.get("cache") for driver in root.findall("devices/disk/driver")}
+
+
+def giving_way(monkeypatch: pytest.MonkeyPatch) -> list[yielding.GivingWay]:
+    """Return a list that gets what lets clones give way, when it begins."""
+    seen: list[yielding.GivingWay] = []
+    begin = yielding.GivingWay.begin
+
+    def noted(self: yielding.GivingWay) -> None:
+        seen.append(self)
+        begin(self)
+
+    monkeypatch.setattr(yielding.GivingWay, "begin", noted)
+    return seen
+
+
+def weight_of(guest: LabGuest, name: str) -> int:
+    return int(guest.connection.lookupByName(name).schedulerParameters()["cpu_shares"])
+
+
+def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(
+    lab: Lab, guest: LabGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yielding, "SECONDS", 600.0)
+    idle, ways = idle_when_accepted(monkeypatch), giving_way(monkeypatch)
     before = definitions(guest)
     downtime_ms = guest.domain.migrateGetMaxDowntime()
     boot_id = guest.run(["cat", "/proc/sys/kernel/random/boot_id"])
@@ -108,10 +139,15 @@ def test_a_run_leaves_the_source_as_it_was_and_keeps_what_it_wrote(lab: Lab, gue
 
         clone = run.restore()
         assert run.driver.clone_state(clone) is GuestState.PAUSED
-        weights = [
-            guest.connection.lookupByName(name).schedulerParameters()["cpu_shares"] for name in (guest.name, clone.name)
-        ]
-        assert weights[1] == weights[0] * PATIENT.cpu_shares // 1024
+        assert cache_modes(guest, clone.name) == {"unsafe"}
+        assert "unsafe" not in cache_modes(guest, guest.name)
+        assert idle == ["1"]
+        group = yielding.group_of(clone.name, run=clone.run)
+        assert group is not None
+        assert (group / "cpu.idle").read_text() == "1\n"
+        ways[0].cease()
+        assert (group / "cpu.idle").read_text() == "0\n"
+        assert weight_of(guest, clone.name) == weight_of(guest, guest.name) * PATIENT.cpu_shares // 1024
         memory = guest.connection.lookupByName(clone.name).memoryParameters()
         assert memory["hard_limit"] * 1024 == run.plan.guest.memory_bytes * 5 // 4 + (1 << 30)
         check_limits(guest.connection.lookupByName(clone.name), limits)
@@ -182,6 +218,25 @@ def test_a_clone_killed_while_it_shuts_down_is_not_clean(lab: Lab, guest: LabGue
         killer.join()
 
 
+def test_the_disks_of_a_clone_whose_emulator_was_killed_are_not_read(lab: Lab, guest: LabGuest) -> None:
+    with run_of(lab, guest) as run:
+        run.prepare()
+        run.capture()
+        clone = run.restore()
+        run.resume()
+        write = {"path": "/bin/sh", "arg": ["-c", "seq 100000 >/var/tmp/written && sync && touch /run/synced"]}
+        request = json.dumps({"execute": "guest-exec", "arguments": write})
+        run.driver.agent(clone.name).send(request, timeout=timedelta(seconds=30))
+        wait_until(lambda: is_in_clone(run, domain=clone.name, path="/run/synced"), "the writing in the clone")
+        pid = pid_of(clone.name)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        there = guest.connection.listAllDomains
+        wait_until(lambda: clone.name not in {domain.name() for domain in there()}, "the clone's end")
+        with pytest.raises(NotCleanError, match="before it had written all"):
+            run.driver.clone_images(run.plan)
+
+
 def expect_home(run: DriverRun, guest: LabGuest, definitions_before: tuple[str, str]) -> None:
     """The capture was given up: the guest runs on its own disk, and nothing was switched."""
     assert is_running(guest)
@@ -211,7 +266,7 @@ def test_a_cancelled_capture_leaves_the_guest_at_home(lab: Lab, guest: LabGuest)
 
 def give_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the watcher give up at the first pass: on a busy host any guest may converge, whatever it writes."""
-    hopeless = Convergence(ceiling_ms=1, downtime_ms=1, raised_at_pass=-5)
+    hopeless = Convergence(ceiling_ms=1, downtime_ms=1, raised_at_pass=-5, raised_at=-5.0)
     monkeypatch.setattr(Convergence, "for_plan", staticmethod(lambda _plan: hopeless))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import libvirt
 import libvirt_qemu
 import pytest
 
-from integration.lab import userfaultfd
+from integration.lab import host_settings
 from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
@@ -29,6 +30,7 @@ from integration.libvirt_runs import (
     DriverRun,
     child_of_run,
     definitions,
+    idle_when_accepted,
     is_running,
     memory_writer,
     new_driver,
@@ -42,12 +44,13 @@ from integration.test_libvirt_capture import give_up_at_once
 from vmsnap.errors import CancelledError, DriverError, VmsnapError
 from vmsnap.hypervisors.libvirt import background
 from vmsnap.hypervisors.libvirt.processes import pid_of
-from vmsnap.model.capture import CaptureMode, OnNoConvergence
+from vmsnap.model.capture import CaptureChoice, CaptureMode, OnNoConvergence
 from vmsnap.model.guest import GuestState
 
 BEFORE = "/var/tmp/before"
 # Files of consecutive numbers, each written anew and put on disk, over and over; and whether each is one.
 _WRITE_SCRIPT = "i=0; while :; do i=$((i+1)); seq $i $((i+3000)) >/var/tmp/w.$((i%10)); sync -f /var/tmp; done"
+_GIVEN_UP = 3
 _CHECK_SCRIPT = """set -e
 systemctl stop lab-disk-writer lab-memory-writer; sync; echo 3 >/proc/sys/vm/drop_caches
 for file in /var/tmp/w.*; do head -n -1 $file | awk 'NR>1 && $1!=last+1 {exit 1} {last=$1}'; done
@@ -56,14 +59,14 @@ for file in /var/tmp/w.*; do head -n -1 $file | awk 'NR>1 && $1!=last+1 {exit 1}
 
 @pytest.fixture(autouse=True)
 def _userfaultfd() -> Iterator[None]:
-    with userfaultfd.allowed():
+    with host_settings.lent(host_settings.USERFAULTFD):
         yield
 
 
 @pytest.fixture(scope="module")
 def own_guest(lab: Lab) -> Iterator[LabGuest]:
     """A small guest for this file: its domain is marked as tainted by what the tests do."""
-    with LabGuest(lab, GuestSpec(memory_mib=384)) as guest:
+    with LabGuest(lab, GuestSpec(memory_mib=512)) as guest:
         yield guest
 
 
@@ -108,7 +111,10 @@ def expect_unharmed(run: DriverRun, guest: LabGuest, before: tuple[tuple[str, st
     run.release()
     assert is_running(guest)
     assert run.driver.source_is_home(run.plan.guest)
-    assert (definitions(guest), settings_of_qemu(guest)) == before
+    for was, now in zip(before[0], definitions(guest), strict=True):
+        # Sorted: a libvirtd that is started again writes the controllers of a running guest in an order of its own.
+        assert list(difflib.unified_diff(sorted(was.splitlines()), sorted(now.splitlines()), lineterm="", n=0)) == []
+    assert settings_of_qemu(guest) == before[1]
     assert guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
     assert relays() == []
     assert run.overlay_files() == []
@@ -126,6 +132,7 @@ def test_a_guest_is_taken_in_one_stop_while_it_writes(
     guest = own_guest
     held = held and background.can_be_held(guest.connection.getVersion())
     monkeypatch.setattr(background, "can_be_held", lambda _version: held)
+    idle = idle_when_accepted(monkeypatch)
     before = definitions(guest), settings_of_qemu(guest)
     with memory_writer(guest), run_of(lab, guest) as run:
         instantly(run).prepare()
@@ -142,6 +149,8 @@ def test_a_guest_is_taken_in_one_stop_while_it_writes(
             assert settings_of_qemu(guest) == before[1]
             assert guest.domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE
             clone = run.restore()
+            # The guest waits for it while it is loaded.
+            assert idle == ["0"]
             assert run.driver.clone_state(clone) is GuestState.PAUSED
             run.resume()
             # Its disks are of the instant of its memory: what it had not in its cache is read from them now.
@@ -279,10 +288,48 @@ def test_an_agent_killed_at_any_step_leaves_nothing(lab: Lab, own_guest: LabGues
                 expect_unharmed(run, guest, before)
 
 
-def test_a_guest_that_does_not_converge_is_taken_instantly(
-    lab: Lab, own_guest: LabGuest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clone_that_is_given_up_as_it_is_complete_leaves_libvirtd_alive(lab: Lab, own_guest: LabGuest) -> None:
+    """libvirt 9.0's daemon may die where a domain is destroyed at the moment when its memory is complete."""
+    for _ in range(_GIVEN_UP):
+        with run_of(lab, own_guest) as run:
+            instantly(run).prepare()
+            run.capture()
+            run.release()
+        assert own_guest.connection.isAlive()
+        assert is_running(own_guest)
+
+
+def test_a_guest_that_qemu_cannot_migrate_any_more_is_mended_by_the_next_capture(lab: Lab, own_guest: LabGuest) -> None:
+    """QEMU before 8.1, after a background snapshot that failed: ``auto`` goes by ``instant``, and then ``live`` works again."""
     guest = own_guest
+    with memory_writer(guest), run_of(lab, guest) as run:
+        instantly(run).prepare()
+        with pytest.raises(CancelledError):
+            run.capture(Cancel(when=lambda: streams(guest)))
+    left = guest.connection.getVersion() < 8_001_000
+    assert background.is_left_by_a_failure(guest.domain) is left
+    for expected in (CaptureMode.INSTANT if left else CaptureMode.LIVE, CaptureMode.LIVE):
+        with run_of(lab, guest) as run:
+            choice = run.driver.choose_mode(run.plan.guest, settings=replace(PATIENT, mode=CaptureChoice.AUTO))
+            assert choice.mode is expected, choice.reason
+            run.plan = replace(run.plan, choice=choice)
+            run.prepare()
+            assert run.capture().mode is expected
+            run.restore()
+            assert not background.is_left_by_a_failure(guest.domain)
+
+
+@pytest.fixture
+def unhurt_guest(lab: Lab) -> Iterator[LabGuest]:
+    """A guest whose QEMU no background snapshot has failed in: QEMU 7.2 cannot migrate it any more then (docs/instant.md)."""
+    with LabGuest(lab, GuestSpec(memory_mib=512)) as guest:
+        yield guest
+
+
+def test_a_guest_that_does_not_converge_is_taken_instantly(
+    lab: Lab, unhurt_guest: LabGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = unhurt_guest
     give_up_at_once(monkeypatch)
     before = definitions(guest), settings_of_qemu(guest)
     settings = replace(PATIENT, max_pause=timedelta(milliseconds=2), on_no_convergence=OnNoConvergence.INSTANT)

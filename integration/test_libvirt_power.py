@@ -9,15 +9,17 @@ from dataclasses import replace
 import libvirt
 import pytest
 
-from integration.lab import userfaultfd
+from integration.lab import host_settings
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
 from integration.lab.leaks import look
 from integration.libvirt_runs import DEADLINE, INSTANT, Cancel, definitions, new_driver, run_of, wait_until, write_file
 from integration.test_libvirt_instant import relays, streams
 from vmsnap.errors import DriverError, VmsnapError
+from vmsnap.hypervisors.libvirt.monitor import Monitor
 
 MEANWHILE = "/var/tmp/meanwhile"
+_SLOW_BYTES_PER_SECOND = 16 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +77,15 @@ def test_a_guest_that_powers_off_while_its_memory_streams_is_merged_and_boots(la
 
     def powers_off() -> bool:
         if not written and streams(guest):
+            # So slow that it is on its way for longer than the guest takes to go off.
+            Monitor(guest.domain).set_max_bandwidth(_SLOW_BYTES_PER_SECOND)
             # Onto the overlay, after the instant of the capture; then as if the guest's kernel had halted.
             write_file(guest, MEANWHILE, "written in mid-stream")
             written.append(streams(guest))
             guest.agent("guest-exec", path="/bin/sh", arg=["-c", "echo o >/proc/sysrq-trigger"])
         return False
 
-    with userfaultfd.allowed(), run_of(lab, guest) as run:
+    with host_settings.lent(host_settings.USERFAULTFD), run_of(lab, guest) as run:
         run.plan = replace(run.plan, choice=INSTANT)
         run.prepare()
         with pytest.raises(VmsnapError):

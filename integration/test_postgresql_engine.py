@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +19,7 @@ from threading import Timer
 import pytest
 
 from integration.postgresql_world import ELSEWHERE, PORT, PROGRAMS, USER, Cluster, World, say
+from integration.waiting import wait_until
 from vmsnap.engines.pg_control import ClusterState, parse_control_file
 from vmsnap.engines.postgresql import PostgreSQL
 from vmsnap.errors import DeadlineError, NotCleanError, PreconditionError
@@ -77,6 +77,13 @@ def later(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         timer.join()
 
 
+def set_and_reload(cluster: Cluster, name: str, value: str) -> None:
+    """Change a setting, and wait until the server has read it."""
+    cluster.sql(f"ALTER SYSTEM SET {name} = '{value}'")
+    cluster.pg_ctl("reload")
+    wait_until(lambda: cluster.sql(f"SHOW {name}") == value, what=f"{name} = {value}")
+
+
 def hang_up(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     process.stdin.close()
@@ -121,22 +128,28 @@ def test_everything_at_once_is_counted_right(cluster: Cluster) -> None:
     cluster.world.call(str(PROGRAMS / "pgbench"), "-h", socket, "-p", str(cluster.port), "-i", "-q", "postgres")
     cluster.sql("BEGIN; INSERT INTO work VALUES ('prepared'); PREPARE TRANSACTION 'two-phase'")
     load = ("-h", socket, "-p", str(cluster.port), "-c", "3", "-n", "-T", "600", "postgres")
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = "
+    pgbench = f"{sessions} 'pgbench'"
+    others = f"{sessions} 'psql' AND xact_start IS NOT NULL AND pid <> pg_backend_pid()"
+    # The works that finish have to last until the drain has begun, on a busy machine too, and to end before its deadline.
     with ended(
-        cluster.execute("INSERT INTO work SELECT 'long' FROM pg_sleep(2)"),
-        cluster.execute("INSERT INTO work SELECT 'remote-statement' FROM pg_sleep(2)", host=ELSEWHERE),
-        cluster.leave_open("INSERT INTO work VALUES ('remote-idle')", host=ELSEWHERE),
-        cluster.leave_open("INSERT INTO work VALUES ('local-idle')"),
-        cluster.execute("INSERT INTO work SELECT 'endless' FROM pg_sleep(600)"),
-        cluster.world.start(str(PROGRAMS / "pgbench"), *load, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+        cluster.world.start(str(PROGRAMS / "pgbench"), *load, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ):
-        cluster.wait_for(5)
-        time.sleep(0.5)
-        in_flight, finished, rolled_back, seconds = drain_and_stop(cluster, seconds=5)
+        wait_until(lambda: cluster.sql(pgbench) == "3", what="pgbench's clients")
+        with ended(
+            cluster.execute("INSERT INTO work SELECT 'long' FROM pg_sleep(4)"),
+            cluster.execute("INSERT INTO work SELECT 'remote-statement' FROM pg_sleep(4)", host=ELSEWHERE),
+            cluster.leave_open("INSERT INTO work VALUES ('remote-idle')", host=ELSEWHERE),
+            cluster.leave_open("INSERT INTO work VALUES ('local-idle')"),
+            cluster.execute("INSERT INTO work SELECT 'endless' FROM pg_sleep(600)"),
+        ):
+            wait_until(lambda: cluster.sql(others) == "5", what="work of five")
+            in_flight, finished, rolled_back, seconds = drain_and_stop(cluster, seconds=8)
     # pgbench's three clients are in flight or between two transactions when the lame duck begins.
     assert rolled_back == 3
     assert 2 <= finished <= 5
     assert in_flight == finished + rolled_back
-    assert 5 <= seconds < 8
+    assert 8 <= seconds < 11
     assert names(cluster) == {"long", "remote-statement"}
     cluster.sql("COMMIT PREPARED 'two-phase'")
     assert "prepared" in cluster.sql("SELECT name FROM work")
@@ -169,7 +182,7 @@ def test_a_local_client_may_go_on_until_the_deadline(cluster: Cluster) -> None:
     client = cluster.leave_open("INSERT INTO work VALUES ('slow-thinker')", host="127.0.0.1")
     with ended(client):
         cluster.wait_for(1)
-        with later(3, lambda: say(client, "COMMIT;\n")):
+        with later(6, lambda: say(client, "COMMIT;\n")):
             in_flight, finished, rolled_back, seconds = drain_and_stop(cluster, seconds=60)
     assert (in_flight, finished, rolled_back) == (1, 1, 0)
     assert 2 < seconds < 15
@@ -186,7 +199,7 @@ def test_a_deadline_of_nothing_rolls_back_everything(cluster: Cluster) -> None:
 def test_a_statement_of_several_transactions_is_one_work(cluster: Cluster) -> None:
     cluster.sql(
         "CREATE PROCEDURE steps() LANGUAGE plpgsql AS $$ BEGIN FOR i IN 1..8 LOOP INSERT INTO work VALUES ('step' || i); "
-        "COMMIT; PERFORM pg_sleep(0.3); END LOOP; END $$"
+        "COMMIT; PERFORM pg_sleep(0.6); END LOOP; END $$"
     )
     with ended(cluster.execute("CALL steps()")):
         cluster.wait_for(1)
@@ -195,9 +208,8 @@ def test_a_statement_of_several_transactions_is_one_work(cluster: Cluster) -> No
 
 
 def test_a_commit_that_waits_for_a_standby_has_finished(cluster: Cluster) -> None:
-    cluster.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-    cluster.sql("SELECT pg_reload_conf()")
-    time.sleep(0.5)
+    set_and_reload(cluster, "synchronous_standby_names", "nobody")
+    cluster.sql("CHECKPOINT")  # whoever makes it also tells the others that commits wait, and does so first
     with ended(cluster.execute("INSERT INTO work VALUES ('acknowledged-by-nobody')")):
         cluster.wait_for(1)
         in_flight, finished, rolled_back, seconds = drain_and_stop(cluster, seconds=60)
@@ -207,11 +219,11 @@ def test_a_commit_that_waits_for_a_standby_has_finished(cluster: Cluster) -> Non
 
 
 def test_the_commit_log_tells_what_became_of_those_who_left(cluster: Cluster) -> None:
-    leaving = "BEGIN; INSERT INTO work VALUES ('committed-and-left'); SELECT pg_sleep(2); COMMIT"
+    leaving = "BEGIN; INSERT INTO work VALUES ('committed-and-left'); SELECT pg_sleep(6); COMMIT"
     dying = cluster.leave_open("INSERT INTO work VALUES ('died')")
     with ended(cluster.execute(leaving), dying):
         cluster.wait_for(2)
-        with later(1, lambda: hang_up(dying)):
+        with later(3, lambda: hang_up(dying)):
             assert drain_and_stop(cluster, seconds=60)[:3] == (2, 1, 1)
     assert names(cluster) == {"committed-and-left"}
 
@@ -237,7 +249,10 @@ def test_servers_are_found_by_their_processes(world: World) -> None:
         world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover())
     clusters[0].pg_ctl("stop", "-w")
     assert world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover()) == (clusters[1].instance(),)
+    with pytest.raises(NotCleanError, match="PostgreSQL runs in the clone"):
+        world.drive(engine.require_all_stopped())
     clusters[1].pg_ctl("stop", "-w")
+    world.drive(engine.require_all_stopped())
     with pytest.raises(PreconditionError, match="no PostgreSQL server runs on"):
         world.drive(PostgreSQL(clusters=(clusters[1].policy(),)).discover())
 
@@ -264,13 +279,22 @@ def test_without_a_session_nothing_is_stopped(cluster: Cluster) -> None:
     cluster.sql("CREATE ROLE weak LOGIN")
     cluster.write("pg_hba.conf", "local all all reject\nhost all all 0.0.0.0/0 trust\n")
     cluster.pg_ctl("reload")
-    time.sleep(0.5)
+    attempt = (*cluster.client(), "-c", "SELECT 1")
+    wait_until(lambda: cluster.world.call(*attempt, check=False).returncode != 0, what="the new rules")
     with pytest.raises(PreconditionError) as caught:
         cluster.world.drive(PostgreSQL().drain(cluster.instance(), deadline=timedelta(seconds=5)))
     assert "pg_hba.conf" in str(caught.value.remedy)
     assert "rejects connection" in str(caught.value.details)
     query = (str(PROGRAMS / "psql"), "-XqAt", "-h", "127.0.0.1", "-p", str(cluster.port), "-d", "postgres")
     assert cluster.world.call(*query, "-c", "SELECT 1").stdout == "1\n"
+
+
+def test_a_recovery_is_trusted_by_what_the_server_says_of_itself(cluster: Cluster) -> None:
+    cluster.world.drive(PostgreSQL().require_recoverable(cluster.instance()))
+    for setting in ("full_page_writes", "fsync"):
+        set_and_reload(cluster, setting, "off")
+        with pytest.raises(PreconditionError, match=f"{setting} = off"):
+            cluster.world.drive(PostgreSQL().require_recoverable(cluster.instance()))
 
 
 def test_a_server_that_was_killed_is_not_clean(cluster: Cluster) -> None:
@@ -326,7 +350,7 @@ def test_a_server_that_comes_back_is_not_clean(cluster: Cluster) -> None:
     assert not PostgreSQL().judge(cluster.instance(), files=cluster.evidence_files()).clean
 
 
-def test_evidence_is_found_on_its_file_system(world: World, cluster: Cluster) -> None:
+def test_evidence_is_found_on_its_file_system(world: World) -> None:
     image = world.folder / "disk.img"
     image.touch()
     os.truncate(image, 200 << 20)
@@ -354,12 +378,20 @@ def test_evidence_is_found_on_its_file_system(world: World, cluster: Cluster) ->
         "/deep/data/PG_VERSION",
         "/deep/data/postmaster.pid",
     ]
-    memory = world.folder / "memory"
+    places = {item.path.rpartition("/PG_VERSION")[0] for item in found[7:]}
+    assert places == {f"/deep/data/{name}" for name in ("base", "pg_wal", "pg_xact")}
+    # In memory: nothing but the mount tells it of pg_wal, and of a tablespace it is where the link leads.
+    wal, memory = moved.directory / "pg_wal", world.folder / "memory"
     memory.mkdir()
-    subprocess.run([*inside, 'mount -t tmpfs none "$1"', "sh", str(memory)], check=True, timeout=60)
-    (cluster.directory / "pg_tblspc/16999").symlink_to(memory)
-    with pytest.raises(PreconditionError, match="no UUID"):
-        world.drive(PostgreSQL().locate(cluster.instance()))
+    for point in (wal, memory):
+        subprocess.run([*inside, 'mount -t tmpfs none "$1"', "sh", str(point)], check=True, timeout=60)
+    with pytest.raises(PreconditionError, match=r"pg_wal in the guest .* has no UUID"):
+        world.drive(PostgreSQL().locate(seen_through_link))
+    subprocess.run([*inside, 'umount "$1"', "sh", str(wal)], check=True, timeout=60)
+    tablespace = str(moved.directory / "pg_tblspc/16999")
+    subprocess.run([*inside, 'ln -s "$1" "$2"', "sh", str(memory), tablespace], check=True, timeout=60)
+    with pytest.raises(PreconditionError, match=r"memory in the guest .* has no UUID"):
+        world.drive(PostgreSQL().locate(seen_through_link))
 
 
 def test_the_script_knows_no_session_but_its_own(cluster: Cluster) -> None:
@@ -368,7 +400,7 @@ def test_the_script_knows_no_session_but_its_own(cluster: Cluster) -> None:
     cluster.sql("ALTER ROLE postgres SET default_transaction_isolation = 'serializable'")
     cluster.sql("ALTER ROLE postgres SET search_path = public")
     cluster.sql("CREATE VIEW public.pg_stat_activity AS SELECT 1 AS pid")
-    with ended(cluster.execute("SET statement_timeout = 0; INSERT INTO work SELECT 'long' FROM pg_sleep(2)")):
+    with ended(cluster.execute("SET statement_timeout = 0; INSERT INTO work SELECT 'long' FROM pg_sleep(4)")):
         cluster.wait_for(1)
         assert drain_and_stop(cluster, seconds=60)[:3] == (1, 1, 0)
     assert names(cluster) == {"long"}

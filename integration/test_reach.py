@@ -287,6 +287,20 @@ def test_a_network_that_is_not_there_is_refused(at_once: tuple[Any, Any], vmsnap
     assert vmsnap.ok("env", "list")["environments"] == []
 
 
+def test_a_network_that_the_original_is_in_is_refused(
+    moving: LabGuest, at_once: tuple[Any, Any], vmsnap: Installation, lab: Lab
+) -> None:
+    beside = f"<network><name>beside</name><forward mode='bridge'/><bridge name='{lab.bridge}'/></network>"
+    network = moving.connection.networkCreateXML(beside)
+    try:
+        outcome = vmsnap.run("provision", at_once[0]["snapshot"], "--network", "beside", "--json")
+    finally:
+        network.destroy()
+    assert outcome.exit_code == 3, outcome.explain()
+    assert "would take its address" in outcome.document["error"]["brief"]
+    assert vmsnap.ok("env", "list")["environments"] == []
+
+
 def leased(network: libvirt.virNetwork, *, lab: Lab) -> str:
     """The address that the only guest of a network has leased."""
     deadline = time.monotonic() + 20 * lab.time_factor

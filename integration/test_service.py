@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -32,7 +32,7 @@ from integration.networld import (
     snapshot_of_network,
     stop,
 )
-from integration.test_addressing import wait_until
+from integration.waiting import wait_until
 from tests.workflow.invocations import backup, provision, succeed
 from vmsnap.errors import GuestUnreachableError, PreconditionError
 from vmsnap.model.guest import OldAddress
@@ -173,7 +173,8 @@ def ask(address: tuple[str, int], said: bytes) -> str:
     """Say everything, end that direction, and return the answer."""
     with socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection:
         connection.sendall(said)
-        connection.shutdown(socket.SHUT_WR)
+        with suppress(OSError):  # where it was reset meanwhile, receiving says so
+            connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
 
 

@@ -133,8 +133,9 @@ class WindowsGuest:
         lock = f"{_PID}\n{DATA}\n1795249458\n5432\n\n127.0.0.1\n  2229011        24\nready   \n"
         if name == "postgresql_discover":
             command = f'"{PROGRAMS}\\pg_ctl.exe" runservice -N "postgresql-x64-15" -D "{DATA}" -w'
-            service = {"Service": "postgresql-x64-15", "State": "Running", "Starts": "Auto", "CommandLine": command}
-            return {"Services": [service], "Servers": [{"Pid": _PID, "Parent": 1}]}
+            runs = "Stopped" if self.stopped else "Running"
+            service = {"Service": "postgresql-x64-15", "State": runs, "Starts": "Auto", "CommandLine": command}
+            return {"Services": [service], "Servers": [] if self.stopped else [{"Pid": _PID, "Parent": 1}]}
         if name == "postgresql_look":
             said = f"Database cluster state:               {state.text}\nDatabase system identifier:           73\n"
             return {"Lock": "" if self.stopped else lock, "Version": "15\n", "Control": said, "Status": 0, "Linked": []}

@@ -3,7 +3,8 @@
 #   /opt/vmsnap                the program in a Python environment of its own
 #   /usr/bin/vmsnap            a link to it
 #   /lib/systemd, /usr/lib     units, and what systemd makes of users and folders
-# Nothing is started. Needs Debian's python3-venv, and a C compiler, python3-dev and libvirt-dev for libvirt's binding.
+# Nothing is started, and nothing replaced that runs. Needs Debian's python3-venv, and a C compiler,
+# python3-dev and libvirt-dev for libvirt's binding.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,6 +13,12 @@ destination=${destination%/}
 place=/opt/vmsnap
 target=$destination$place
 
+# A running program loads parts of itself later. What it does must not end in the middle for want of them.
+if [ -z "$destination" ] && packaging/running.sh "$place" >&2; then
+    echo "install.sh: these run from $place, which is about to be replaced. Nothing was changed." >&2
+    echo "What to do: stop vmsnap.service and the timers, and wait for the rest: 'vmsnap removable' says for what." >&2
+    exit 1
+fi
 rm -rf "$target"
 # Debian's own Python: the one that the package depends on.
 /usr/bin/python3 -m venv "$target"

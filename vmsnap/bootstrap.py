@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,20 +14,22 @@ from vmsnap.disks.export import QemuExport
 from vmsnap.disks.exporting import LocalFolders
 from vmsnap.disks.filesystems import OfflineInspector
 from vmsnap.engines.registry import engine_for
-from vmsnap.errors import EnvironmentNotFoundError, GuestUnreachableError, PreconditionError, VmsnapError
+from vmsnap.errors import EnvironmentNotFoundError, PreconditionError, VmsnapError
 from vmsnap.exporting import exports_of
 from vmsnap.guests.access import Access
 from vmsnap.model.collection import CollectReport
 from vmsnap.model.copies import ReplicaCopies
-from vmsnap.model.due import DueEntry, DueReport, Limits, Outcome, PruneFailure, PruneReport
-from vmsnap.model.forecast import Forecast
-from vmsnap.model.guest import Finding, Guest, GuestState, Nic, Severity
+from vmsnap.model.due import DueEntry, DueReport, ForecastReport, Limits, Outcome, PruneFailure, PruneReport
+from vmsnap.model.environment import Expiry
+from vmsnap.model.forgetting import ForgetReport, ForgetWishes
+from vmsnap.model.guest import Finding
 from vmsnap.model.history import Action, AuditEntry, RunEntry, Trigger
 from vmsnap.model.ids import new_run_id
 from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.policy import EnvironmentPolicy, Policy
 from vmsnap.model.report import (
+    Adoption,
     BackupReport,
     EnvironmentStatus,
     ExportOptions,
@@ -41,6 +42,7 @@ from vmsnap.model.report import (
     ReconcileReport,
     RegisterReport,
     ReplicateReport,
+    RestoreOptions,
     RestoreReport,
     ServeOptions,
     ServeReport,
@@ -49,15 +51,15 @@ from vmsnap.model.report import (
 from vmsnap.model.schedule import Due
 from vmsnap.model.verification import VerifyChoice, VerifyEntry
 from vmsnap.monitoring.metrics import Metric
+from vmsnap.network.direct import connect_directly
 from vmsnap.network.dns import DnsNames
 from vmsnap.network.service import HostServices
-from vmsnap.network.watcher import DhcpWatcher, Watched, bridges_of
-from vmsnap.offsite import replica_of, upkeep_of
 from vmsnap.oversight import Hearing, Oversight
-from vmsnap.ports.clock import Cancel
+from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.observer import Observer
 from vmsnap.ports.progress import Progress
-from vmsnap.ports.upkeep import CollectWishes
+from vmsnap.ports.replica import Replica
+from vmsnap.ports.upkeep import CollectWishes, Upkeep
 from vmsnap.state.admissions import FileAdmissions
 from vmsnap.state.attempts import FileAttemptBook
 from vmsnap.state.clock import SystemClock
@@ -69,42 +71,33 @@ from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.state.samples import FileSampleBook
 from vmsnap.state.starter import starter_of_process
+from vmsnap.state.vitals import ProcessVitals
 from vmsnap.stores.images import ImagesStore
 from vmsnap.virtual import open_virtual
+from vmsnap.watching import GuestWatch, watch_dhcp
+from vmsnap.workflow.adopt import adopt
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.chronicle import audited, known_runs
 from vmsnap.workflow.collect import collect, copies_of
 from vmsnap.workflow.due import DueRuns, NamedProgress, upcoming_of
+from vmsnap.workflow.examine import examine_guest, examine_host
+from vmsnap.workflow.expire import expire
 from vmsnap.workflow.export import export
-from vmsnap.workflow.hinting import hint_findings
+from vmsnap.workflow.forget import forget
 from vmsnap.workflow.lazily import find_snapshot, hydrate, tend
 from vmsnap.workflow.naming import register
 from vmsnap.workflow.provision import Provision, destroy_environment, status_of
 from vmsnap.workflow.prune import foresee, prune
-from vmsnap.workflow.reach import choose
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.replicate import replicate, replicate_due, with_replica
 from vmsnap.workflow.restore import restore
 from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.serve import forward, serve
 from vmsnap.workflow.verify import verify, verify_due
-from vmsnap.workflow.wishes import settings_of
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
 _LOCK_TIMEOUT = timedelta(minutes=1)
-
-
-def connect_directly(host: str, port: int, timeout: timedelta) -> socket.socket:
-    """Open a TCP connection from the host, as the host's routing says. Raises GuestUnreachableError."""
-    try:
-        return socket.create_connection((host, port), timeout=timeout.total_seconds())
-    except OSError as error:
-        raise GuestUnreachableError(
-            f"{host} port {port} cannot be reached from this host: {error}",
-            remedy="is the address right, and the guest's SSH server running? Where this host may not reach the guest, "
-            "give host_key in the policy's [control.ssh]: only the clone is asked then",
-        ) from error
 
 
 def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
@@ -112,6 +105,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
     clock = SystemClock()
     state = settings.state.path
     virtual = open_virtual(settings, clock=clock)
+    replica, upkeep = _offsite(settings, clock=clock)
     return World(
         hypervisor=virtual.hypervisor,
         hints=virtual.hints,
@@ -124,7 +118,7 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         direct=connect_directly,
         export=QemuExport(runtime_dir=settings.runtime.path),
         inspector=OfflineInspector(),
-        replica=None if settings.replica is None else replica_of(settings.replica, state=state, clock=clock),
+        replica=replica,
         folders=LocalFolders(),
         store=ImagesStore(settings.store.path, allow_copies=settings.store.allow_copies, now=clock.now),
         exports=exports_of(settings.store.path, runtime=settings.runtime.path, replica=settings.replica),
@@ -136,12 +130,23 @@ def make_world(settings: Settings, *, trigger: Trigger | None = None) -> World:
         samples=FileSampleBook(state),
         exchanges=FileExchanges(state),
         rungs=FileRungMemory(state),
+        vitals=ProcessVitals(),
         history=SqliteHistory(state),
         starter=starter_of_process(trigger),
         clock=clock,
         engine_for=engine_for,
         new_run_id=new_run_id,
-        upkeep=None if settings.replica is None else upkeep_of(settings.replica, clock=clock),
+        upkeep=upkeep,
+    )
+
+
+def _offsite(settings: Settings, *, clock: Clock) -> tuple[Replica | None, Upkeep | None]:
+    if settings.replica is None:
+        return None, None
+    from vmsnap.offsite import replica_of, upkeep_of  # noqa: PLC0415 - what knows packs takes long to load
+
+    return replica_of(settings.replica, state=settings.state.path, clock=clock), upkeep_of(
+        settings.replica, clock=clock
     )
 
 
@@ -199,8 +204,9 @@ class Application:
                 reread=self._policies.find,
             )
             report = runs.run(dry_run=dry_run)
-        policies = [check.policy for check in checks if check.policy is not None and not dry_run]
-        sent = tuple(replicate_due(self._world, policies=policies, progress=progress, cancel=cancel))
+            policies = [check.policy for check in checks if check.policy is not None and not dry_run]
+            sending = replicate_due(self._world, policies=policies, progress=progress, cancel=cancel)
+            sent = tuple(hearing.of_copies(sending, clock=self._world.clock))
         wrong = tuple(
             DueEntry(guest=check.guest or check.path.name, outcome=Outcome.FAILED, error=check.error)
             for check in checks
@@ -254,52 +260,52 @@ class Application:
                 failures.append(PruneFailure(guest=check.guest or check.path.name, error=error))
         return PruneReport(decisions=tuple(decisions), failures=tuple(failures))
 
+    def forget(self, wishes: ForgetWishes) -> ForgetReport:
+        """Remove snapshots by hand."""
+        return forget(self._world, wishes=wishes)
+
     def collect(self, wishes: CollectWishes, *, progress: Progress, cancel: Cancel) -> CollectReport:
-        """Remove what nobody needs at the replica."""
-        return collect(self._world, policies=self._policies.all(), wishes=wishes, progress=progress, cancel=cancel)
+        """Remove what nobody needs at the replica. What is garbage hangs on no policy; what is locked for longer does."""
+        checks = self._policies.check()
+        policies = [check.policy for check in checks if check.policy is not None]
+        report = collect(self._world, policies=policies, wishes=wishes, progress=progress, cancel=cancel)
+        locks = self._world.upkeep is not None and self._world.upkeep.locks and not wishes.dry_run
+        wrong = tuple(check.error.brief for check in checks if check.error is not None)
+        return report.model_copy(update={"unlocked": wrong}) if locks else report
 
-    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> ForecastReport:
         """Return what retention will have kept, of one guest or of all that have a policy."""
-        return tuple(foresee(self._world, policy=policy, span=span, every=every) for policy in self._policies_of(guest))
+        if guest is not None:
+            return ForecastReport(
+                forecasts=(foresee(self._world, policy=self._policies.get(guest), span=span, every=every),)
+            )
+        checks = sorted(self._policies.check(), key=lambda check: check.guest or check.path.name)
+        policies = [check.policy for check in checks if check.policy is not None]
+        return ForecastReport(
+            forecasts=tuple(foresee(self._world, policy=policy, span=span, every=every) for policy in policies),
+            failures=tuple(
+                PruneFailure(guest=check.guest or check.path.name, error=check.error) for check in checks if check.error
+            ),
+        )
 
-    def _policies_of(self, guest: str | None) -> tuple[Policy, ...]:
-        return (self._policies.get(guest),) if guest is not None else self._policies.all()
-
-    def reconcile(self) -> ReconcileReport:
-        """Undo what dead runs left, and look after environments straight from the replica."""
+    def reconcile(self, adoption: Adoption | None = None) -> ReconcileReport:
+        """Undo what dead runs left, and look after environments straight from the replica, or adopt runs."""
+        if adoption is not None:
+            return adopt(self._world, adoption)
         report = reconcile(self._world)
         tend(self._world, failed=lambda environment, error: _LOG.warning("%s: %s", environment.name, error.brief))
         return report
 
     def doctor(self, guest: str | None) -> tuple[Finding, ...]:
         """Look whether this host, and a guest on it, can be backed up."""
-        found = [*_attempt("hypervisor", self._world.hypervisor.host_findings)]
-        if guest is None:
-            found.extend(_attempt("store", lambda: self._world.store.findings(needed_bytes=0)))
-            replica = self._world.replica
-            if replica is not None:
-                found.extend(_attempt("replica", replica.findings))
-            return tuple(found)
-        policy = self._policies.get(guest)
-        found.extend(_attempt("guest", lambda: self._guest_findings(policy)))
-        return tuple(found)
-
-    def _guest_findings(self, policy: Policy) -> tuple[Finding, ...]:
-        world = self._world
-        guest = world.hypervisor.inspect(policy.guest)
-        first = not world.store.snapshots(guest.name)
-        needed = sum(disk.size_bytes for disk in guest.disks) if first else 0
-        return (
-            *world.hypervisor.findings(guest, settings=settings_of(policy)),
-            *world.store.findings(needed_bytes=needed),
-            *hint_findings(world, policy=policy, guest=guest),
-            *(_attempt("control", lambda: self._control(policy, guest)) if guest.state is GuestState.RUNNING else ()),
-        )
-
-    def _control(self, policy: Policy, guest: Guest) -> tuple[Finding, ...]:
-        login = choose(self._world, policy=policy, guest=guest)
-        way = "its guest agent" if login.agent else "SSH inside the fence"
-        return (Finding(check="control", severity=Severity.OK, message=f"the clone will be controlled by {way}"),)
+        if guest is not None:
+            return examine_guest(self._world, policy=self._policies.get(guest))
+        try:
+            checks = self._policies.check()
+        except VmsnapError:
+            checks = ()  # 'policy check' says why
+        policies = [check.policy for check in checks if check.policy is not None]
+        return examine_host(self._world, policies=policies, per_host=self._limits.per_host)
 
     def verify(self, reference: str, *, choice: VerifyChoice, progress: Progress, cancel: Cancel) -> VerifyReport:
         """Re-read a snapshot, and repair it where that is chosen."""
@@ -319,9 +325,9 @@ class Application:
         """Copy a snapshot to the replica."""
         return replicate(self._world, reference=reference, progress=progress, cancel=cancel)
 
-    def restore(self, reference: str, *, progress: Progress, cancel: Cancel) -> RestoreReport:
+    def restore(self, reference: str, *, options: RestoreOptions, progress: Progress, cancel: Cancel) -> RestoreReport:
         """Bring a snapshot from the replica into the local store."""
-        return restore(self._world, reference=reference, progress=progress, cancel=cancel)
+        return restore(self._world, reference=reference, options=options, progress=progress, cancel=cancel)
 
     def export(self, reference: str, *, options: ExportOptions, progress: Progress, cancel: Cancel) -> ExportReport:
         """Write the disks of a snapshot as plain files."""
@@ -353,29 +359,8 @@ class Application:
         cancel: Cancel,
     ) -> None:
         """Keep the last DHCP exchange of guests until cancelled."""
-        policies = tuple(self._policies.get(guest) for guest in guests) or self._policies.all()
-        watched = tuple(policy for policy in policies if policy.isolation.exchanges == "watch")
-        if not watched:
-            raise PreconditionError(
-                "no policy wants its guest's DHCP exchanges watched",
-                remedy='write a policy, or set isolation.exchanges = "watch" in it',
-            )
-        names: dict[str, str] = {}
-
-        def look() -> Watched:
-            names.clear()
-            taps: set[str] = set()
-            for policy in watched:
-                for nic in _nics(self._world, guest=policy.guest):
-                    names[nic.mac.lower()] = policy.guest
-                    taps.update(() if nic.tap is None else (nic.tap,))
-            found = frozenset(interfaces) or frozenset(bridges_of(frozenset(taps)))
-            return Watched(macs=frozenset(names), interfaces=found)
-
-        def told(exchange: Exchange) -> None:
-            tell(names.get(exchange.mac, ""), exchange)
-
-        DhcpWatcher(self._world.exchanges, look=look, tell=told).run(cancel=cancel)
+        watch = GuestWatch(self._world.hypervisor, policies=self._policies, guests=guests, interfaces=interfaces)
+        watch_dhcp(self._world, watch=watch, tell=tell, cancel=cancel)
 
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
         """Return snapshots, oldest first by guest."""
@@ -397,6 +382,10 @@ class Application:
     def destroy_environment(self, name: str) -> None:
         """Remove an environment."""
         destroy_environment(self._world, name=name)
+
+    def expire_environments(self, *, dry_run: bool) -> tuple[Expiry, ...]:
+        """Remove environments whose time has come."""
+        return tuple(expire(self._world, dry_run=dry_run))
 
     def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
         """Set when an environment expires."""
@@ -454,23 +443,6 @@ class Application:
             raise
         except PreconditionError:
             return None
-
-
-def _nics(world: World, *, guest: str) -> tuple[Nic, ...]:
-    """Return a guest's NICs; none where it cannot be described now: watching the others goes on."""
-    try:
-        return world.hypervisor.inspect(guest).nics
-    except VmsnapError as error:
-        _LOG.warning("the DHCP exchanges of %r are not watched for now: %s", guest, error.brief)
-        return ()
-
-
-def _attempt(check: str, look: Callable[[], tuple[Finding, ...]]) -> tuple[Finding, ...]:
-    """Return the findings, or the error as a finding: doctor reports, it does not fail."""
-    try:
-        return look()
-    except VmsnapError as error:
-        return (Finding(check=check, severity=Severity.REFUSAL, message=error.brief, remedy=error.remedy),)
 
 
 def open_application(settings: Settings, policies: PolicyBook, *, trigger: Trigger | None = None) -> Application:

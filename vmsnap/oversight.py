@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING
 from vmsnap.config.credentials import Addressees, addressees_of
 from vmsnap.config.policies import PolicyBook
 from vmsnap.config.settings import Settings, listen_address
-from vmsnap.errors import ConfigError, VmsnapError
+from vmsnap.errors import ConfigError, StoreUnreachableError, VmsnapError
 from vmsnap.model.alarms import Ledger, Rules
+from vmsnap.model.due import ReplicateEntry
 from vmsnap.model.facts import Facts, Problem, Room
 from vmsnap.model.guest import Finding, Severity
 from vmsnap.monitoring.lookout import Lookout, Outlets, Subject
 from vmsnap.monitoring.monitor import Monitor
 from vmsnap.monitoring.ping import DeadManPing, ping_findings
 from vmsnap.monitoring.probe import Probe
+from vmsnap.monitoring.standing import Standing, unreachable
+from vmsnap.ports.clock import Clock
+from vmsnap.ports.observer import ChoreDone
 from vmsnap.state.alarms import FileAlarmBook
 from vmsnap.workflow.facts import Stock, gather, overlay_room
 from vmsnap.workflow.run import as_vmsnap_error
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from vmsnap.monitoring.metrics import Metric
 
 _LOG = logging.getLogger(__name__)
+_COPIES = "replicate"
 _PROBE_EVERY = timedelta(minutes=5)
 _PATIENCE = timedelta(seconds=45)
 _PROBE_PATIENCE = timedelta(seconds=5)
@@ -142,7 +147,7 @@ class Oversight:
 
 
 class Hearing:
-    """Passes on how runs end."""
+    """Passes on how runs, and copies, end."""
 
     def __init__(self, monitor: Monitor | None) -> None:
         self._monitor = monitor
@@ -158,6 +163,23 @@ class Hearing:
             raise
         if self._monitor is not None:
             self._monitor.heard(guest, error=None)
+
+    def of_copies(self, entries: Iterable[ReplicateEntry], *, clock: Clock) -> Iterator[ReplicateEntry]:
+        """Pass on how sending each copy ends, as it ends, and what is sent. An outage of the replica is one problem."""
+        standing = Standing()
+        away: dict[str, VmsnapError] = {}
+        for entry in entries:
+            if isinstance(entry.error, StoreUnreachableError):
+                away.setdefault(entry.guest, entry.error)
+            elif entry.error is not None:
+                self._pass_on(standing, ChoreDone(name=_COPIES, at=clock.now(), guest=entry.guest, error=entry.error))
+            yield entry
+        self._pass_on(standing, ChoreDone(name=_COPIES, at=clock.now(), error=unreachable(away) if away else None))
+
+    def _pass_on(self, standing: Standing, done: ChoreDone) -> None:
+        standing.hear(done)
+        if self._monitor is not None:
+            self._monitor.stands(standing.problems, heard=standing.heard)
 
 
 def _outlets(settings: Settings) -> Outlets:
@@ -221,6 +243,21 @@ def findings_of(settings: Settings, *, file: Path) -> tuple[Finding, ...]:
 
         found += url_findings(addressees.urls)
     return (*found, *ping_findings(addressees.dead_man_url))
+
+
+def silence_of(settings: Settings) -> tuple[Finding, ...]:
+    """Return a warning where nobody hears of backups that fail: neither by a message or a ping nor by metrics."""
+    wanted, metrics = settings.notifications, settings.metrics
+    if wanted.urls or wanted.credential or wanted.dead_man_url or metrics.listen or metrics.textfile:
+        return ()
+    return (
+        Finding(
+            check="notifications",
+            severity=Severity.WARNING,
+            message="nobody is told when backups fail: vmsnap.toml has neither [notifications] nor [metrics]",
+            remedy="name somebody in [notifications], or let Prometheus read [metrics]; docs/monitoring.md shows how",
+        ),
+    )
 
 
 def _others_may_read(file: Path) -> bool:

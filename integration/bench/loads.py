@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Self
 
-from integration.lab.commands import LabError, run
+from integration.bench.programs import compiled
+from integration.lab.commands import LabError
 from integration.lab.guest import POSTGRESQL_BIN, LabGuest
 
 _SOURCE = Path(__file__).with_name("memory_load.c")
@@ -44,10 +45,7 @@ def fill_memory(guest: LabGuest) -> float:
     """Put the program into the guest, and let it touch its memory; returns the seconds that took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "memory_load"
-        run(["gcc", "-O2", "-Wall", "-Werror", "-static", "-o", program, _SOURCE])
-        run(["strip", program])
-        content = program.read_bytes()
+        content = compiled(_SOURCE, folder=Path(folder)).read_bytes()
     for start in range(0, len(content), _PIECE_BYTES):
         text = base64.b64encode(content[start : start + _PIECE_BYTES]).decode()
         guest.run(["sh", "-c", f"base64 -d >>{_PROGRAM}"], text=text)

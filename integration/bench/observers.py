@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import struct
+import re
+import select
 import subprocess
 import sys
-import threading
-import time
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Interface
@@ -17,10 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from integration.bench.programs import compiled
 from integration.lab.commands import LabError, run
 from integration.lab.lab import Lab
 
 _PERIOD_S = 0.05
+_MEMORY = re.compile(rb"^Rss(?:Anon|Shmem):\s*(\d+) kB$", re.MULTILINE)
+_CLIENT = Path(__file__).with_name("outside.c")
 
 
 class ExtraMemory:
@@ -28,43 +29,45 @@ class ExtraMemory:
 
     Counted are anonymous and shared pages of processes (proc(5), status) and pages in tmpfs; not the page cache, which the
     kernel gives up by itself. A page in a tmpfs that a process also maps would count twice; none does here.
+
+    A process of its own looks: in this one it would hold up those who capture.
     """
 
     def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="bench-memory", daemon=True)
-        self._before = 0
-        self._most = 0
+        self.peak_bytes = 0
+        argv = [sys.executable, "-m", "integration.bench.observers"]
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Self:
-        self._before = self._most = _lab_memory_bytes()
-        self._thread.start()
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise LabError(f"the look at the memory ended with exit status {self._process.wait()}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
+        out, _ = self._process.communicate("", timeout=30)
+        self.peak_bytes = int(out)
 
-    @property
-    def peak_bytes(self) -> int:
-        return self._most - self._before
 
-    def _run(self) -> None:
-        while not self._stop.wait(_PERIOD_S):
-            self._most = max(self._most, _lab_memory_bytes())
+def _look_at_memory() -> None:
+    """Look until stdin is closed, then print the most that was taken above what there was at first."""
+    before = most = _lab_memory_bytes()
+    print("ready", flush=True)
+    while not select.select([sys.stdin], [], [], _PERIOD_S)[0]:
+        most = max(most, _lab_memory_bytes())
+    print(most - before)
 
 
 def _lab_memory_bytes() -> int:
-    pages = 0
-    for entry in Path("/proc").iterdir():
+    kib = 0
+    for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with suppress(OSError, KeyError):  # it ended meanwhile, or is a kernel thread
-                status = (entry / "status").read_text()
-                fields = dict(line.split(":", 1) for line in status.splitlines())
-                pages += sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-    return pages + sum(_used_bytes(mount) for mount in _tmpfs_mounts())
+            with suppress(OSError):  # it ended meanwhile
+                # Kernel threads have no such lines.
+                kib += sum(map(int, _MEMORY.findall(Path(entry.path, "status").read_bytes())))
+    return kib * 1024 + sum(_used_bytes(mount) for mount in _tmpfs_mounts())
 
 
 def _tmpfs_mounts() -> set[str]:
@@ -88,18 +91,17 @@ class Silence:
 
 
 class OutsideView:
-    """A client in a network namespace of its own on the production bridge, which asks the guest every millisecond.
-
-    It sends ICMP echo requests (RFC 792), because the guest's kernel answers those whatever its programs do.
-    """
+    """A client in a network namespace of its own on the production bridge, which asks the guest every millisecond."""
 
     def __init__(self, lab: Lab, *, guest_address: str) -> None:
         self._namespace = "bench-outside"
         self._address = guest_address
         self._lab = lab
+        self._folder = tempfile.TemporaryDirectory()
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
+        client = compiled(_CLIENT, folder=Path(self._folder.name))
         network = IPv4Interface(self._lab.gateway).network
         mine = f"{network.network_address + 250}/{network.prefixlen}"
         inside = ["ip", "-n", self._namespace]
@@ -108,16 +110,7 @@ class OutsideView:
         run(["ip", "link", "set", "bench0", "master", self._lab.bridge, "up"])
         run([*inside, "address", "add", mine, "dev", "eth0"])
         run([*inside, "link", "set", "eth0", "up"])
-        argv = [
-            "ip",
-            "netns",
-            "exec",
-            self._namespace,
-            sys.executable,
-            "-m",
-            "integration.bench.observers",
-            self._address,
-        ]
+        argv = ["ip", "netns", "exec", self._namespace, str(client), self._address]
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
@@ -129,15 +122,15 @@ class OutsideView:
             self._process.communicate()
         run(["ip", "link", "del", "bench0"])
         run(["ip", "netns", "del", self._namespace])
+        self._folder.cleanup()
 
     def silences(self) -> list[Silence]:
         """Stop asking; returns every time longer than two milliseconds in which no answer came."""
         assert self._process is not None
         out, _ = self._process.communicate("", timeout=30)
-        found = [Silence(began_s=began, seconds=seconds) for began, seconds in json.loads(out)]
-        if not found and self._process.returncode != 0:
+        if self._process.returncode != 0:
             raise LabError(f"the client outside ended with exit status {self._process.returncode}")
-        return found
+        return [Silence(*map(float, line.split())) for line in out.splitlines()]
 
 
 def longest_ms(silences: list[Silence], *, begin_s: float, end_s: float) -> float:
@@ -146,73 +139,5 @@ def longest_ms(silences: list[Silence], *, begin_s: float, end_s: float) -> floa
     return round(max(lengths, default=0.0) * 1000, 1)
 
 
-def _ask(address: str) -> None:
-    """Ask until stdin is closed, then print the silences.
-
-    A silence begins with the first request after an answer and ends with the next answer, by the kernel's time of arrival:
-    what this program itself is late by is not the guest's.
-    """
-    with suppress(PermissionError):
-        os.nice(-10)
-    raw = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMP)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-    raw.setsockopt(socket.SOL_SOCKET, 35, 1)  # SO_TIMESTAMPNS, asm-generic/socket.h
-    raw.connect((address, 0))
-    identifier = os.getpid() & 0xFFFF
-    asked_s: float | None = None
-    silences: list[tuple[float, float]] = []
-    stop = threading.Event()
-    threading.Thread(target=_set_at_end_of_input, args=(stop,), daemon=True).start()
-    number = 0
-    next_s = time.monotonic()
-    while not stop.is_set():
-        number = (number + 1) & 0xFFFF
-        now = time.time()
-        with suppress(BlockingIOError, ConnectionError, OSError):
-            raw.send(_request(identifier, number))
-            asked_s = asked_s or now
-        next_s = max(next_s + 0.001, time.monotonic())
-        while True:
-            for arrived_s in _answers(raw, identifier):
-                if asked_s is not None and arrived_s >= asked_s:
-                    if arrived_s - asked_s > 0.002:
-                        silences.append((asked_s, arrived_s - asked_s))
-                    asked_s = None
-            left = next_s - time.monotonic()
-            if left <= 0:
-                break
-            time.sleep(min(left, 0.0005))
-    if asked_s is not None:
-        silences.append((asked_s, time.time() - asked_s))
-    print(json.dumps(silences))
-
-
-def _set_at_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.read()
-    stop.set()
-
-
-def _request(identifier: int, number: int) -> bytes:
-    words = (0x0800, 0, identifier, number)
-    total = sum(words)
-    total = (total & 0xFFFF) + (total >> 16)
-    return struct.pack("!4H", words[0], ~total & 0xFFFF, identifier, number)
-
-
-def _answers(raw: socket.socket, identifier: int) -> list[float]:
-    """When the answers arrived that are there by now."""
-    arrived = []
-    with suppress(BlockingIOError, ConnectionError):
-        while True:
-            packet, notes, _, _ = raw.recvmsg(256, 64)
-            header = (packet[0] & 15) * 4
-            kind, _, _, mine, _ = struct.unpack_from("!BBHHH", packet, header)
-            if kind == 0 and mine == identifier:
-                for _, _, data in notes:
-                    seconds, nanoseconds = struct.unpack("qq", data[:16])
-                    arrived.append(seconds + nanoseconds / 1e9)
-    return arrived
-
-
 if __name__ == "__main__":
-    _ask(sys.argv[1])
+    _look_at_memory()

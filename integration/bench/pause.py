@@ -29,7 +29,7 @@ from integration.bench.loads import Load, Running, fill_memory, fill_mib
 from integration.bench.observers import ExtraMemory, OutsideView, longest_ms
 from integration.bench.pause_rows import NOT_CONVERGING, PLAIN, READING, Run, Sample, document
 from integration.bench.plain import plain_capture
-from integration.lab import userfaultfd
+from integration.lab import host_settings
 from integration.lab.domain import GuestSpec
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
@@ -107,7 +107,10 @@ def measure(lab: Lab, console: Console) -> dict[str, object]:
             if run.lacks(ram_mib, load, mode, wanted.runs)
         ]
         if todo:
-            with userfaultfd.allowed(), LabGuest(lab, GuestSpec(name=GUEST, memory_mib=ram_mib)) as guest:
+            with (
+                host_settings.lent(host_settings.USERFAULTFD),
+                LabGuest(lab, GuestSpec(name=GUEST, memory_mib=ram_mib)) as guest,
+            ):
                 console.print(f"{ram_mib} MiB: {fill_mib(ram_mib)} MiB touched in {fill_memory(guest):.0f} s")
                 _measure_guest(guest, run=run, wanted=wanted, console=console)
     return document(run)
@@ -124,8 +127,8 @@ def _measure_guest(guest: LabGuest, *, run: Run, wanted: Wanted, console: Consol
                         sample = _sample(guest, mode=mode, load=load, running=running, address=address)
                         run.add(sample)
                         console.print(str(sample), highlight=False)
-            if "live" in wanted.modes and load is Load.PGBENCH and run.lacks(ram_mib, load, READING, 1):
-                run.add(_reading(guest, load))
+                if "live" in wanted.modes and load is Load.PGBENCH and run.lacks(ram_mib, load, READING, number + 1):
+                    run.add(_reading(guest, load))
 
 
 def _host(lab: Lab) -> dict[str, object]:
@@ -141,6 +144,7 @@ def _host(lab: Lab) -> dict[str, object]:
         "cpu": model.split(": ")[1],
         "cpus": os.cpu_count(),
         "accelerator": lab.accelerator,
+        "page_reporting_order": host_settings.value_of(host_settings.MEMORY_KEPT),
         "libvirt": numbers[0],
         "qemu": numbers[1],
         "commit": commit,
@@ -163,8 +167,8 @@ def _sample(guest: LabGuest, *, mode: str, load: Load, running: Running, address
     with ExitStack() as stack:
         outside = stack.enter_context(OutsideView(guest.lab, guest_address=address))
         time.sleep(BEFORE_S)
-        began_s = time.time()
         with ExtraMemory() as memory:
+            began_s = time.time()
             taken = stack.enter_context(_plain(guest, load) if mode == PLAIN else _vmsnap(guest, mode))
             ended_s = time.time()
             resumed_s = ended_s if taken.pause is None else taken.pause.resumed.timestamp()

@@ -18,7 +18,7 @@ HOW = (
     "pause: from the first STOP to the last RESUME event, by QEMU's clock, in every mode. "
     "pause_parts_ms: medians of what vmsnap says its pause was made of. "
     "clone_running_s: from the source's RESUME until the clone was resumed in its proven fence. "
-    "stream_read_s: reading one live stream under pgbench once from its tmpfs, thrown away; "
+    "stream_read_s: reading a live stream under pgbench once from its tmpfs, thrown away; "
     "stream_read_into_memory_s: the same into fresh memory. "
     "tps_dip: the share of transactions missing in the five seconds after the source's RESUME against the seven before. "
     "peak_extra_ram_bytes: most memory of all the lab's processes and tmpfs during capture and clone, above that before. "

@@ -155,14 +155,15 @@ def _write(root: Path, snapshots: Sequence[Snapshot]) -> None:
 
 
 def _list(world: World) -> None:
-    print_json(list_document(world.store.snapshots()), stream=io.StringIO())
+    print_json(list_document(world.store.snapshots(), now=world.clock.now()), stream=io.StringIO())
 
 
 def _prune(world: World, policies: Sequence[Policy]) -> None:
     decisions: list[PruneDecision] = []
     for policy in policies:
         decisions += prune(world, policy=policy, dry_run=True)
-    print_json(prune_document(PruneReport(decisions=tuple(decisions)), dry_run=True), stream=io.StringIO())
+    document = prune_document(PruneReport(decisions=tuple(decisions)), dry_run=True, now=world.clock.now())
+    print_json(document, stream=io.StringIO())
 
 
 def _tick(world: World, policies: Sequence[Policy]) -> None:
@@ -198,11 +199,13 @@ def _first_list_s(root: Path) -> float:
     """Time ``list`` in a process of its own, from the first module it loads."""
     code = (
         "import io, sys\n"
+        "from datetime import UTC, datetime\n"
         "from pathlib import Path\n"
         "from vmsnap.cli.documents import list_document\n"
         "from vmsnap.cli.failures import print_json\n"
         "from vmsnap.stores.images import ImagesStore\n"
-        "print_json(list_document(ImagesStore(Path(sys.argv[1])).snapshots()), stream=io.StringIO())\n"
+        "found = ImagesStore(Path(sys.argv[1])).snapshots()\n"
+        "print_json(list_document(found, now=datetime.now(UTC)), stream=io.StringIO())\n"
     )
     return _timed(lambda: subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=120))
 

@@ -92,10 +92,13 @@ def mount_again(entered: list[Hierarchy]) -> None:
             run(["mount", "-t", "cgroup", "-o", hierarchy.options, "cgroup", hierarchy.mount])
         else:
             run(["mount", "-t", "cgroup2", "cgroup2", hierarchy.mount])
-            # The root of the namespace must be free of processes before it can hand controllers to its children.
+        if not hierarchy.options or "cpu" in hierarchy.options.split(","):
+            # As on a host with systemd: what is no guest has a group of its own, beside that of all guests and not above it.
+            # With version 2 the root must be free of processes, too, before it can hand controllers to its children.
             leaf = hierarchy.mount / "lab"
             leaf.mkdir()
             (leaf / "cgroup.procs").write_text("0")
+        if not hierarchy.options:
             _hand_down(hierarchy.mount)
 
 

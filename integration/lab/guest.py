@@ -87,7 +87,13 @@ class LabGuest:
     @property
     def connection(self) -> libvirt.virConnect:
         """A connection to the lab's libvirtd, opened again after libvirtd was restarted."""
-        if self._connection is None or not self._connection.isAlive():
+        if self._connection is not None:
+            try:
+                self._connection.getLibVersion()
+            except libvirt.libvirtError:
+                # That libvirtd has gone is found out by whoever asks it for something next; ``isAlive`` does not ask.
+                self._connection = None
+        if self._connection is None:
             self._connection = libvirt.open(URI)
         return self._connection
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from integration.lab import cgroups, kvm
+from integration.lab import cgroups, host_settings, kvm
 from integration.lab.commands import LabError, run
 from integration.lab.image import get_image
 from integration.lab.lab import Lab
@@ -38,7 +38,7 @@ def run_in_lab(command: Sequence[str]) -> int:
     sweep()
     image = get_image()
     accelerator = kvm.choose(image)
-    with _scratch() as scratch:
+    with host_settings.lent(host_settings.MEMORY_KEPT), _scratch() as scratch:
         lab = Lab(
             scratch=scratch,
             image_folder=image.folder,
@@ -56,7 +56,8 @@ def run_in_lab(command: Sequence[str]) -> int:
 
 
 def sweep() -> None:
-    """Remove scratch folders and control groups of labs that are no longer alive. Repeatable."""
+    """Remove scratch folders and control groups of labs that are no longer alive, and give back settings. Repeatable."""
+    host_settings.give_back_all()
     with _alone(_parent(), wait=True):
         for folder in _parent().glob(f"{PREFIX}*"):
             with _alone(folder) as gained:

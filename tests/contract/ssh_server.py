@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from socket import socket, socketpair
-from threading import Thread
+from threading import Event, Thread
 from typing import IO
 
 import paramiko
@@ -37,6 +37,7 @@ class _Session(paramiko.ServerInterface):
         return "publickey"
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        self._server.before_login()
         allowed = username == self._server.user and key.asbytes() == self._server.client_key.asbytes()
         return AUTH_SUCCESSFUL if allowed else AUTH_FAILED
 
@@ -62,6 +63,7 @@ class LocalSshServer:
         self.answers = True
         self.commands: list[str] = []
         self.connections = 0
+        self.before_login: Callable[[], object] = lambda: None
         self._transports: list[paramiko.Transport] = []
         self._lines: list[socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -120,12 +122,15 @@ class LocalSshServer:
             Thread(target=_pump_out, args=(process.stdout, channel.sendall), daemon=True),
             Thread(target=_pump_out, args=(process.stderr, channel.sendall_stderr), daemon=True),
         ]
-        Thread(target=_pump_in, args=(channel, process.stdin), daemon=True).start()
+        went_on = Event()
+        Thread(target=_pump_in, args=(channel, process.stdin, went_on), daemon=True).start()
         for pump in pumps:
             pump.start()
         status = process.wait()
         for pump in pumps:
             pump.join()
+        # The client must have heard that the command was accepted before it hears that the channel is closed.
+        went_on.wait(60)
         try:
             if status >= 0:
                 channel.send_exit_status(status)
@@ -153,12 +158,16 @@ def _pump_out(source: IO[bytes], send: Callable[[bytes], None]) -> None:
                 return
 
 
-def _pump_in(channel: paramiko.Channel, target: IO[bytes]) -> None:
+def _pump_in(channel: paramiko.Channel, target: IO[bytes], went_on: Event) -> None:
+    """``went_on``: set when the client has sent something, be it the end of its input, or the line is gone."""
     try:
         with target:
-            while chunk := channel.recv(1 << 16):
+            chunk = channel.recv(1 << 16)
+            went_on.set()
+            while chunk:
                 target.write(chunk)
                 target.flush()
+                chunk = channel.recv(1 << 16)
     except _GONE:
         # The program does not read any more; a server goes on taking what is sent.
         try:

@@ -163,9 +163,12 @@ def test_a_restart_while_the_replica_is_away(place: Place) -> None:
         client._socket.settimeout(1.5)
         with pytest.raises(TimeoutError):
             client.read(40 * BLOCK_BYTES, 512)
-    status = place.exports.status(RUN)
-    assert status is not None
-    assert status.waiting is not None
+
+    def waits() -> bool:
+        status = place.exports.status(RUN)
+        return status is not None and status.waiting is not None
+
+    eventually(waits)
     away.rename(place.replica)
     with place.client() as client:
         assert client.read(40 * BLOCK_BYTES, 512) == data[40 * BLOCK_BYTES : 40 * BLOCK_BYTES + 512]

@@ -52,6 +52,7 @@ class HyperVHarness:
         leaves_home=False,
         replugs=False,
         waits=GuestState.SHUT_OFF,
+        sees_all=False,
     )
 
     def __init__(self, folder: Path, *, settings: CaptureSettings | None = None, generation: int = 2) -> None:

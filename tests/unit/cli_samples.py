@@ -35,9 +35,10 @@ from vmsnap.errors import (
 from vmsnap.model.capture import CaptureMode
 from vmsnap.model.collection import CollectReport, Heap
 from vmsnap.model.copies import ReplicaCopies
-from vmsnap.model.due import DueEntry, DueReport, Outcome, PruneFailure, PruneReport
-from vmsnap.model.environment import Environment
+from vmsnap.model.due import DueEntry, DueReport, ForecastReport, Outcome, PruneFailure, PruneReport
+from vmsnap.model.environment import Environment, Expiry
 from vmsnap.model.forecast import Forecast, every_so_often, forecast
+from vmsnap.model.forgetting import ForgetReport, ForgetWishes, Forgotten
 from vmsnap.model.guest import Finding, GuestState, Severity
 from vmsnap.model.history import AuditEntry, RunEntry
 from vmsnap.model.ids import RunId, SnapshotId
@@ -65,22 +66,27 @@ from vmsnap.model.manifest import (
 )
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import (
+    Adoption,
     BackupReport,
     EnvironmentStatus,
     ExportOptions,
     ExportReport,
     ForwardOptions,
     ForwardReport,
+    Place,
     ProvisionOptions,
     ProvisionReport,
     PruneDecision,
     ReconcileReport,
     RegisterReport,
     ReplicateReport,
+    RestoreOptions,
     RestoreReport,
     ServeOptions,
     ServeReport,
+    TaggedThing,
     Undone,
+    UnknownRun,
     VerifyReport,
 )
 from vmsnap.model.retention_policy import RetentionPolicy
@@ -95,6 +101,24 @@ from vmsnap.ports.upkeep import CollectWishes
 AT = datetime(2026, 11, 21, 2, 0, 3, tzinfo=UTC)
 NOW = AT + timedelta(hours=6)
 BEHAVIOUR = "VMSNAP_TEST_BEHAVIOUR"
+
+UNKNOWN_RUNS = (
+    UnknownRun(
+        run=RunId("00000000e1"),
+        guest="db1",
+        test_vm=False,
+        things=(
+            TaggedThing(kind=ResourceKind.CLONE, name="vmsnap-clone-00000000e1", guest="db1"),
+            TaggedThing(kind=ResourceKind.SOURCE_OVERLAYS, name="source overlays of db1", guest="db1"),
+        ),
+    ),
+    UnknownRun(
+        run=RunId("00000000e2"),
+        guest="",
+        test_vm=True,
+        things=(TaggedThing(kind=ResourceKind.ENVIRONMENT, name="db1-\x1b[31mtest", guest=""),),
+    ),
+)
 
 ISOLATION = IsolationRecord(
     rung=Rung.NONE,
@@ -227,11 +251,14 @@ class FakeApplication:
     )
     existing: tuple[Candidate, ...] = ()
     forecasts: tuple[Forecast, ...] | None = None
+    unlocked: tuple[str, ...] = ()
     doubtful: bool = False
     prune_failures: tuple[PruneFailure, ...] = ()
     replica_copies: ReplicaCopies = field(default_factory=ReplicaCopies)
     history: tuple[RunEntry, ...] = ()
     trail: tuple[AuditEntry, ...] = ()
+    expiries: tuple[Expiry, ...] = ()
+    unknown: tuple[UnknownRun, ...] = ()
     calls: list[tuple[object, ...]] = field(default_factory=list)
 
     def _called(self, *call: object) -> None:
@@ -313,14 +340,17 @@ class FakeApplication:
             seconds=1.5,
         )
 
-    def restore(self, reference: str, *, progress: Progress, cancel: Cancel) -> RestoreReport:
-        self._called("restore", reference)
+    def restore(self, reference: str, *, options: RestoreOptions, progress: Progress, cancel: Cancel) -> RestoreReport:
+        self._called("restore", reference, options)
+        until = None if options.keep is None else AT + options.keep
+        pin = None if until is None else Pin(owner=options.owner, reason="restored", since=AT, until=until)
         return RestoreReport(
             snapshot=SnapshotId("3fa9b0c1d2"),
             guest="db1",
             there=reference == "there",
             logical_bytes=8 << 30,
             seconds=1.5,
+            pin=pin,
         )
 
     def export(self, reference: str, *, options: ExportOptions, progress: Progress, cancel: Cancel) -> ExportReport:
@@ -373,6 +403,23 @@ class FakeApplication:
         )
         return PruneReport(decisions=decisions, failures=self.prune_failures)
 
+    def forget(self, wishes: ForgetWishes) -> ForgetReport:
+        self._called("forget", wishes)
+        if wishes.references == ("cut",):
+            return ForgetReport(guest="db1", reason=wishes.reason, dry_run=False)
+        away = (Place.REPLICA,) if wishes.replica else ()
+        entries = tuple(
+            Forgotten(snapshot=sample(), place=place, copy_stays=not wishes.replica) for place in (Place.LOCAL, *away)
+        )
+        return ForgetReport(
+            guest="db1",
+            reason=wishes.reason,
+            dry_run=wishes.dry_run,
+            entries=entries,
+            freed_bytes=3 << 20,
+            confirm=("no copy is left anywhere of 3fa9b0c1d2",) if wishes.replica else (),
+        )
+
     def collect(self, wishes: CollectWishes, *, progress: Progress, cancel: Cancel) -> CollectReport:
         self._called("collect", wishes)
         progress.step("looking what the snapshots need")
@@ -386,20 +433,25 @@ class FakeApplication:
             found=Heap(objects=1, size_bytes=16 << 20),
             waiting=Heap(objects=4, size_bytes=64 << 20),
             reasons=() if wishes.dry_run else ("what is found stays for 1d first",),
+            unlocked=self.unlocked,
         )
 
-    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> ForecastReport:
         self._called("forecast", guest, span, every)
         if self.forecasts is not None:
-            return self.forecasts
+            return ForecastReport(forecasts=self.forecasts, failures=self.prune_failures)
         policy = Policy(guest=guest or "db1", retention=self.retention, time_zone="Europe/Berlin")
         moments = every_so_often(every or timedelta(days=1), now=NOW)
-        return (forecast(self.existing, policy=policy, moments=moments, now=NOW, span=span, every=every),)
+        found = forecast(self.existing, policy=policy, moments=moments, now=NOW, span=span, every=every)
+        return ForecastReport(forecasts=(found,), failures=self.prune_failures)
 
-    def reconcile(self) -> ReconcileReport:
-        self._called("reconcile")
+    def reconcile(self, adoption: Adoption | None = None) -> ReconcileReport:
+        self._called("reconcile", adoption)
         run = RunId("00000000d1")
+        if adoption is not None and adoption.dry_run:
+            return ReconcileReport(runs=(), undone=(), adopted=UNKNOWN_RUNS[:1], dry_run=True)
         return ReconcileReport(
+            unknown=self.unknown,
             runs=(run,),
             undone=(
                 Undone(run=run, kind=ResourceKind.CLONE, name="vmsnap-clone", guest="db1"),
@@ -533,6 +585,10 @@ class FakeApplication:
         self._called("destroy", name)
         if name != "db1-test":
             raise EnvironmentNotFoundError(f"there is no environment '{name}'", remedy="there is 'db1-test'")
+
+    def expire_environments(self, *, dry_run: bool) -> tuple[Expiry, ...]:
+        self._called("expire", dry_run)
+        return self.expiries
 
     def hydrate_environment(self, name: str, *, progress: Progress, cancel: Cancel) -> EnvironmentStatus:
         self._called("hydrate", name)

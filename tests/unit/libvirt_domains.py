@@ -196,7 +196,7 @@ PARTS: dict[str, Part] = {
         xml="<serial type='unix'><source mode='bind' path='/srv/consoles/db1.serial'/><target port='3'/></serial>"
     ),
     "parallel dev": Part(xml="<parallel type='dev'><source path='/dev/parport0'/><target port='0'/></parallel>"),
-    "vsock": Part(xml="<vsock model='virtio'><cid auto='yes' address='3'/></vsock>", breach=False),
+    "vsock": Part(xml="<vsock model='virtio'><cid auto='yes' address='3'/></vsock>"),
     "tablet": Part(xml="<input type='tablet' bus='usb'/><input type='mouse' bus='ps2'/>", breach=False),
     "sound to the host": Part(
         xml="<sound model='ich9'/><audio id='1' type='pulseaudio' serverName='/run/pulse/native'/>"
@@ -265,7 +265,7 @@ REFUSED = frozenset(
     {
         "tpm of the host", "tpm at a path",
         "hostdev", "virtiofs", "shmem", "nvdimm", "evdev", "input passthrough", "usb over tcp", "entropy daemon",
-        "fixed vsock", "macvtap", "vhost-user video",
+        "vsock", "fixed vsock", "macvtap", "vhost-user video",
     }
 )  # fmt: skip
 CLONABLE = tuple(sorted(PARTS.keys() - REFUSED))

@@ -14,24 +14,38 @@ from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from tests.unit.cli_samples import AT, NOW, FakeApplication, booted, sample, session_over, write_config
+from tests.unit.cli_samples import (
+    AT,
+    NOW,
+    UNKNOWN_RUNS,
+    FakeApplication,
+    booted,
+    sample,
+    sample_environment,
+    session_over,
+    write_config,
+)
 from vmsnap.cli.calendar import calendar_lines
 from vmsnap.cli.main import app
 from vmsnap.errors import BusyError, ConfigError, NotCleanError, StoreUnreachableError, ToolError
 from vmsnap.model.copies import ReplicaCopies
 from vmsnap.model.due import DueEntry, PruneFailure
 from vmsnap.model.due import Outcome as Result
+from vmsnap.model.environment import Expiry
 from vmsnap.model.forecast import every_so_often, forecast
+from vmsnap.model.forgetting import ForgetWishes
 from vmsnap.model.guest import Finding, Severity
-from vmsnap.model.ids import SnapshotId
+from vmsnap.model.ids import RunId, SnapshotId
+from vmsnap.model.journal import RunKind
 from vmsnap.model.manifest import Marks, Pin, Verification
 from vmsnap.model.policy import Policy
-from vmsnap.model.report import ForwardOptions, ServeOptions, VerifyReport
+from vmsnap.model.report import Adoption, ForwardOptions, RestoreOptions, ServeOptions, VerifyReport
 from vmsnap.model.retention_policy import RetentionPolicy
 from vmsnap.model.schedule import Due
 from vmsnap.model.selection import Candidate
 from vmsnap.model.verification import VerifyChoice, VerifyEntry, damage
 from vmsnap.ports.upkeep import CollectWishes
+from vmsnap.state.journal import FileJournals
 
 WARNED = (
     Finding(check="store", severity=Severity.OK, message="XFS with reflinks", remedy="nothing"),
@@ -202,6 +216,10 @@ def test_provision_passes_its_options_on(program: Program) -> None:
         (("provision", "db1", "--at", "yesterday"), "--at: 'yesterday' is no time"),
         (("provision", "db1", "--at", "2026-11-21T02:00"), "--at: '2026-11-21T02:00' has no time zone"),
         (("pin", "3fa9", "--reason", " "), "--reason is empty"),
+        (("forget", "3fa9"), "missing option '--reason'"),
+        (("forget", "3fa9", "--reason", " "), "--reason is empty"),
+        (("forget", "--reason", "x"), "give snapshots, or --guest"),
+        (("forget", "3fa9", "--guest", "db1", "--reason", "x"), "give snapshots, or --guest"),
         (("prune", "--every", "1d"), "--every is given without --simulate"),
         (("prune", "--simulate", "soon"), "--simulate: given 'soon'"),
         (("prune", "--simulate", "1y", "--every", "0s"), "--every: given '0s'"),
@@ -270,6 +288,20 @@ def test_list_is_a_table_with_aligned_columns(program: Program) -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
+def test_a_pin_that_has_ended_is_none(program: Program) -> None:
+    pin = Pin(owner="bob", reason="restored", since=AT - timedelta(days=7), until=NOW)
+    program.application.stored = (sample(marks=Marks(pin=pin)),)
+    assert program("list").stdout.splitlines()[1].endswith("  -")
+    (listed,) = program("list", "--json").json["snapshots"]
+    assert (listed["pinned"], listed["pin"]["owner"]) == (False, "bob")
+    assert program("show", "3fa9", "--json").json["pinned"] is False
+    assert "pinned: no\n" in program("show", "3fa9").stdout
+    lasting = pin.model_copy(update={"until": NOW + timedelta(seconds=1)})
+    program.application.stored = (sample(marks=Marks(pin=lasting)),)
+    assert program("list", "--json").json["snapshots"][0]["pinned"] is True
+    assert program("show", "3fa9", "--json").json["pinned"] is True
+
+
 def test_what_is_said_of_disks_that_were_captured_alone(program: Program) -> None:
     program.application.stored = (booted(),)
     assert (
@@ -300,6 +332,7 @@ def test_list_in_json(program: Program) -> None:
                 "clean": {"proven": True, "methods": ["disk"]},
                 "verified": None,
                 "pin": None,
+                "pinned": False,
                 "parent": None,
                 "copies": ["local"],
             }
@@ -340,7 +373,7 @@ def test_listing_a_guest_without_snapshots_and_one_nobody_knows(program: Program
 
 def test_show_prints_everything_in_the_manifest(program: Program) -> None:
     document = program("show", "3fa9", "--json").json
-    assert document == sample().model_dump(mode="json")
+    assert document == {**sample().model_dump(mode="json"), "pinned": False}
     text = program("show", "3fa9").stdout
     assert "    captured: 2026-11-21T02:00:03Z\n    pause ms: 23 ms\n" in text
     assert "    definition:\n      <domain>\n          <name>db1</name>\n      </domain>\n" in text
@@ -425,6 +458,42 @@ def test_prune_says_where_the_clock_is_in_doubt(program: Program) -> None:
     assert program.application.calls[-1] == ("prune", None, False, True, False)
 
 
+def test_forget_says_what_goes_and_what_it_takes(program: Program) -> None:
+    outcome = program("forget", "3fa9", "--reason", "request 4711", "--dry-run", "--replica")
+    wishes = ForgetWishes(reason="request 4711", references=("3fa9",), replica=True, dry_run=True)
+    assert program.application.calls == [("forget", wishes)]
+    assert outcome.stdout == (
+        "        WHERE    GUEST  SNAPSHOT    WHEN               ANOTHER COPY\n"
+        "remove  local    db1    3fa9b0c1d2  2026-11-21 02:00Z  none is left\n"
+        "remove  replica  db1    3fa9b0c1d2  2026-11-21 02:00Z  none is left\n"
+        "2 copies would be removed, and 3.0 MiB freed; nothing was removed: dry run.\n"
+        "It takes --yes db1:\n"
+        "  no copy is left anywhere of 3fa9b0c1d2\n"
+        "What only those copies needed at the replica is freed by 'vmsnap gc'.\n"
+    )
+    outcome = program("forget", "3fa9", "00ab", "--reason", "request 4711")
+    wishes = ForgetWishes(reason="request 4711", references=("3fa9", "00ab"))
+    assert program.application.calls[-1] == ("forget", wishes)
+    assert outcome.stdout.splitlines()[1:] == [
+        "removed  local  db1    3fa9b0c1d2  2026-11-21 02:00Z  stays",
+        "1 copy removed; 3.0 MiB freed.",
+    ]
+    assert "was cut is finished" in program("forget", "cut", "--reason", "x").stdout
+
+
+def test_forget_takes_all_of_a_guest(program: Program) -> None:
+    outcome = program("forget", "--guest", "db1", "--replica", "--reason", "replaced", "--yes", "db1", "--json")
+    wishes = ForgetWishes(reason="replaced", guest="db1", replica=True, confirmed="db1")
+    assert program.application.calls == [("forget", wishes)]
+    document = outcome.json
+    assert {"guest": "db1", "dry_run": False, "reason": "replaced", "freed_bytes": 3 << 20}.items() <= document.items()
+    assert [(one["snapshot"], one["place"], one["removed"], one["copy_stays"]) for one in document["snapshots"]] == [
+        ("3fa9b0c1d2", "local", True, False),
+        ("3fa9b0c1d2", "replica", True, False),
+    ]
+    assert (document["confirm"], document["replica_error"]) == (["no copy is left anywhere of 3fa9b0c1d2"], None)
+
+
 def test_prune_simulates_without_removing(program: Program) -> None:
     outcome = program("prune", "db1", "--simulate", "60d", "--dry-run")
     assert program.application.calls == [("forecast", "db1", timedelta(days=60), None)]
@@ -504,6 +573,27 @@ def test_a_simulation_on_a_terminal_is_coloured_and_fits_a_hundred_columns() -> 
     assert len([line for line in plain if re.match(r"20\d\d-\d\d ", line)]) == 25
     kept = sum(int(found[1]) for line in plain if (found := re.search(r"(\d+) of \d+$", line)))
     assert kept == len(said.kept)
+
+
+def test_a_simulation_of_all_tells_of_a_policy_that_is_wrong(program: Program) -> None:
+    wrong = ConfigError("db2.toml:1: wrong", remedy="correct it")
+    program.application.prune_failures = (PruneFailure(guest="db2", error=wrong),)
+    outcome = program("prune", "--simulate", "2d")
+    assert outcome.code == 2
+    assert outcome.stdout.startswith("db1, 2026-11-21 to 2026-11-23")
+    assert "db2: error: db2.toml:1: wrong" in outcome.stdout
+    outcome = program("prune", "--simulate", "2d", "--json")
+    assert outcome.code == 2
+    assert [len(outcome.json["simulations"]), outcome.json["failures"][0]["guest"]] == [1, "db2"]
+
+
+def test_gc_tells_whose_copies_it_could_not_lock(program: Program) -> None:
+    program.application.unlocked = ("db2.toml:1: wrong",)
+    outcome = program("gc")
+    assert outcome.code == 2
+    assert "Freed: 2 objects, 30.0 MiB." in outcome.stdout
+    assert "Not locked for longer, because a policy file is wrong: db2.toml:1: wrong." in outcome.stdout
+    assert program("gc", "--json").json["unlocked"] == ["db2.toml:1: wrong"]
 
 
 def test_simulations_of_no_guest_and_of_too_many_backups_are_told(program: Program) -> None:
@@ -599,6 +689,41 @@ def test_environments_are_listed_shown_extended_and_destroyed(program: Program) 
     assert program("env", "destroy", "db1-test", "--json").json == {"environment": "db1-test", "destroyed": True}
 
 
+def test_expired_environments_are_removed(program: Program) -> None:
+    assert program("env", "expire").stdout == "No environment has expired.\n"
+    environment = sample_environment().environment
+    program.application.expiries = (Expiry(environment=environment, removed=True),)
+    outcome = program("env", "expire")
+    assert outcome.code == 0
+    assert outcome.stdout == "Environment db1-test has expired (2026-11-22 02:00:03Z) and was removed.\n"
+    assert program.application.calls[-1] == ("expire", False)
+    stuck = BusyError("run 3fa9b0c1d2 is still at work", remedy="wait")
+    program.application.expiries = (Expiry(environment=environment, removed=False, error=stuck),)
+    outcome = program("env", "expire")
+    assert outcome.code == 4
+    assert "db1-test: vmsnap: error: run 3fa9b0c1d2 is still at work\n" in outcome.stdout
+    document = program("env", "expire", "--json").json
+    assert document["environments"][0]["error"]["class"] == "BusyError"
+    assert (document["environments"][0]["environment"], document["dry_run"]) == ("db1-test", False)
+
+
+def test_a_dry_run_says_which_environments_would_go(program: Program) -> None:
+    program.application.expiries = (Expiry(environment=sample_environment().environment, removed=False),)
+    outcome = program("env", "expire", "--dry-run")
+    assert outcome.code == 0
+    assert outcome.stdout.endswith(" and would be removed.\n")
+    assert program.application.calls[-1] == ("expire", True)
+
+
+def test_the_package_is_told_what_still_needs_the_program(program: Program) -> None:
+    assert program("removable").stdout == "Nothing here needs vmsnap now.\n"
+    journals = FileJournals(program.config.parent / "state")
+    journals.begin(RunId("00000000d1"), kind=RunKind.BACKUP, guest="db1", at=NOW).close()
+    outcome = program("removable")
+    assert outcome.code == 4
+    assert "run 00000000d1 (backup of 'db1') died and is not undone" in outcome.stderr
+
+
 def test_a_port_of_an_environment_is_forwarded(program: Program) -> None:
     outcome = program("env", "forward", "db1-test", "5432", "--listen", "15432", "--wait", "2m")
     assert outcome.stdout == "127.0.0.1 port 15432 is port 5432 of db1-test (10.9.8.77), until Ctrl-C.\n"
@@ -660,6 +785,55 @@ def test_reconcile_says_what_it_undid_and_what_is_left(program: Program) -> None
     assert outcome.json["complete"] is False
 
 
+def test_reconcile_lists_what_no_journal_knows_and_says_what_to_do(program: Program) -> None:
+    program.application.unknown = UNKNOWN_RUNS
+    outcome = program("reconcile")
+    assert outcome.code == 0
+    assert outcome.stdout.endswith(
+        "1 dead run, 2 things undone, 0 left.\n"
+        "Left alone, for no journal here knows the run:\n"
+        "  run 00000000e1, guest db1:\n"
+        "    clone vmsnap-clone-00000000e1\n"
+        "    source-overlays source overlays of db1\n"
+        "  run 00000000e2:\n"
+        "    A TEST VM, or what is left of one: adopting it DESTROYS it, and needs --destroy-test-vms too.\n"
+        "    environment db1-\\x1b[31mtest\n"
+        "They may belong to another vmsnap, with another state directory or on another host: then leave them to it.\n"
+        "What to do where no other vmsnap is at work, as after the state directory was lost: vmsnap reconcile --adopt RUN "
+        "--dry-run, then without --dry-run.\n"
+    )
+    first, second = program("reconcile", "--json").json["unknown"]
+    assert (first["run"], first["guest"], first["test_vm"]) == ("00000000e1", "db1", False)
+    assert first["things"][0] == {"kind": "clone", "name": "vmsnap-clone-00000000e1", "guest": "db1"}
+    assert second["test_vm"] is True
+
+
+def test_reconcile_adopts_the_runs_that_are_named(program: Program) -> None:
+    outcome = program("reconcile", "--adopt", "00000000e1", "--adopt", "00000000e2", "--destroy-test-vms")
+    assert outcome.code == 0
+    runs = (RunId("00000000e1"), RunId("00000000e2"))
+    assert program.application.calls == [("reconcile", Adoption(runs=runs, destroy_test_vms=True))]
+    outcome = program("reconcile", "--adopt", "00000000e1", "--dry-run")
+    assert program.application.calls[1:] == [("reconcile", Adoption(runs=runs[:1], dry_run=True))]
+    assert outcome.stdout == (
+        "Would be undone, in this order (dry run: nothing was done):\n"
+        "  run 00000000e1, guest db1:\n"
+        "    clone vmsnap-clone-00000000e1\n"
+        "    source-overlays source overlays of db1\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--dry-run",), ("--destroy-test-vms",), ("--adopt", "all"), ("--adopt", "00000000E1"), ("--adopt", "")],
+)
+def test_reconcile_adopts_nothing_that_is_not_named_exactly(program: Program, arguments: tuple[str, ...]) -> None:
+    outcome = program("reconcile", *arguments)
+    assert outcome.code == 2
+    assert "what to do" in outcome.stderr
+    assert program.application.calls == []
+
+
 def test_doctor_refuses_by_its_exit_code(program: Program) -> None:
     program.application.findings = WARNED
     outcome = program("doctor", "db1")
@@ -673,13 +847,17 @@ def test_doctor_refuses_by_its_exit_code(program: Program) -> None:
     program.application.findings = REFUSED
     outcome = program("doctor")
     assert outcome.code == 3
-    assert outcome.stdout.endswith("this host cannot be backed up as it is: 1 refusal, 1 warning.\n")
+    assert "warning  notifications: nobody is told when backups fail: " in outcome.stdout
+    assert outcome.stdout.endswith("this host cannot be backed up as it is: 1 refusal, 2 warnings.\n")
     outcome = program("doctor", "--json")
     assert outcome.code == 3
     assert outcome.json["ready"] is False
     assert outcome.json["findings"][2] == {
         "check": "disk vdb", "severity": "refusal", "message": "is passed through", "remedy": "use LVM"
     }  # fmt: skip
+    with program.config.open("a", encoding="utf-8") as settings:
+        settings.write('[metrics]\nlisten = "127.0.0.1:9642"\n')
+    assert "nobody is told" not in program("doctor").stdout
 
 
 def test_policy_check_names_every_problem(program: Program) -> None:
@@ -813,9 +991,9 @@ def _commands() -> list[tuple[str, ...]]:
 
 def test_these_are_the_commands() -> None:
     assert sorted(" ".join(path) for path in _commands()) == [
-        "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env extend", "env forward", "env hydrate",
-        "env list", "env register", "env serve", "env show", "export", "gc", "history", "list", "metrics",
-        "pin", "policy check", "policy show", "provision", "prune", "reconcile", "replicate", "restore",
+        "backup", "daemon", "dhcp watch", "doctor", "env destroy", "env expire", "env extend", "env forward",
+        "env hydrate", "env list", "env register", "env serve", "env show", "export", "forget", "gc", "history", "list",
+        "metrics", "pin", "policy check", "policy show", "provision", "prune", "reconcile", "replicate", "restore",
         "run", "show", "unpin", "verify",
     ]  # fmt: skip
 
@@ -982,9 +1160,33 @@ def test_replicate_says_what_it_cost(program: Program) -> None:
     assert program("replicate", "3fa9", "--json").json["sent_bytes"] == 3 << 20
 
 
-def test_restore_and_export_name_what_they_made(program: Program) -> None:
-    assert "is in the local store: 8.0 GiB in" in program("restore", "3fa9").stdout
-    assert program("restore", "there", "--json").json["there"] is True
+def test_restore_says_until_when_it_holds_what_it_brought_back(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUDO_USER", "bob")
+    assert program("restore", "3fa9").stdout == (
+        "Snapshot 3fa9b0c1d2 of db1 is in the local store: 8.0 GiB in 1.5 s.\n"
+        "It is pinned until 2026-11-28 02:00:03Z, for bob: restored.\n"
+        "'vmsnap unpin 3fa9b0c1d2' lets it go, 'vmsnap pin 3fa9b0c1d2 --reason ... --for SPAN' holds it for longer.\n"
+    )
+    assert program.application.calls == [("restore", "3fa9", RestoreOptions(keep=timedelta(days=7), owner="bob"))]
+    document = program("restore", "there", "--json", "--keep", "30d", "--owner", "ann").json
+    assert document["there"] is True
+    assert (document["pin"]["owner"], document["pin"]["until"]) == ("ann", "2026-12-21T02:00:03Z")
+
+
+def test_restore_holds_nothing_where_nothing_is_to_be_held(program: Program) -> None:
+    told = program("restore", "3fa9", "--keep", "0").stdout
+    assert told.splitlines()[1].startswith("Nothing holds it: retention may remove it. 'vmsnap pin 3fa9b0c1d2 --reason")
+    assert program("restore", "3fa9", "--keep", "0", "--json").json["pin"] is None
+    for wrong in ("soon", "0d", "9000y"):
+        refused = program("restore", "3fa9", "--keep", wrong)
+        assert refused.code == 2
+        assert "--keep" in refused.stderr
+    assert len(program.application.calls) == 2
+
+
+def test_export_names_what_it_made(program: Program) -> None:
     done = program("export", "3fa9", "out", "--format", "qcow2", "--from-replica", "--json")
     assert done.json["source"] == "replica"
     (path,) = done.json["files"]

@@ -71,6 +71,7 @@ def test_help_loads_no_driver_and_no_validation() -> None:
 def hear_interrupts() -> None:
     """What a shell starts in the background ignores SIGINT, and so would a child of it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,21 @@ def test_an_account_that_others_may_read_is_refused(tmp_path: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="others may read it"):
         host_account_of(settings(tmp_path, f'[hyperv]\n{HOST}credential = "{file}"\n'))
+
+
+def test_the_operators_guide_names_every_key_with_its_default() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "operators-guide.md").read_text(encoding="utf-8")
+    part = guide.partition("### A Hyper-V host")[2].partition("\n### ")[0]
+    told = {
+        key: default
+        for names, default in re.findall(r"^\| (`.*?) \| (.*?) \|", part, re.MULTILINE)
+        for key in re.findall(r"`([a-z_]+)`", names)
+    }
+    assert set(told) == set(HypervSettings.model_fields)
+    needed = tomllib.loads(HOST)
+    for key, field in HypervSettings.model_fields.items():
+        if field.is_required() or field.default is None:
+            assert told[key] == ("required" if field.is_required() else "not set"), key
+        else:
+            stated = tomllib.loads(f"x = {told[key].strip('`')}")["x"]
+            assert HypervSettings(**{**needed, key: stated}) == HypervSettings(**needed), key

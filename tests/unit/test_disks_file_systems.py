@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmsnap.disks import btrfs, ext, fat, xfs
-from vmsnap.disks.probe import Partition, Signature, parse_blkid, parse_sfdisk
+from vmsnap.disks.probe import AMBIVALENT, Partition, Signature, of_whole_disk, parse_blkid, parse_sfdisk
 from vmsnap.disks.verdict import Entry, Verdict, path_parts
 from vmsnap.errors import PreconditionError, ToolError
 
@@ -195,6 +195,13 @@ def test_blkid() -> None:
     assert parse_blkid("DEVNAME=disk\nUUID=85e6a2a3\nTYPE=ext4\n") == Signature(kind="ext4", uuid="85e6a2a3")
     assert parse_blkid("DEVNAME=disk\nPTTYPE=gpt\n") == Signature(table="gpt")
     assert parse_blkid("") == Signature()
+
+
+def test_a_disk_with_a_file_system_and_a_partition_table_is_ambivalent() -> None:
+    both = parse_blkid("DEVNAME=disk\nUUID=2026-01-01-00-00-00-00\nTYPE=iso9660\nPTTYPE=dos\n")
+    assert of_whole_disk(both) == Signature(kind=AMBIVALENT)
+    for one in (Signature(kind="ext4", uuid="85e6a2a3"), Signature(table="gpt"), Signature()):
+        assert of_whole_disk(one) == one
 
 
 def test_partitions_that_may_hold_a_file_system() -> None:

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmsnap.engines import pg_discovery, pg_drain
+from vmsnap.engines import pg_discovery, pg_drain, pg_processes
 from vmsnap.engines.drain_outcome import OPENED, RESULT, parse_outcome
 from vmsnap.engines.guestfacts import boot_id
 from vmsnap.engines.pg_control import ClusterState
 from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
+from vmsnap.engines.pg_processes import LIST_UNITS
+from vmsnap.engines.pg_recovery import SETTINGS_SCRIPT
 from vmsnap.engines.postgresql import PostgreSQL
 from vmsnap.engines.registry import engine_for
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError, VmsnapError
@@ -53,6 +55,13 @@ PROCESSES = f"""\
     950       1 Z {"postgres":<64} postgres <defunct>
     951       1 Z {"postgres":<64} postgres
 """
+# What `systemctl list-units --plain --no-legend` prints: unit, load, active, sub, description (systemctl(1)).
+UNITS = """\
+postgresql.service            loaded active     exited       PostgreSQL RDBMS
+postgresql@13-old.service     loaded failed     failed       PostgreSQL Cluster 13-old
+postgresql@15-main.service    loaded active     running      PostgreSQL Cluster 15-main
+postgresql@15-second.service  loaded activating auto-restart PostgreSQL Cluster 15-second
+"""
 # postmaster.pid of PostgreSQL 15 on Debian 12.
 LOCK_FILE = """\
 612
@@ -87,6 +96,19 @@ def said(text: str = "", *, status: int = 0, error: str = "") -> CommandResult:
     return CommandResult(exit_status=status, stdout=text.encode(), stderr=error.encode())
 
 
+NO_SYSTEMD = said(status=127, error="sh: 1: systemctl: not found")
+
+
+def processes(*lines: str) -> CommandResult:
+    first = f"1 0 S {'root':<64} systemd"
+    return said("\n".join((first, *lines, "")))
+
+
+def units(*states: str) -> CommandResult:
+    lines = [f"postgresql@15-{number}.service loaded {state} PostgreSQL Cluster" for number, state in enumerate(states)]
+    return said("\n".join((*lines, "")))
+
+
 def drained(**numbers: object) -> CommandResult:
     usual = {"in_flight": 0, "finished": 0, "rolled_back": 0, "prepared": 0, "seconds": 0.1}
     return said(f"{OPENED}\n4\n3\n{RESULT}{json.dumps(usual | numbers)}\n")
@@ -99,7 +121,7 @@ def test_the_engine_is_an_engine() -> None:
 
 
 def test_postmasters_are_told_from_their_children() -> None:
-    found = pg_discovery.parse_processes(PROCESSES)
+    found = pg_processes.parse_processes(PROCESSES)
     assert [(process.pid, process.user) for process in found] == [
         (612, "postgres"),
         (700, "a-very-long-account-name-of-somebody"),
@@ -126,7 +148,7 @@ def test_any_lock_file_is_read_or_refused(text: str) -> None:
 
 @given(st.text(max_size=400))
 def test_any_process_list_is_read(text: str) -> None:
-    pg_discovery.parse_processes(text)
+    pg_processes.parse_processes(text)
 
 
 def test_all_servers_are_found() -> None:
@@ -153,24 +175,25 @@ def test_no_server_is_refused_with_the_policys_keys() -> None:
 
 
 def test_a_server_that_ends_while_it_is_looked_at_is_left_out() -> None:
-    processes = said(f"612 1 S {'postgres':<64} postgres\n")
+    one = processes(f"612 1 S {'postgres':<64} postgres")
     with pytest.raises(PreconditionError, match="no PostgreSQL server runs"):
-        answer(ENGINE.discover(), processes, said(status=1), said(status=1))
+        answer(ENGINE.discover(), NO_SYSTEMD, one, said(status=1), said(status=1))
 
 
 def test_a_server_in_a_container_is_refused() -> None:
     links = said("/var/lib/postgresql/data\n/usr/lib/postgresql/16/bin/postgres\n")
-    processes = said(f"612 1 S {'systemd-coredump':<64} postgres\n")
+    one = processes(f"612 1 S {'systemd-coredump':<64} postgres")
     missing = said(status=1, error="find: '/var/lib/postgresql/data': No such file or directory")
     with pytest.raises(PreconditionError, match="container"):
-        answer(ENGINE.discover(), processes, links, missing, missing)
+        answer(ENGINE.discover(), NO_SYSTEMD, one, links, missing, missing)
 
 
 def test_the_programs_of_an_upgraded_server_are_found() -> None:
     links = said("/var/lib/postgresql/15/main\n/usr/lib/postgresql/15/bin/postgres (deleted)\n")
     (instance,) = answer(
         ENGINE.discover(),
-        said(f"612 1 S {'postgres':<64} postgres\n"),
+        NO_SYSTEMD,
+        processes(f"612 1 S {'postgres':<64} postgres"),
         links,
         said(LOCK_FILE),
         said("Database cluster state:               in production\n"),
@@ -191,6 +214,139 @@ def test_the_programs_of_an_upgraded_server_are_found() -> None:
 def test_a_server_that_is_not_an_open_primary_is_refused(cluster: FakeCluster, words: str) -> None:
     with pytest.raises(PreconditionError, match=words):
         run_procedure(ENGINE.discover(), FakeGuest(clusters=[cluster]))
+
+
+def test_the_units_of_servers_are_read() -> None:
+    found = pg_processes.parse_units(UNITS)
+    assert [(unit.name, unit.active, unit.sub) for unit in found] == [
+        ("postgresql.service", "active", "exited"),
+        ("postgresql@13-old.service", "failed", "failed"),
+        ("postgresql@15-main.service", "active", "running"),
+        ("postgresql@15-second.service", "activating", "auto-restart"),
+    ]
+    # Old systemd marks a unit that failed.
+    assert pg_processes.parse_units("* postgresql.service loaded failed failed PostgreSQL\n")[0].active == "failed"
+    assert pg_processes.parse_units("0 loaded units listed.\n\nx\n") == ()
+
+
+@given(st.text(max_size=200))
+def test_any_list_of_units_is_read(text: str) -> None:
+    pg_processes.parse_units(text)
+
+
+@pytest.mark.parametrize("state", ["activating auto-restart", "activating start", "failed failed"])
+def test_a_server_that_is_to_come_up_or_could_not_is_refused(state: str) -> None:
+    guest = FakeGuest(clusters=[FakeCluster()], extra={LIST_UNITS: units("active running", state)})
+    with pytest.raises(PreconditionError, match=r"postgresql@15-1\.service"):
+        run_procedure(ENGINE.discover(), guest)
+
+
+def test_a_server_that_is_about_to_be_up_is_waited_for() -> None:
+    coming, up = units("activating start"), units("active running")
+    one = processes(f"612 1 S {'postgres':<64} postgres")
+    links = said("/var/lib/postgresql/15/main\n/usr/lib/postgresql/15/bin/postgres\n")
+    looks = (said(LOCK_FILE), said("Database cluster state:               in production\n"), said("15\n"))
+    assert answer(ENGINE.discover(), coming, said(), coming, said(), up, one, links, *looks) == (INSTANCE,)
+
+
+def test_the_units_of_servers_that_run_or_were_stopped_are_none_to_refuse() -> None:
+    guest = FakeGuest(clusters=[FakeCluster()], extra={LIST_UNITS: units("active running", "inactive dead")})
+    assert run_procedure(ENGINE.discover(), guest) == (INSTANCE,)
+
+
+def test_a_failed_unit_is_none_of_the_clusters_that_a_policy_names() -> None:
+    policy = ClusterPolicy(data_directory=INSTANCE.data_directory, programs=INSTANCE.programs)
+    guest = FakeGuest(clusters=[FakeCluster()], extra={LIST_UNITS: units("failed failed")})
+    assert len(run_procedure(PostgreSQL(clusters=(policy,)).discover(), guest)) == 1
+    guest.extra = {LIST_UNITS: units("activating start")}
+    with pytest.raises(PreconditionError, match="activating"):
+        run_procedure(PostgreSQL(clusters=(policy,)).discover(), guest)
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        (said(status=127, error="ps: not found"), "cannot list"),
+        (said(status=1, error="error: unsupported option"), "cannot list"),
+        (replace(processes(), truncated=True), "too long"),
+        (said(""), "not complete"),
+        # With hidepid, an account sees its own processes alone.
+        (said(f"900 1 S {'postgres':<64} sshd\n"), "not complete"),
+    ],
+)
+def test_without_the_whole_list_of_processes_nothing_is_believed(listed: CommandResult, words: str) -> None:
+    policy = ClusterPolicy(data_directory=INSTANCE.data_directory, programs=INSTANCE.programs)
+    named = PostgreSQL(clusters=(policy,)).discover()
+    control = said("Database cluster state:               in production\n")
+    with pytest.raises(GuestCommandError, match=words):
+        answer(named, NO_SYSTEMD, said(LOCK_FILE), control, said("15\n"), listed)
+    with pytest.raises(GuestCommandError, match=words):
+        answer(ENGINE.discover(), NO_SYSTEMD, listed)
+    with pytest.raises(GuestCommandError, match=words):
+        answer(ENGINE.require_all_stopped(), listed)
+
+
+def test_processes_are_listed_as_root() -> None:
+    guest = FakeGuest(clusters=[FakeCluster()])
+    run_procedure(ENGINE.discover(), guest)
+    (listing,) = [command for command in guest.commands if command.argv == pg_processes.LIST_PROCESSES]
+    assert listing.user == "root"
+
+
+def test_nothing_may_be_left_when_all_were_stopped() -> None:
+    guest = FakeGuest(clusters=[FakeCluster(status="")])
+    run_procedure(ENGINE.require_all_stopped(), guest)
+    guest.clusters.append(FakeCluster(data_directory="/srv/late", pid=2000))
+    with pytest.raises(NotCleanError, match=r"process id 2000 \(as postgres\)") as caught:
+        run_procedure(ENGINE.require_all_stopped(), guest)
+    assert "before_drain" in str(caught.value.remedy)
+
+
+def test_a_server_is_given_a_moment_to_end() -> None:
+    ending = processes(f"612 1 S {'postgres':<64} postgres")
+    answer(ENGINE.require_all_stopped(), ending, said(), ending, said(), processes(), NO_SYSTEMD)
+
+
+@pytest.mark.parametrize(
+    ("state", "left"), [("activating auto-restart", True), ("failed failed", False), ("inactive dead", False)]
+)
+def test_a_server_that_systemd_is_to_start_again_is_left(state: str, *, left: bool) -> None:
+    guest = FakeGuest(extra={LIST_UNITS: units(state)})
+    if not left:
+        run_procedure(ENGINE.require_all_stopped(), guest)
+        return
+    with pytest.raises(NotCleanError, match="auto-restart"):
+        run_procedure(ENGINE.require_all_stopped(), guest)
+
+
+def test_a_recovery_is_trusted_where_the_servers_writes_have_an_order() -> None:
+    guest = FakeGuest(clusters=[FakeCluster()])
+    run_procedure(ENGINE.require_recoverable(INSTANCE), guest)
+    (command,) = guest.commands
+    assert (command.user, command.stdin) == ("postgres", SETTINGS_SCRIPT.encode())
+
+
+@pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
+def test_a_recovery_without_order_or_whole_pages_is_not_trusted(name: str) -> None:
+    cluster = FakeCluster()
+    cluster.settings[name] = "off"
+    with pytest.raises(PreconditionError, match=f"with {name} = off") as caught:
+        run_procedure(ENGINE.require_recoverable(INSTANCE), FakeGuest(clusters=[cluster]))
+    assert "capture.mode" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        said(f"{OPENED}\n"),
+        said(f"{OPENED}\nvmsnap-setting fsync on\n"),
+        said(f"{OPENED}\nvmsnap-setting fsync on\nvmsnap-setting full_page_writes on\n", status=3),
+        said(f"{OPENED}\nvmsnap-setting fsync\nvmsnap-setting full_page_writes on\n"),
+    ],
+)
+def test_settings_that_were_not_told_are_not_taken_for_safe(result: CommandResult) -> None:
+    with pytest.raises(GuestCommandError, match="cannot read the settings"):
+        answer(ENGINE.require_recoverable(INSTANCE), result)
 
 
 def test_a_policys_clusters_are_taken_and_no_others() -> None:
@@ -419,8 +575,9 @@ def test_judge_never_calls_noise_clean(content: tuple[bytes | None, ...]) -> Non
 def test_evidence_is_located() -> None:
     guest = FakeGuest(clusters=[FakeCluster()])
     found = run_procedure(ENGINE.locate(INSTANCE), guest)
+    folders = [f"{INSTANCE.data_directory}/{name}/PG_VERSION" for name in ("base", "pg_wal", "pg_xact")]
     assert found == tuple(
-        GuestPath(file_system_uuid=FILE_SYSTEM_UUID, path=path) for path in ENGINE.evidence_paths(INSTANCE)
+        GuestPath(file_system_uuid=FILE_SYSTEM_UUID, path=path) for path in (*ENGINE.evidence_paths(INSTANCE), *folders)
     )
 
 
@@ -429,10 +586,16 @@ def mount(*, target: str = "/", uuid: str | None = FILE_SYSTEM_UUID, fsroot: str
     return said(json.dumps({"filesystems": [entry]}))
 
 
+def plain_folders() -> tuple[CommandResult, ...]:
+    """The folders beside the evidence, on an ordinary disk."""
+    return tuple(result for name in ("base", "pg_wal", "pg_xact") for result in (said(f"/d/{name}\0"), mount()))
+
+
 def test_links_subvolumes_and_bind_mounts_are_seen_through() -> None:
     found = answer(
         ENGINE.locate(INSTANCE),
         said(),
+        *plain_folders(),
         said("/srv/pg/main/global\0"),
         mount(target="/srv/pg", fsroot="/@data/pg"),
         said("/srv/pg/main\0"),
@@ -447,6 +610,7 @@ def test_a_uuid_that_findmnt_does_not_know_is_read_from_the_device() -> None:
     found = answer(
         ENGINE.locate(INSTANCE),
         said(),
+        *(said("/d/base\0"), unknown, said("from-the-device\n")) * 3,
         *(said("/d/global\0"), unknown, said("from-the-device\n")),
         *(said("/d\0"), unknown, said("from-the-device\n")),
     )
@@ -455,8 +619,18 @@ def test_a_uuid_that_findmnt_does_not_know_is_read_from_the_device() -> None:
 
 def test_a_tablespace_that_is_on_no_disk_is_refused() -> None:
     link = said(f"{INSTANCE.data_directory}/pg_tblspc/16400\0")
+    nfs = (said("/mnt/nfs\0"), mount(target="/mnt/nfs", uuid=None), said(status=2))
     with pytest.raises(PreconditionError, match="no UUID"):
-        answer(ENGINE.locate(INSTANCE), link, said("/mnt/nfs\0"), mount(target="/mnt/nfs", uuid=None), said(status=2))
+        answer(ENGINE.locate(INSTANCE), link, *plain_folders(), *nfs)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_folder_that_is_a_mount_on_no_disk_is_refused(number: int) -> None:
+    """pg_wal on tmpfs, say: nothing but the mount tells, for there is no link."""
+    before = plain_folders()[: 2 * number]
+    memory = (said("/d/x\0"), mount(target="/d/x", uuid=None), said(status=2))
+    with pytest.raises(PreconditionError, match="no UUID"):
+        answer(ENGINE.locate(INSTANCE), said(), *before, *memory)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"filesystems": []}', "[1]", '{"filesystems": [{"target": 1}]}', "\xff"])
@@ -466,12 +640,12 @@ def test_rubbish_of_findmnt_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "step",
-    [ENGINE.discover, lambda: ENGINE.locate(INSTANCE), boot_id],
+    ("step", "before"),
+    [(ENGINE.discover, (NO_SYSTEMD,)), (lambda: ENGINE.locate(INSTANCE), ()), (boot_id, ())],
 )
-def test_a_failing_command_is_named(step: Callable[[], Procedure[object]]) -> None:
+def test_a_failing_command_is_named(step: Callable[[], Procedure[object]], before: tuple[CommandResult, ...]) -> None:
     with pytest.raises(GuestCommandError) as caught:
-        answer(step(), said(status=1, error="it broke"))
+        answer(step(), *before, said(status=1, error="it broke"))
     assert "status 1" in caught.value.brief
     assert caught.value.details == "it broke"
 

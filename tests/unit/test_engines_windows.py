@@ -14,6 +14,7 @@ import tree_sitter_powershell
 from tree_sitter import Language, Parser
 
 from vmsnap.engines.pg_control import ClusterState
+from vmsnap.engines.pg_recovery import SETTINGS_SCRIPT
 from vmsnap.engines.pg_windows import WINDOWS_DRAIN_SCRIPT, WindowsPostgreSQL
 from vmsnap.engines.registry import engine_for
 from vmsnap.engines.sqlserver import SqlServer
@@ -101,6 +102,10 @@ def instances(*services: dict[str, Any]) -> dict[str, Any]:
     return {"Services": list(services), "Servers": [2000] if services else []}
 
 
+def databases(*unready: str) -> dict[str, list[str]]:
+    return {"Files": [], "Unready": list(unready), "Copies": []}
+
+
 def said(*lines: str, status: int = 0, error: str = "") -> CommandResult:
     return CommandResult(exit_status=status, stdout="\r\n".join(lines).encode(), stderr=error.encode())
 
@@ -141,7 +146,11 @@ class TestSqlServer:
 
     def test_an_instance_is_found_by_its_service(self) -> None:
         stopped = service(Service="MSSQLSERVER", State="Stopped", Starts="Manual", Process=0, ErrorLog="")
-        assert Guest({"sqlserver_discover": instances(service(), stopped)}).converse(SqlServer().discover()) == (SALES,)
+        answers = {
+            "sqlserver_discover": instances(service(), stopped),
+            "sqlserver_open+sqlserver_look": databases("old: RESTORING"),
+        }
+        assert Guest(answers).converse(SqlServer().discover()) == (SALES,)
 
     @pytest.mark.parametrize(
         ("services", "words"),
@@ -157,6 +166,32 @@ class TestSqlServer:
     def test_what_cannot_be_drained_is_refused(self, services: list[dict[str, Any]], words: str) -> None:
         with pytest.raises(PreconditionError, match=words):
             Guest({"sqlserver_discover": instances(*services)}).converse(SqlServer().discover())
+
+    @pytest.mark.parametrize("state", ["RECOVERING", "RECOVERY_PENDING", "SUSPECT", "EMERGENCY"])
+    def test_a_database_that_recovers_or_could_not_is_refused(self, state: str) -> None:
+        look = databases("old: OFFLINE", f"sales: {state}")
+        guest = Guest({"sqlserver_discover": instances(service()), "sqlserver_open+sqlserver_look": look})
+        with pytest.raises(PreconditionError, match=f"the database sales of .* is {state}") as caught:
+            guest.converse(SqlServer().discover())
+        assert caught.value.remedy
+
+    def test_a_server_that_lets_nobody_in_yet_is_not_up(self) -> None:
+        refused = said(status=1, error="Login failed: the server is in script upgrade mode")
+        guest = Guest({"sqlserver_discover": instances(service()), "sqlserver_open+sqlserver_look": refused})
+        with pytest.raises(PreconditionError, match="cannot look at the databases") as caught:
+            guest.converse(SqlServer().discover())
+        assert "script upgrade mode" in (caught.value.details or "")
+
+    def test_nothing_may_be_left_when_all_were_stopped(self) -> None:
+        stopped = {**instances(service(State="Stopped", Process=0)), "Servers": []}
+        Guest({"sqlserver_discover": [instances(service()), stopped]}).converse(SqlServer().require_all_stopped())
+        with pytest.raises(NotCleanError, match="process id 2000"):
+            Guest({"sqlserver_discover": instances(service())}).converse(SqlServer().require_all_stopped())
+
+    def test_its_recovery_depends_on_no_setting(self) -> None:
+        guest = Guest({})
+        guest.converse(SqlServer().require_recoverable(SALES))
+        assert guest.asked == []
 
     def test_the_session_comes_before_the_pause_and_the_order_to_stop_after_the_count(self) -> None:
         text = "".join(
@@ -338,6 +373,24 @@ class TestPostgreSQL:
     def test_what_cannot_be_drained_is_refused(self, guest: Callable[[], Guest], words: str) -> None:
         with pytest.raises(PreconditionError, match=words):
             guest().converse(WindowsPostgreSQL().discover())
+
+    def test_nothing_may_be_left_when_all_were_stopped(self) -> None:
+        none: dict[str, list[object]] = {"Services": [], "Servers": []}
+        guest = Guest({"postgresql_discover": [postgresql().answers["postgresql_discover"], none]})
+        guest.converse(WindowsPostgreSQL().require_all_stopped())
+        with pytest.raises(NotCleanError, match="process id 4711"):
+            postgresql().converse(WindowsPostgreSQL().require_all_stopped())
+
+    @pytest.mark.parametrize(("fsync", "trusted"), [("on", True), ("off", False)])
+    def test_its_recovery_is_trusted_by_its_settings(self, fsync: str, *, trusted: bool) -> None:
+        answer = said("vmsnap-drain opened", f"vmsnap-setting fsync {fsync}", "vmsnap-setting full_page_writes on")
+        guest = Guest({"postgresql_psql": answer})
+        if trusted:
+            guest.converse(WindowsPostgreSQL().require_recoverable(CLUSTER))
+        else:
+            with pytest.raises(PreconditionError, match="fsync = off"):
+                guest.converse(WindowsPostgreSQL().require_recoverable(CLUSTER))
+        assert given(guest.asked[0])["Script"] == SETTINGS_SCRIPT
 
     def test_the_drain_is_that_of_every_postgresql_but_for_the_shell(self) -> None:
         assert WINDOWS_DRAIN_SCRIPT.count("%VMSNAP_PG_CTL%") == 1

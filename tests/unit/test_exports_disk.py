@@ -86,7 +86,8 @@ def test_a_guest_waits_while_the_replica_is_away_and_sees_no_error(tmp_path: Pat
     with lazily(source, tmp_path) as (disk, fetcher, _), ThreadPoolExecutor(1) as pool:
         for away in (source.unreachable, source.forbidden):
             away.set()
-            waiting = pool.submit(disk.read, BLOCK_BYTES * (4 if away is source.forbidden else 0), 512)
+            # Backwards: what is read ahead would wait too, and on its own.
+            waiting = pool.submit(disk.read, UNIT_BYTES if away is source.unreachable else 0, 512)
             while fetcher.tally.waiting is None:
                 time.sleep(0.01)
             assert not waiting.done()
@@ -135,15 +136,25 @@ def test_holes_are_told_and_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_hydrating_brings_everything_and_leaves_guests_the_way(tmp_path: Path) -> None:
-    source = MemoryBlocks(data=image(400, share=1.0), latency_seconds=0.01)
+    gate = threading.Event()
+
+    class Gated(MemoryBlocks):
+        def read(self, first: int, count: int) -> bytes:
+            if first != 388:
+                gate.wait(10)
+                gate.set()  # a guest that is not let through has waited long enough
+            return super().read(first, count)
+
+    source = Gated(data=image(400, share=1.0))
     with lazily(source, tmp_path) as (disk, fetcher, cached):
         hydrator = Hydrator([(cached, disk)], fetcher=fetcher)
         hydrator.start()
         hydrator.hurry()
-        time.sleep(0.05)
-        began = time.monotonic()
+        while fetcher.queued() < 16:  # all that it wants at a time
+            time.sleep(0.01)
         assert disk.read(390 * BLOCK_BYTES, 512) == source.data[390 * BLOCK_BYTES : 390 * BLOCK_BYTES + 512]
-        assert time.monotonic() - began < 0.15, "what hydrates is not before a guest"
+        assert source.reads == [(388, 4)], "what hydrates is not before a guest"
+        gate.set()
         assert hydrator.hydrated.wait(20)
         assert hydrator.data_bytes == 401 * BLOCK_BYTES
         assert cached.cache.whole

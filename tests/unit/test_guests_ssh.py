@@ -11,13 +11,14 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from socket import socket, socketpair
-from threading import Timer
+from threading import Event, Thread
 
 import pytest
 
 from tests.contract.ssh_server import ADDRESS, LocalSshServer, write_key
 from vmsnap.errors import BugError, CancelledError, ConfigError, GuestUnreachableError, PreconditionError, SafetyError
-from vmsnap.guests.access import Access, load_key
+from vmsnap.guests.access import Access
+from vmsnap.guests.keys import load_key
 from vmsnap.guests.ssh import host_key_of, open_transport
 from vmsnap.model.command import Command
 from vmsnap.model.guest import SshLogin
@@ -57,12 +58,22 @@ def test_a_broken_connection_is_opened_again(server: LocalSshServer) -> None:
     assert server.connections == 2
 
 
-def test_a_line_that_breaks_in_mid_command_is_unreachable(server: LocalSshServer) -> None:
-    timer = Timer(0.5, server.drop_connections)
-    timer.start()
-    with pytest.raises(GuestUnreachableError):
-        control(server).run(Command(argv=("sleep", "10")), timeout=LIMIT)
-    timer.join()
+def test_a_line_that_breaks_in_mid_command_is_unreachable(server: LocalSshServer, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+
+    def drop() -> None:
+        until = time.monotonic() + LIMIT.total_seconds()
+        while not begun.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        server.drop_connections()
+
+    dropping = Thread(target=drop)
+    dropping.start()
+    # It says that it has begun when its input has ended: the caller waits for its output by then.
+    command = Command(argv=("sh", "-c", 'cat; touch "$0"; sleep 10', str(begun)))
+    with pytest.raises(GuestUnreachableError, match="broke while"):
+        control(server).run(command, timeout=LIMIT)
+    dropping.join()
 
 
 def test_a_login_without_a_host_key_is_our_mistake(server: LocalSshServer) -> None:
@@ -113,6 +124,20 @@ def test_a_key_that_the_guest_does_not_know_is_refused(server: LocalSshServer, t
         control(server, login=replace(server.login, key_file=stranger)).ping(timeout=LIMIT)
     assert stranger in caught.value.brief
     assert "authorized_keys" in str(caught.value.remedy)
+
+
+def test_a_line_that_breaks_in_a_login_says_nothing_of_the_key(server: LocalSshServer) -> None:
+    server.before_login = server.drop_connections
+    with pytest.raises(GuestUnreachableError, match="did not say"):
+        control(server).ping(timeout=LIMIT)
+
+
+def test_a_login_that_is_not_answered_says_nothing_of_the_key(server: LocalSshServer) -> None:
+    closing = Event()
+    server.before_login = closing.wait
+    with pytest.raises(GuestUnreachableError, match="did not say"):
+        control(server).ping(timeout=timedelta(seconds=3))
+    closing.set()
 
 
 def test_a_server_that_speaks_no_ssh_is_unreachable(server: LocalSshServer) -> None:

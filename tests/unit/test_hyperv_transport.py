@@ -285,9 +285,18 @@ class TestLines:
     def test_a_restarted_service_leaves_it_open_what_was_done(
         self, host: Host, endpoint: Endpoint, transport: Transport
     ) -> None:
-        threading.Timer(0.3, endpoint.service.drop_shells).start()
+        def restart() -> None:
+            end = time.monotonic() + SOON.total_seconds()
+            while not host.asked and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.3)  # so that the answer is waited for; it would be the same before
+            endpoint.service.drop_shells()
+
+        restarting = threading.Thread(target=restart)
+        restarting.start()
         with pytest.raises(UnknownOutcomeError):
             transport.run(LINGER, parameters={}, timeout=SOON)
+        restarting.join()
 
     def test_a_slow_answer_is_waited_for(self, endpoint: Endpoint, transport: Transport) -> None:
         endpoint.faults.add(WireFault(harm=Harm.SLOW, operation="Receive", seconds=1.2))

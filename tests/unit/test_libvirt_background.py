@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.unit.libvirt_fakes import FakeDomain
 from vmsnap.errors import DeadlineError, PreconditionError
-from vmsnap.hypervisors.libvirt import background
+from vmsnap.hypervisors.libvirt import background, unprotect
 from vmsnap.hypervisors.libvirt.background import UNLIMITED, BackgroundDetail
 from vmsnap.hypervisors.libvirt.monitor import Monitor, MonitorError
 
@@ -130,21 +131,14 @@ def test_whatever_a_dead_run_left_is_ended_and_given_back(qemu: Qemu, status: st
     assert qemu.status not in ("setup", "active")
 
 
-def test_a_guest_stopped_for_a_capture_that_died_goes_on(qemu: Qemu) -> None:
-    background.allow(Monitor(qemu))
-    qemu.status, qemu.at = "setup", [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
-    give_back(qemu)
-    assert qemu.state()[0] == libvirt.VIR_DOMAIN_RUNNING
-
-
+@pytest.mark.parametrize("status", ["setup", "active", "completed", "failed"])
 @pytest.mark.parametrize("pages", [0, 7])
-def test_a_guest_stopped_by_others_stays_stopped(qemu: Qemu, pages: int) -> None:
-    stopped = [
-        libvirt.VIR_DOMAIN_PAUSED,
-        libvirt.VIR_DOMAIN_PAUSED_USER if pages else libvirt.VIR_DOMAIN_PAUSED_IOERROR,
-    ]
+@pytest.mark.parametrize("reason", [libvirt.VIR_DOMAIN_PAUSED_USER, libvirt.VIR_DOMAIN_PAUSED_IOERROR])
+def test_nothing_that_qemu_says_tells_whose_pause_it_is(qemu: Qemu, status: str, pages: int, reason: int) -> None:
+    """The counters may be those of the capture before, or be gone with a broken stream."""
+    stopped = [libvirt.VIR_DOMAIN_PAUSED, reason]
     background.allow(Monitor(qemu))
-    qemu.status, qemu.pages, qemu.at = "active", pages, stopped
+    qemu.status, qemu.pages, qemu.at = status, pages, stopped
     give_back(qemu)
     assert qemu.state() == stopped
     assert as_it_was(qemu)
@@ -195,3 +189,44 @@ def test_qemu_is_kept_waiting_only_where_its_lock_is_free() -> None:
     assert background.can_be_held(7_002_022)
     assert background.can_be_held(8_001_005)
     assert not background.can_be_held(8_002_000)
+
+
+@pytest.fixture
+def _left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "pid_of", lambda _guest: 77)
+    monkeypatch.setattr(unprotect, "is_left_open", lambda _pid: True)
+    monkeypatch.setattr(unprotect, "let_go_on", lambda _pid, seconds: seconds > 0)
+
+
+@pytest.mark.usefixtures("_left_open")
+@pytest.mark.parametrize(
+    ("status", "left"), [("failed", True), ("cancelled", True), ("completed", False), (None, False)]
+)
+def test_what_a_failed_snapshot_leaves_in_qemu_is_told(
+    qemu: Qemu,
+    caplog: pytest.LogCaptureFixture,
+    status: str | None,
+    left: bool,  # noqa: FBT001
+) -> None:
+    qemu.status = status
+    assert background.is_left_by_a_failure(qemu) is left
+    give_back(qemu)
+    assert ("fails every migration" in caplog.text) is left
+    qemu.monitor_used = False
+    assert not background.is_left_by_a_failure(qemu)
+
+
+def test_what_is_given_back_is_back_though_qemu_cannot_be_looked_at(
+    qemu: Qemu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_pid: int) -> bool:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(background, "pid_of", lambda _guest: 77)
+    monkeypatch.setattr(unprotect, "let_go_on", lambda _pid, seconds: seconds > 0)
+    monkeypatch.setattr(unprotect, "is_left_open", refused)
+    background.allow(Monitor(qemu))
+    qemu.status = "failed"
+    give_back(qemu)
+    assert as_it_was(qemu)
+    assert caplog.text == ""

@@ -74,6 +74,11 @@ def test_all_of_them_together_do_not() -> None:
     assert not [element for element in domain.iter() if "commandline" in element.tag]
 
 
+def test_its_flushes_are_kept_back_too() -> None:
+    drivers = parse(booting(domain_xml("disk raw"))).findall("devices/disk/driver")
+    assert [driver.get("cache") for driver in drivers] == ["unsafe", "unsafe"]
+
+
 @pytest.mark.parametrize("part", sorted(REFUSED))
 def test_doctor_names_what_the_clone_goes_without(part: str) -> None:
     first, *rest = boot.check_devices(parse(domain_xml(part)))
@@ -87,6 +92,14 @@ def test_a_guest_that_can_be_cloned_loses_nothing_a_guest_sees() -> None:
         assert strip(parse(domain_xml(part))) == (), part
     (finding,) = boot.check_devices(parse(domain_xml()))
     assert finding.severity is Severity.OK
+
+
+def test_a_disk_that_does_not_keep_what_was_flushed_is_refused() -> None:
+    unsafe = domain_xml("disk raw").replace("type='raw' cache='none'", "type='raw' cache='unsafe'")
+    refused = [item for item in boot.check_devices(parse(unsafe)) if item.severity is Severity.REFUSAL]
+    assert [item.check for item in refused] == ["disk vdb"]
+    assert "cache='unsafe'" in refused[0].message
+    assert not any(item.severity is Severity.REFUSAL for item in boot.check_devices(parse(domain_xml("disk raw"))))
 
 
 def test_encrypted_memory_and_writable_firmware_stay_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,13 +12,16 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from tests.unit.libvirt_domains import domain_xml, plan_of
+from tests.unit.libvirt_domains import UUID, domain_xml, plan_of
 from vmsnap.errors import DriverError, NotConvergingError, PreconditionError
+from vmsnap.hypervisors.libvirt import capturewatch
 from vmsnap.hypervisors.libvirt.capturewatch import CaptureWatch
 from vmsnap.hypervisors.libvirt.convergence import Convergence
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
 from vmsnap.hypervisors.libvirt.flushing import FlushedDisks
+from vmsnap.hypervisors.libvirt.stopped import StoppedHere
 from vmsnap.hypervisors.libvirt.vcpulimits import SlowedVcpus
+from vmsnap.hypervisors.libvirt.watchdog import Watchdog
 from vmsnap.model.capture import CaptureSettings, OnNoConvergence
 
 OWN_STOP = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_UNKNOWN)
@@ -62,6 +65,20 @@ class Vcpus(SlowedVcpus):
         self.steps += 1
 
 
+class Dog(Watchdog):
+    """A watchdog without a process. ``gone``: nobody hears."""
+
+    def __init__(self, folder: Path, *, gone: bool = False) -> None:
+        super().__init__("fake:///", uuid=UUID, limit_seconds=1, folder=folder / "memory")
+        self.gone = gone
+        self.said: list[bytes] = []
+
+    def _say(self, word: bytes) -> None:
+        if self.gone:
+            raise BrokenPipeError
+        self.said.append(word)
+
+
 class Events:
     """QEMU's events of one capture, sent by hand."""
 
@@ -83,7 +100,12 @@ def events() -> Events:
 
 
 def watch_of(
-    events: Events, domain: Domain, *, then: OnNoConvergence = OnNoConvergence.ABORT, vcpus: Vcpus | None = None
+    events: Events,
+    domain: Domain,
+    *,
+    then: OnNoConvergence = OnNoConvergence.ABORT,
+    vcpus: Vcpus | None = None,
+    dog: Dog | None = None,
 ) -> CaptureWatch:
     settings = CaptureSettings(
         max_pause=timedelta(milliseconds=100), on_no_convergence=then, throttle_limit=timedelta(seconds=0.2)
@@ -92,10 +114,11 @@ def watch_of(
     return CaptureWatch(
         domain,
         plan=plan,
-        convergence=Convergence.for_plan(plan),
+        convergence=replace(Convergence.for_plan(plan), seconds_between=0.0),
         recorder=events.recorder,
         slowed=vcpus,
         disks=FlushedDisks(()),
+        watchdog=dog,
     )
 
 
@@ -126,7 +149,8 @@ def test_nothing_happens_while_no_pass_begins(events: Events) -> None:
     assert len(domain.downtimes) == 1
 
 
-def test_vcpus_are_slowed_down_pass_by_pass_and_for_a_while(events: Events) -> None:
+def test_vcpus_are_slowed_down_step_by_step_and_for_a_while(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturewatch, "_SLOWER_EVERY_SECONDS", 0.0)
     vcpus = Vcpus()
     watch = watch_of(events, Domain(), then=OnNoConvergence.THROTTLE, vcpus=vcpus)
     assert go_round(watch, events, rounds=14) is None
@@ -141,15 +165,43 @@ def test_vcpus_that_cannot_be_slowed_down_end_the_capture(events: Events) -> Non
 
 
 @pytest.mark.parametrize(("remaining", "suspended"), [(1000, True), (10**9, False)])
-def test_it_is_stopped_for_the_rest_only_where_that_fits(events: Events, remaining: int, *, suspended: bool) -> None:
+def test_it_is_stopped_for_the_rest_only_where_that_fits(
+    events: Events, tmp_path: Path, remaining: int, *, suspended: bool
+) -> None:
     domain = Domain(stats={"memory_remaining": remaining, "memory_bps": 10**6})
-    watch = watch_of(events, domain, then=OnNoConvergence.SUSPEND)
+    dog = Dog(tmp_path)
+    watch = watch_of(events, domain, dog=dog)
     reason = go_round(watch, events)
-    assert domain.suspended is suspended
+    assert domain.suspended is watch.suspended_here is suspended
+    assert (dog.said, StoppedHere(tmp_path).is_noted()) == ([b"claim\n"] if suspended else [], suspended)
     assert isinstance(reason, NotConvergingError) is not suspended
     if suspended:
         time.sleep(0.12)
         assert isinstance(watch.look(), NotConvergingError)
+
+
+@pytest.mark.parametrize("event", [("STOP", None), ("MIGRATION", {"status": "completed"})])
+def test_it_is_not_stopped_where_qemu_converged_meanwhile(
+    events: Events, tmp_path: Path, event: tuple[str, dict[str, object] | None]
+) -> None:
+    """It would stand still when the capture is over."""
+
+    class Converging(Domain):
+        def jobStats(self) -> dict[str, int]:  # noqa: N802
+            events.send(event[0], data=event[1])
+            return {"memory_remaining": 1, "memory_bps": 10**6}
+
+    domain = Converging()
+    watch = watch_of(events, domain, dog=Dog(tmp_path))
+    assert go_round(watch, events) is None
+    assert not domain.suspended
+    assert not watch.suspended_here
+
+
+def test_it_is_not_stopped_where_nobody_watches(events: Events, tmp_path: Path) -> None:
+    domain = Domain(stats={"memory_remaining": 1, "memory_bps": 10**6})
+    assert isinstance(go_round(watch_of(events, domain, dog=Dog(tmp_path, gone=True)), events), DriverError)
+    assert not domain.suspended
 
 
 def test_the_promised_pause_ends_the_capture_while_memory_is_not_taken(events: Events) -> None:
@@ -190,21 +242,38 @@ def test_nothing_is_asked_of_qemu_for_the_pass_that_was_made_while_the_guest_sto
 
 
 def test_whoever_suspended_the_guest_is_obeyed(events: Events) -> None:
-    watch = watch_of(events, Domain(now=SUSPENDED))
+    domain = Domain(now=SUSPENDED)
+    watch = watch_of(events, domain)
     events.send("STOP")
     assert isinstance(watch.look(), PreconditionError)
     assert watch.stopped_by_others
+    watch.suspend_again(timeout_seconds=0.01)
+    assert not watch.suspended_again, "it still stands still"
+    events.send("RESUME")
+    watch.suspend_again(timeout_seconds=10)
+    assert watch.suspended_again
+    assert domain.suspended
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def test_disks_are_flushed_before_the_guest_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(b"x")
     flushed: list[int] = []
+    dropped: list[int] = []
     monkeypatch.setattr("os.fdatasync", flushed.append)
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, *_range_and_advice: dropped.append(descriptor))
     with FlushedDisks((str(disk), str(tmp_path / "gone"))) as disks:
         disks.flush()
-        until = time.monotonic() + 10
-        while not flushed:
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        wait_until(lambda: bool(flushed))
+        disks.flush(drop_cache=True)
+        wait_until(lambda: bool(dropped))
     assert len(set(flushed)) == 1
+    assert set(dropped) == set(flushed)
+    assert len(dropped) < len(flushed)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import libvirt
+import libvirt_qemu
 import pytest
 
-from tests.unit.libvirt_domains import RUN, domain_xml
+from tests.unit.libvirt_domains import RUN, domain_xml, plan_of
 from vmsnap.errors import BugError, DeadlineError, DriverError, NotCleanError
+from vmsnap.hypervisors.libvirt import clones, yielding
 from vmsnap.hypervisors.libvirt.clonelimits import cpu_weight
 from vmsnap.hypervisors.libvirt.clones import Clones, clone_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translate
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
+from vmsnap.model.capture import CaptureSettings
 from vmsnap.model.ids import RunId
 from vmsnap.model.isolation import IsolationProof
 from vmsnap.testing.cancels import NeverCancelled
@@ -37,6 +41,24 @@ def test_a_cpu_weight_means_the_same_under_both_versions_of_control_groups(
     assert cpu_weight(shares, normal=normal) == weight
 
 
+@pytest.mark.parametrize(("shares", "gives_way"), [(64, True), (1023, True), (1024, False), (4096, False)])
+def test_only_a_clone_that_is_to_weigh_less_than_others_gives_way(
+    shares: int, monkeypatch: pytest.MonkeyPatch, *, gives_way: bool
+) -> None:
+    made: list[float] = []
+
+    class Recorded(yielding.GivingWay):
+        def __init__(self, name: str, *, run: RunId, seconds: float) -> None:
+            made.append(seconds)
+            super().__init__(name, run=run, seconds=seconds)
+
+    monkeypatch.setattr(clones, "GivingWay", Recorded)
+    plan = plan_of(domain_xml(), settings=CaptureSettings(cpu_shares=shares))
+    all_clones = Clones(Connection("test:///default"))
+    assert all_clones._giving_way(plan) is all_clones._giving_way(plan)
+    assert made == [yielding.SECONDS if gives_way else 0]
+
+
 def error_of(code: int) -> libvirt.libvirtError:
     error = libvirt.libvirtError("no")
     error.err = (code, 10, "no", 2, "", None, None, -1, -1)
@@ -44,16 +66,27 @@ def error_of(code: int) -> libvirt.libvirtError:
 
 
 class FakeClone:
-    """A domain that, asked to shut down, sends these events and is gone where it stopped."""
+    """A domain that, asked to shut down, sends these events and is gone where it stopped.
+
+    ``reasons``: the data of QEMU's own events; None where libvirt does not pass them on.
+    """
 
     def __init__(
-        self, *, events: Sequence[tuple[int, int]] = (), tag: Tag | None = None, refusal: int | None = None
+        self,
+        *,
+        events: Sequence[tuple[int, int]] = (),
+        tag: Tag | None = None,
+        refusal: int | None = None,
+        reasons: Sequence[str] | None = None,
     ) -> None:
+        self.reasons = reasons
+        self.monitor_listener: Callable[..., None] | None = None
         self.events = events
         self.refusal = refusal
         self.modes: list[int] = []
         self.ended: list[str] = []
         self.gone = False
+        self.states = [[libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]]
         self.listener: Callable[..., None] | None = None
         root = parse(domain_xml())
         if tag is not None:
@@ -66,6 +99,9 @@ class FakeClone:
     def shutdownFlags(self, mode: int) -> None:  # noqa: N802 - libvirt's names
         self.modes.append(mode)
         assert self.listener is not None, "nobody listens yet"
+        for details in self.reasons or ():
+            assert self.monitor_listener is not None
+            self.monitor_listener(None, self, "SHUTDOWN", 1795249458, 0, details, None)
         for event, detail in self.events:
             self.listener(None, self, event, detail, None)
             self.gone = self.gone or event == STOPPED
@@ -74,6 +110,9 @@ class FakeClone:
 
     def XMLDesc(self, flags: int) -> str:  # noqa: N802
         return self.text
+
+    def state(self) -> list[int]:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
 
     def destroy(self) -> None:
         self.ended.append("destroy")
@@ -105,6 +144,19 @@ class FakeConnection(Connection):
         if self._clone is None or self._clone.gone:
             raise translate(error_of(libvirt.VIR_ERR_NO_DOMAIN), doing="look")
         return self._clone
+
+
+@pytest.fixture(autouse=True)
+def _qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def register(_connection: object, domain: FakeClone, event: str, call: Callable[..., None], *_rest: object) -> int:
+        assert event == "SHUTDOWN"
+        if domain.reasons is None:
+            raise error_of(libvirt.VIR_ERR_NO_SUPPORT)
+        domain.monitor_listener = call
+        return 8
+
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorEventRegister", register)
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorEventDeregister", lambda _connection, _handle: None)
 
 
 def shut_down(clone: FakeClone | None, *, agent_answers: bool = True, deadline: timedelta = SECOND) -> str:
@@ -150,6 +202,34 @@ def test_any_other_end_is_not_clean(events: list[tuple[int, int]]) -> None:
     assert caught.value.details
 
 
+def qemu(reason: str, *, guest: bool = True) -> str:
+    return json.dumps({"guest": guest, "reason": reason})
+
+
+@pytest.mark.parametrize(
+    "reasons",
+    [
+        [qemu("guest-shutdown")],
+        # libvirt ends QEMU once its guest is off.
+        [qemu("guest-shutdown"), qemu("host-signal", guest=False)],
+        # QEMU before 4.0.
+        [json.dumps({"guest": True})],
+        [],
+    ],
+)
+def test_a_power_off_is_clean(reasons: list[str]) -> None:
+    assert shut_down(FakeClone(events=[BY_GUEST, ENDED], reasons=reasons)) == "guest agent"
+
+
+@pytest.mark.parametrize("reason", ["guest-reset", "guest-panic", "subsystem-reset", "host-qmp-system-reset"])
+def test_a_reset_or_a_panic_late_in_the_shutdown_is_not_clean(reason: str) -> None:
+    """To libvirt it is a shutdown by the guest, like any other."""
+    clone = FakeClone(events=[BY_GUEST, ENDED], reasons=[qemu(reason), qemu("host-signal", guest=False)])
+    with pytest.raises(NotCleanError, match="did not power off") as caught:
+        shut_down(clone)
+    assert reason in (caught.value.details or "")
+
+
 def test_a_clone_that_ended_before_is_not_clean() -> None:
     with pytest.raises(NotCleanError, match="before it was asked"):
         shut_down(None)
@@ -189,6 +269,42 @@ def test_the_runs_own_clone_is_ended_and_may_be_gone_already() -> None:
     Clones(FakeConnection(None)).destroy(CLONE.name, run=RUN)
 
 
+STARTING = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+
+
+def test_a_clone_that_libvirt_is_making_is_ended_when_it_is_made() -> None:
+    """Ended at the moment when its memory is complete, it takes libvirt 9.0's daemon with it."""
+    clone = FakeClone(tag=Tag(run=RUN, kind="clone", guest="db1"))
+    made = clone.states[0]
+    clone.states = [STARTING, STARTING, made]
+    Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    assert clone.states == [made]
+    assert clone.ended == ["destroy"]
+
+
+def test_a_clone_that_is_never_made_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clones, "_STARTING_SECONDS", 0.1)
+    clone = FakeClone(tag=Tag(run=RUN, kind="clone", guest="db1"))
+    clone.states = [STARTING]
+    Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    assert clone.ended == ["destroy"]
+
+
 def test_a_clone_has_the_same_name_and_uuid_every_time() -> None:
     assert clone_of(RUN, guest="db1") == CLONE
     assert clone_of(RunId("ffffffffff"), guest="db1").uuid != CLONE.uuid
+
+
+def test_a_clone_that_is_to_end_gives_way_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is given back by its own threads, so it needs a processor; also where another process made it give way."""
+    clone = FakeClone(tag=Tag(run=RUN, kind="clone", guest="db1"))
+    monkeypatch.setattr(yielding.GivingWay, "cease", lambda _way: clone.ended.append("cease"))
+    Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    assert clone.ended == ["cease", "destroy"]
+
+
+def test_somebody_elses_domain_is_not_touched_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = FakeClone()
+    monkeypatch.setattr(yielding.GivingWay, "cease", lambda _way: clone.ended.append("cease"))
+    Clones(FakeConnection(clone)).destroy(CLONE.name, run=RUN)
+    assert clone.ended == []

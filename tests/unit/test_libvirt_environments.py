@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.libvirt_domains import RUN, domain_xml
 from tests.unit.libvirt_fakes import FakeConnection, FakeDomain
-from vmsnap.errors import SafetyError
+from vmsnap.errors import PreconditionError, SafetyError
 from vmsnap.hypervisors.libvirt.environments import EnvironmentFolders, Environments
 from vmsnap.model.environment import EnvironmentPlan
 from vmsnap.model.manifest import MachineRecord
@@ -40,6 +40,45 @@ def attach(folder: Path, *, definition: str) -> None:
 
 def test_a_network_of_the_operators_choice_is_no_breach(tmp_path: Path) -> None:
     attach(tmp_path, definition=domain_xml())
+
+
+class Networks(FakeConnection):
+    """A connection with one network, which goes on to a bridge of the host."""
+
+    def __init__(self, *, bridge: str) -> None:
+        super().__init__()
+        self.bridge = bridge
+        self.defined: list[str] = []
+
+    def networkLookupByName(self, name: str) -> Networks:  # noqa: N802
+        assert name == "test"
+        return self
+
+    def XMLDesc(self, flags: int) -> str:  # noqa: N802
+        assert flags == 0
+        return f"<network><name>test</name><forward mode='bridge'/><bridge name='{self.bridge}'/></network>"
+
+    def find_domain(self, name: str) -> None:
+        assert name == PLAN.name
+
+    def defineXMLFlags(self, xml: str, flags: int) -> None:  # noqa: N802
+        self.defined.append(xml)
+
+
+@pytest.mark.parametrize(("bridge", "refused"), [("br-prod", True), ("br-test", False)])
+def test_the_network_of_the_original_is_refused(tmp_path: Path, bridge: str, *, refused: bool) -> None:
+    networks = Networks(bridge=bridge)
+    machine = MachineRecord(
+        hypervisor="libvirt", definition=domain_xml(), uuid="u", memory_bytes=1, vcpus=1, nvram=None, macs=PLAN.macs
+    )
+    environments = Environments(networks, folders=EnvironmentFolders(tmp_path))
+    if refused:
+        with pytest.raises(PreconditionError, match="would take its address") as caught:
+            environments.define(PLAN, machine=machine, fence=None)
+        assert "env serve" in str(caught.value.remedy)
+    else:
+        environments.define(PLAN, machine=machine, fence=None)
+    assert bool(networks.defined) is not refused
 
 
 def test_a_folder_of_the_host_is_left_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.unit.libvirt_domains import RUN
 from tests.unit.libvirt_fakes import FakeConnection, FakeDomain, disk_xml, domain_of
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import overlays
-from vmsnap.hypervisors.libvirt.leftovers import image_resources
+from vmsnap.hypervisors.libvirt.leftovers import image_resources, jobs_on
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.xml import Tag, parse, set_tag, unparse
 from vmsnap.model.ids import RunId
@@ -119,3 +119,15 @@ def test_a_domain_that_ends_meanwhile_does_not_stop_the_search(tmp_path: Path, b
     assert listed == {(ResourceKind.SOURCE_OVERLAYS, RUN, "db1"): [str(source)]}
     with pytest.raises(DriverError, match="describe a guest"):
         found(Vanishing(code=libvirt.VIR_ERR_INTERNAL_ERROR))
+
+
+def test_a_job_on_a_guest_is_told(base: Path) -> None:
+    domain = on(base)
+    connection = FakeConnection(domain)
+    assert jobs_on(connection, "db1") == ()
+    assert jobs_on(connection, "") == ()
+    domain.job = libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
+    (job,) = jobs_on(connection, "db1")
+    assert "virsh domjobinfo db1" in job
+    domain.live = None
+    assert jobs_on(connection, "db1") == ()

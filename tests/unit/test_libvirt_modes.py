@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.unit.libvirt_domains import domain_xml
+from tests.unit.libvirt_domains import domain_xml, guest_of
 from tests.unit.test_libvirt_background import Qemu, qemu
-from vmsnap.hypervisors.libvirt import modes, processes
+from vmsnap.hypervisors.libvirt import background, modes, processes, unprotect
+from vmsnap.hypervisors.libvirt.connection import Connection
 from vmsnap.hypervisors.libvirt.inspect import memory_bytes
 from vmsnap.hypervisors.libvirt.modes import HostFacts
 from vmsnap.hypervisors.libvirt.xml import parse
-from vmsnap.model.capture import CaptureMode, CaptureSettings, DiskSnapshot
+from vmsnap.model.capture import (
+    CaptureChoice,
+    CaptureMode,
+    CaptureSettings,
+    DiskSnapshot,
+    ModeChoice,
+    OnNoConvergence,
+)
 from vmsnap.model.guest import Finding, Severity
 
 __all__ = ["qemu"]
@@ -151,3 +159,59 @@ def test_a_capability_left_on_is_refused_for_every_mode(qemu: Qemu) -> None:
     assert "background-snapshot off" in (found.remedy or "")
     qemu.monitor_used = False
     assert list(modes.check_left_on(qemu, guest="db1")) == []
+
+
+class OneGuest(Connection):
+    """A libvirtd with one guest."""
+
+    def __init__(self, domain: Qemu) -> None:
+        super().__init__("fake:///")
+        self._domain = domain
+
+    def domain(self, name: str) -> Any:
+        assert name == self._domain.name()
+        return self._domain
+
+
+@pytest.mark.parametrize(
+    ("mode", "otherwise", "chosen"),
+    [(CaptureChoice.AUTO, OnNoConvergence.ABORT, CaptureMode.INSTANT),
+     (CaptureChoice.LIVE, OnNoConvergence.INSTANT, CaptureMode.INSTANT),
+     (CaptureChoice.LIVE, OnNoConvergence.ABORT, CaptureMode.LIVE),
+     (CaptureChoice.BOOT, OnNoConvergence.INSTANT, CaptureMode.BOOT)],
+)  # fmt: skip
+def test_a_guest_that_qemu_cannot_migrate_any_more_is_taken_instantly(
+    host: Host,
+    qemu: Qemu,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: CaptureChoice,
+    otherwise: OnNoConvergence,
+    chosen: CaptureMode,
+) -> None:
+    """QEMU before 8.1, after a background snapshot that failed: only one that succeeds ends it."""
+    settings = CaptureSettings(mode=mode, on_no_convergence=otherwise)
+    guest = guest_of(domain_xml())
+    qemu.live, qemu.status = domain_xml(), "failed"
+    left_open = True
+    monkeypatch.setattr(background, "pid_of", lambda _guest: PID)
+    monkeypatch.setattr(unprotect, "is_left_open", lambda pid: left_open and pid == PID)
+    monkeypatch.setattr(modes, "facts_of", lambda _connection: host.facts())
+
+    def choice() -> ModeChoice:
+        return modes.choose(OneGuest(qemu), guest=guest, settings=settings)
+
+    # Where QEMU may not take it instantly either, there is nothing better than what the policy says.
+    assert choice().mode is not CaptureMode.INSTANT
+    host.allow_everybody(yes=True)
+    assert choice().mode is chosen
+    assert ("fails every migration" in choice().reason) is (chosen is CaptureMode.INSTANT)
+    (finding,) = modes.check_left_by_a_failure(qemu)
+    assert finding.severity is Severity.WARNING
+    device = "<hostdev mode='subsystem' type='pci'><source/></hostdev>"
+    qemu.live = domain_xml().replace("</devices>", f"{device}</devices>", 1)
+    # Its memory cannot be taken in any mode, so the guest is not taken instantly for want of another.
+    assert (choice().mode is CaptureMode.BOOT) is (mode in (CaptureChoice.AUTO, CaptureChoice.BOOT))
+    qemu.live = domain_xml()
+    left_open = False
+    assert choice().mode is not CaptureMode.INSTANT
+    assert list(modes.check_left_by_a_failure(qemu)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import stat
 import struct
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.libvirt_domains import RUN, SIZE_BYTES, UUID, domain_xml, plan_of
-from vmsnap.errors import DriverError, PreconditionError, VmsnapError
+from vmsnap.errors import DriverError, NotCleanError, PreconditionError, ToolError, VmsnapError
 from vmsnap.hypervisors.libvirt import overlays
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlayName, OverlaysDetail
 from vmsnap.model.capture import CaptureSettings
@@ -124,6 +125,23 @@ def test_whatever_is_written_counts_as_data_until_it_is_committed(tmp_path: Path
     assert overlays.holds_data(str(path))
     subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", path], check=True, timeout=30)
     assert not overlays.holds_data(str(path))
+
+
+def test_an_overlay_tells_whether_qemu_wrote_all_of_it(tmp_path: Path, base: Path) -> None:
+    detail = detail_of(tmp_path, base=base, role="clone")
+    overlays.create(detail, marked=True)
+    overlays.require_whole(detail)
+    path = Path(detail.disks[0].overlay)
+    qemu_io(path, command="write -P 7 0 64k")
+    overlays.require_whole(detail)
+    killed = ("qemu-io", "-t", "unsafe", "-f", "qcow2", "-c", "write -P 8 64k 64k", "-c", "flush", "-c", "sigraise 9")
+    assert subprocess.run([*killed, path], check=False, capture_output=True, timeout=30).returncode == -signal.SIGKILL
+    with pytest.raises(NotCleanError, match="disk vda") as caught:
+        overlays.require_whole(detail)
+    assert caught.value.remedy is not None
+    path.unlink()
+    with pytest.raises(ToolError):
+        overlays.require_whole(detail)
 
 
 def test_a_missing_overlay_holds_nothing_and_an_unreadable_one_is_not_guessed_about(tmp_path: Path, base: Path) -> None:

@@ -14,7 +14,14 @@ import pytest
 
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt.memory import host_memory
-from vmsnap.hypervisors.libvirt.processes import CLONE_OOM_SCORE, FirstToDie, pid_of, resident_bytes
+from vmsnap.hypervisors.libvirt.processes import (
+    CLONE_OOM_SCORE,
+    FirstToDie,
+    is_written_for,
+    pid_of,
+    resident_bytes,
+    started_at,
+)
 from vmsnap.model.ids import RunId
 
 CLONE = "vmsnap-clone-0123456789"
@@ -43,7 +50,9 @@ def test_a_clone_that_begins_meanwhile_is_marked(tmp_path: Path) -> None:
             time.sleep(0.01)
         doomed.require_done()
         assert pid_of(CLONE, pid_files=tmp_path) == clone.pid
-        assert resident_bytes(clone.pid) > 1 << 20
+        while resident_bytes(clone.pid) <= 1 << 20:  # it has only just begun
+            assert time.monotonic() < until
+            time.sleep(0.01)
     assert resident_bytes(clone.pid) == 0
 
 
@@ -54,6 +63,31 @@ def test_a_process_of_another_name_is_left_alone(tmp_path: Path) -> None:
         with FirstToDie(CLONE, pid_files=tmp_path) as doomed, pytest.raises(DriverError, match="could not be made"):
             doomed.require_done()
         assert score(other) == before
+
+
+def test_when_a_process_was_started() -> None:
+    before = time.time()
+    with process() as child:
+        started = started_at(child.pid)
+        assert started is not None
+        # The kernel tells its boot to a second.
+        assert before - 2 < started < time.time() + 2
+    assert started_at(child.pid) is None
+
+
+def test_whose_memory_image_libvirt_writes() -> None:
+    sleep = "import time; time.sleep(60)"
+    argv = ["/usr/lib/libvirt/libvirt_iohelper", "-c", sleep, "/run/vmsnap/00000000ab/memory/ram.save", "1", "0"]
+    with subprocess.Popen(argv, executable=sys.executable) as helper:
+        try:
+            until = time.monotonic() + 10
+            while not is_written_for(RunId("00000000ab")):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            assert not is_written_for(RunId("00000000ac"))
+        finally:
+            helper.kill()
+    assert not is_written_for(RunId("00000000ab"))
 
 
 def test_without_a_process_it_fails(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -105,11 +106,16 @@ def test_whoever_waits_in_a_fifo_of_a_dead_run_is_let_go(tmp_path: Path) -> None
     memory.create_passage(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     os.mkfifo(folder / memory.FIFO_NAME)
-    waiting = threading.Thread(target=lambda: (folder / memory.FIFO_NAME).open("rb").close())
-    waiting.start()
-    time.sleep(0.1)
-    memory.remove(folder)
-    waiting.join(timeout=5)
-    assert not waiting.is_alive()
+    with subprocess.Popen(["cat", folder / memory.FIFO_NAME]) as waiting:
+        try:
+            # It sleeps when it waits for the other end: proc(5).
+            until = time.monotonic() + 10
+            while not Path(f"/proc/{waiting.pid}/stat").read_text().startswith(f"{waiting.pid} (cat) S"):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            memory.remove(folder)
+            assert waiting.wait(timeout=5) == 0
+        finally:
+            waiting.kill()
     assert not folder.exists()
     memory.remove(folder)

@@ -15,12 +15,14 @@ import pytest
 from tests.unit.libvirt_domains import RUN, UUID
 from tests.unit.libvirt_fakes import FakeConnection, FakeDomain, disk_xml, domain_of
 from vmsnap.errors import BusyError, DeadlineError, DriverError, SafetyError, VmsnapError
-from vmsnap.hypervisors.libvirt import overlays
+from vmsnap.hypervisors.libvirt import definitions, overlays, processes, vcpulimits
 from vmsnap.hypervisors.libvirt.commit import SourceReturn, is_home
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail
+from vmsnap.hypervisors.libvirt.stopped import StoppedHere
 from vmsnap.hypervisors.libvirt.vcpulimits import VcpuLimit, read_limit
 from vmsnap.hypervisors.libvirt.xml import parse
 from vmsnap.model.guest import DiskKind
+from vmsnap.model.ids import RunId
 
 MIB = 1 << 20
 MINUTE = timedelta(seconds=60)
@@ -78,7 +80,7 @@ def disks(tmp_path: Path) -> Disks:
 
 
 def give_back(disks: Disks, *domains: FakeDomain, deadline: timedelta = MINUTE) -> None:
-    SourceReturn(FakeConnection(*domains), guest="db1", detail=disks.detail).run(deadline=deadline)
+    SourceReturn(FakeConnection(*domains), run=RunId(RUN), guest="db1", detail=disks.detail).run(deadline=deadline)
 
 
 def refused(
@@ -107,7 +109,7 @@ def test_vcpus_that_a_dead_capture_left_slow_are_given_back(disks: Disks, tmp_pa
     detail = disks.detail.model_copy(update={"vcpu_limits": (before,)})
     # What the journal keeps is text.
     detail = OverlaysDetail.model_validate_json(detail.model_dump_json())
-    SourceReturn(FakeConnection(domain), guest="db1", detail=detail).run(deadline=MINUTE)
+    SourceReturn(FakeConnection(domain), run=RunId(RUN), guest="db1", detail=detail).run(deadline=MINUTE)
     assert read_limit(str(group)) == before
     assert disks.deleted
 
@@ -116,9 +118,48 @@ def test_the_longest_pause_that_a_dead_capture_left_is_given_back(disks: Disks) 
     domain = FakeDomain(live=disks.on_bases(), definition=disks.on_bases())
     domain.max_downtime_ms = 10
     detail = disks.detail.model_copy(update={"max_downtime_ms": 300})
-    SourceReturn(FakeConnection(domain), guest="db1", detail=detail).run(deadline=MINUTE)
+    SourceReturn(FakeConnection(domain), run=RunId(RUN), guest="db1", detail=detail).run(deadline=MINUTE)
     assert domain.max_downtime_ms == 300
     assert disks.deleted
+
+
+def test_what_cannot_be_given_back_does_not_keep_the_guest_on_its_overlays(
+    disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_limits: object) -> None:
+        raise DriverError("no such control group")
+
+    monkeypatch.setattr(vcpulimits, "give_back", fails)
+    domain = FakeDomain(live=disks.on_overlays(), definition=disks.on_overlays())
+    with pytest.raises(DriverError, match="no such control group"):
+        give_back(disks, domain)
+    assert domain.calls == ["commit vda", "commit vdb", "pivot vda", "pivot vdb"]
+    assert disks.deleted
+
+
+@pytest.mark.parametrize(("started_later_s", "refuses"), [(3600, True), (-3600, False)])
+def test_an_overlay_that_a_restarted_guest_left_unmerged_is_kept(
+    disks: Disks, monkeypatch: pytest.MonkeyPatch, *, started_later_s: int, refuses: bool
+) -> None:
+    """After a power cut the definition that named the overlay may be gone, and the guest was started on its old disk."""
+    disks.write()
+    written_at = Path(disks.details[0].overlay).stat().st_mtime
+    monkeypatch.setattr(processes, "pid_of", lambda _guest: 4711)
+    monkeypatch.setattr(processes, "started_at", lambda _pid: written_at + started_later_s)
+    domain = FakeDomain(live=disks.on_bases(), definition=disks.on_bases())
+    if refuses:
+        refused(disks, domain, error=SafetyError, match="was started on .* without it")
+    else:
+        # It never stopped: QEMU merged the overlay, and the run died before it removed the file.
+        give_back(disks, domain)
+        assert disks.deleted
+
+
+def test_definitions_are_made_durable_before_overlays_go(disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[bool] = []
+    monkeypatch.setattr(definitions, "settle", lambda: settled.append(disks.kept))
+    give_back(disks, FakeDomain(live=disks.on_overlays(), definition=disks.on_overlays()))
+    assert settled == [True]
 
 
 def test_a_running_guest_is_committed_pivoted_and_free_of_overlays(disks: Disks) -> None:
@@ -297,6 +338,32 @@ def test_a_guest_left_paused_by_us_goes_on_and_one_paused_by_others_does_not(
         assert domain.calls[-1] == "resume"
 
 
+@pytest.mark.parametrize(
+    ("reason", "resumed"),
+    [
+        (libvirt.VIR_DOMAIN_PAUSED_USER, True),
+        (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, True),
+        (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, False),
+    ],
+)
+def test_a_guest_that_its_run_noted_to_stop_goes_on(
+    disks: Disks, tmp_path: Path, *, reason: int, resumed: bool
+) -> None:
+    """Its agent and its watchdog died between the suspending and the end of the pause."""
+    stopped = StoppedHere(tmp_path)
+    stopped.note()
+    domain = FakeDomain(live=disks.on_overlays(), definition=disks.on_overlays())
+    domain.states = (PAUSED, reason)
+    returning = SourceReturn(FakeConnection(domain), run=RunId(RUN), guest="db1", detail=disks.detail, stopped=stopped)
+    returning.run(deadline=MINUTE)
+    assert ("resume" in domain.calls) is resumed
+    assert not stopped.is_noted(), "the next pause is another's"
+    domain.states = (PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER)
+    domain.calls.clear()
+    returning.run(deadline=MINUTE)
+    assert domain.calls == []
+
+
 def test_a_full_disk_of_its_own_is_not_ours_to_resume(disks: Disks) -> None:
     domain = FakeDomain(live=disks.on_bases(), definition=disks.on_bases())
     domain.states = (PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
@@ -304,7 +371,8 @@ def test_a_full_disk_of_its_own_is_not_ours_to_resume(disks: Disks) -> None:
     assert domain.calls == []
 
 
-def test_a_capture_going_on_is_ended(disks: Disks) -> None:
+def test_a_capture_going_on_is_ended(disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "is_written_for", lambda run: run == RUN)
     domain = FakeDomain(live=disks.on_bases(), definition=disks.on_bases())
     domain.job = libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
     give_back(disks, domain)
@@ -318,8 +386,9 @@ def test_a_capture_going_on_is_ended(disks: Disks) -> None:
         (libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE, True),
         (libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT, True),
         (libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP, False),
-        # Our capture is over once the disks are on the overlays, so this one is another tool's.
+        # Nothing writes a memory image of this run, so this one is another tool's.
         (libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT, False),
+        (libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT, True),
     ],
 )
 def test_jobs_of_others_are_waited_for(disks: Disks, *, job: int, home: bool) -> None:

@@ -115,8 +115,8 @@ def test_the_audit_objects_to_each_part_by_itself(part: str) -> None:
     assert len(breaches_of(live, original=original)) > plain
 
 
-# A NIC and a CID are made the clone's own even where preflight had refused them.
-@pytest.mark.parametrize("part", sorted(REFUSED - {"macvtap", "fixed vsock"}))
+# A NIC is made the clone's own even where preflight had refused it.
+@pytest.mark.parametrize("part", sorted(REFUSED - {"macvtap"}))
 def test_what_preflight_refuses_would_not_pass_the_audit_either(part: str) -> None:
     original = domain_xml(part)
     assert breaches_of(rewritten(original), original=original)
@@ -233,6 +233,25 @@ def test_the_end_of_the_backing_chain_is_not_written_into_the_clone() -> None:
         driver = disk.find("driver")
         assert driver is not None
         assert driver.get("type") == "qcow2"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("cache='none' io='native'", {"cache": "unsafe"}),
+        ("cache='writeback' io='io_uring'", {"cache": "unsafe", "io": "io_uring"}),
+        ("cache='default' discard='unmap'", {"cache": "unsafe", "discard": "unmap"}),
+        ("queues='2'", {"cache": "unsafe", "queues": "2"}),
+        # Without a write cache the guest does not flush, and it must not find one after a migration.
+        ("cache='writethrough'", {"cache": "writethrough"}),
+        ("cache='directsync' io='native'", {"cache": "directsync", "io": "native"}),
+    ],
+)
+def test_no_flush_of_the_clone_reaches_the_hosts_disks(before: str, after: Mapping[str, str]) -> None:
+    original = domain_xml("disk raw").replace("type='raw' cache='none' io='native'", f"type='raw' {before}")
+    driver = devices(parse(rewritten(original))).find("disk[2]/driver")
+    assert driver is not None
+    assert driver.attrib == {"name": "qemu", "type": "qcow2", **after}
 
 
 def test_the_agents_channel_has_no_path_so_that_libvirt_makes_one() -> None:

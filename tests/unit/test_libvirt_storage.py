@@ -148,5 +148,6 @@ def test_a_guest_that_was_left_to_its_storage_goes_on_at_reconcile(image: Path) 
     for by_storage, calls in ((True, ["resume"]), (False, [])):
         guest = Guest()
         detail = OverlaysDetail(uuid=guest.UUIDString(), disks=(), storage=by_storage)
-        SourceReturn(FakeConnection(guest), guest="db1", detail=detail).run(deadline=timedelta(seconds=5))
+        run = plan_with(COPY, image).run
+        SourceReturn(FakeConnection(guest), run=run, guest="db1", detail=detail).run(deadline=timedelta(seconds=5))
         assert guest.calls == calls

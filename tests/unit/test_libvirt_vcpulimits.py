@@ -99,7 +99,7 @@ def test_it_is_given_back_when_the_process_is_killed(group: Path) -> None:
 
 def test_it_is_given_back_when_the_time_is_over(group: Path) -> None:
     before = read_limit(str(group))
-    slowed = SlowedVcpus((before,), limit_seconds=0.2)
+    slowed = SlowedVcpus((before,), limit_seconds=2)
     slowed.slow_down()
     wait_for(before)
     slowed.let_go()

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.libvirt_fakes import RUNNING, FakeDomain, disk_xml, domain_of
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import watchdog
+from vmsnap.hypervisors.libvirt.stopped import StoppedHere
 from vmsnap.hypervisors.libvirt.watchdog import Guardian, Watchdog
 
 LEFT = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_UNKNOWN)
@@ -78,6 +79,14 @@ def test_a_job_that_runs_is_left_alone_while_the_agent_lives(domain: FakeDomain)
     assert domain.calls == []
 
 
+def test_another_tools_snapshot_is_not_aborted(domain: FakeDomain) -> None:
+    watching = Guardian(lambda: domain, limit_seconds=10, folder=Path("/"), is_capturing=lambda: False)
+    domain.job = SNAPSHOT
+    watching.orphaned(now=0.0)
+    assert watching.look(now=60.0)
+    assert domain.calls == []
+
+
 def test_another_tools_job_is_not_aborted(domain: FakeDomain) -> None:
     watching = guardian(domain)
     domain.job = libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
@@ -110,6 +119,21 @@ def test_a_claimed_pause_is_the_agents_and_the_next_one_is_not(domain: FakeDomai
     domain.states = BY_USER
     watching.look(now=0.3)
     assert domain.calls == ["resume"]
+
+
+def test_a_claimed_pause_that_it_ends_is_noted_no_more(domain: FakeDomain, tmp_path: Path) -> None:
+    stopped = StoppedHere(tmp_path)
+    stopped.note()
+    (tmp_path / "memory").mkdir()
+    watching = Guardian(lambda: domain, limit_seconds=10, folder=tmp_path / "memory")
+    watching.claimed(now_on=True)
+    watching.orphaned(now=0.0)
+    watching.look(now=0.0)
+    assert stopped.is_noted(), "what the agent asked last may still come"
+    domain.states = BY_USER
+    watching.look(now=0.1)
+    assert domain.calls == ["resume"]
+    assert not stopped.is_noted()
 
 
 def test_after_the_claimed_pause_an_operators_is_left_alone(domain: FakeDomain) -> None:

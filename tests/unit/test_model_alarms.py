@@ -26,7 +26,7 @@ from vmsnap.model.alarms import (
     trying,
     with_breach,
 )
-from vmsnap.model.facts import Facts, GuestFacts, Problem
+from vmsnap.model.facts import Facts, GuestFacts, Problem, chore_problem
 from vmsnap.model.freshness import Expected
 from vmsnap.model.history import RunEntry, RunOutcome, RunResult, Starter, Trigger
 from vmsnap.model.ids import RunId
@@ -136,6 +136,23 @@ def test_damage_and_problems_are_told() -> None:
     found = alarms_of(facts(guest(damaged=2), problems=(problem,)), breaches={})
     assert [(alarm.guest, alarm.kind) for alarm in found] == [("db", AlarmKind.DAMAGED), ("x", AlarmKind.PROBLEM)]
     assert found[1].remedy == "correct it"
+
+
+def test_a_problem_of_a_chore_that_was_not_heard_stays_and_any_other_does_not() -> None:
+    chores = (
+        chore_problem("prune", guest="db", error=ConfigError("x")),
+        chore_problem("tend", guest="", error=ConfigError("y")),
+    )
+    problem = Problem(about="policy: x.toml", error=ConfigError("z"))
+    ledger, notice = settle(Ledger(), facts=facts(problems=(*chores, problem)), rules=RULES)
+    assert notice is not None
+    ledger = told(ledger, notice, now=NOW)
+    stays = {"chore: prune db": frozenset({"tend"}), "chore: tend": frozenset({"prune", "verify"})}
+    for about, heard in stays.items():
+        after, _ = settle(ledger, facts=facts(at=NOW + HOUR, heard=heard), rules=RULES)
+        assert [item.alarm.about for item in after.raised if item.over is None] == [about]
+    after, _ = settle(ledger, facts=facts(at=NOW + HOUR), rules=RULES)
+    assert all(item.over is not None for item in after.raised)
 
 
 # How often

@@ -64,6 +64,8 @@ DB = GuestFacts(
     pruned=NOW - HOUR / 4,
     environments=2,
     environments_expired=1,
+    newest_copy=NOW - 5 * HOUR,
+    copies_lacking=4,
 )
 FACTS = Facts(
     at=NOW,
@@ -123,6 +125,8 @@ TEXT = text_of(metrics_of(FACTS, ledger=LEDGER))
         ("vmsnap_guest_snapshot_pause_seconds", {"db": 0.0234}),
         ("vmsnap_guest_hints_distrusted", {"db": 0}),
         ("vmsnap_guest_overlay_free_bytes", {"db": 1 << 30}),
+        ("vmsnap_guest_newest_copy_timestamp_seconds", {"db": (NOW - 5 * HOUR).timestamp()}),
+        ("vmsnap_guest_copies_lacking", {"db": 4}),
         ("vmsnap_guest_environments", {"db": 2, "new": 0, "orphan": 0}),
         ("vmsnap_guest_environments_expired", {"db": 1, "new": 0, "orphan": 0}),
         ("vmsnap_guest_isolation_breaches", {"db": 2, "new": 0, "orphan": 0}),

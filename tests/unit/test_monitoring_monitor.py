@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.unit.listener import Listener, listening, threads_ended
 from vmsnap.errors import ConfigError, DriverError, IsolationError, PreconditionError, ToolError, VmsnapError
 from vmsnap.model.alarms import Ledger
 from vmsnap.model.due import DueEntry, Outcome
-from vmsnap.model.facts import Facts, GuestFacts
+from vmsnap.model.facts import Facts, GuestFacts, chore_problem
 from vmsnap.model.policy import Policy
 from vmsnap.model.schedule import FailedAttempt
 from vmsnap.monitoring.channels import Channels
@@ -137,24 +137,26 @@ def test_a_breach_is_heard(scene: Scene) -> None:
     assert FileAlarmBook(scene.state).load().breaches["db"].count == 1
 
 
-def test_a_chore_that_fails_is_a_problem_until_it_succeeds(scene: Scene) -> None:
+def test_what_is_wrong_by_a_chore_is_a_problem_for_as_long_as_ticks_say_so(scene: Scene) -> None:
     monitor = scene.monitor()
     monitor.start()
-    monitor.chore_done(
-        ChoreDone(name="reconcile", at=CLOCK.now(), error=DriverError("libvirt is gone", remedy="start it"))
-    )
+    wrong = chore_problem("reconcile", guest="", error=DriverError("libvirt is gone", remedy="start it"))
     pruned = CLOCK.now()
     monitor.chore_done(ChoreDone(name="prune", at=pruned, guest="db"))
-    monitor.ticked(tick(problems=(ConfigError("x.toml:1: wrong"),)))
+    monitor.chore_done(ChoreDone(name="prune", at=CLOCK.now(), guest="x", error=DriverError("stuck")))
+    monitor.chore_done(ChoreDone(name="prune", at=CLOCK.now(), whole=False))
+    monitor.ticked(replace(tick(problems=(ConfigError("x.toml:1: wrong"),)), chores=(wrong,)))
     until(lambda: bool(scene.titles))
     assert scene.titles == ["vmsnap on host: this host: cannot be looked after"]
     body = scene.listener.messages[0]["message"]
     assert "libvirt is gone" in body
     assert "start it" in body
     assert "x.toml:1" in body
-    monitor.chore_done(ChoreDone(name="reconcile", at=CLOCK.now()))
-    monitor.ticked(tick())
     book = FileAlarmBook(scene.state)
+    monitor.ticked(tick())
+    until(lambda: len(scene.listener.pings) == 2)
+    assert {item.alarm.about for item in book.load().raised if item.over is None} == {"chore: reconcile"}
+    monitor.ticked(replace(tick(), heard=frozenset({"reconcile"})))
     until(lambda: all(item.over is not None for item in book.load().raised))
     assert book.load().pruned == {"db": pruned}
     monitor.close()
@@ -294,6 +296,7 @@ def test_a_probe_that_hangs_keeps_nobody_waiting_and_is_not_begun_twice() -> Non
     probe = Probe(look, every=timedelta(0))
     for _ in range(3):
         assert probe.seen(patience=timedelta(0)) == {}
+    until(lambda: bool(began))
     assert len(began) == 1
     free.set()
     assert probe.seen(patience=10 * SECOND) == {"db": 5}

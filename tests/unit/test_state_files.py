@@ -200,6 +200,9 @@ def test_a_journal_without_a_beginning_is_passed_over(
     assert [record.run for record in FileJournals(tmp_path).records()] == [RUN]
     with pytest.raises(PreconditionError, match=r"00000000c3.* is damaged"):
         FileJournals(tmp_path).reopen(RunId("00000000c3"))
+    with pytest.raises(PreconditionError, match=r"00000000c3.* is damaged") as caught:
+        FileJournals(tmp_path).begin(RunId("00000000c3"), kind=RunKind.BACKUP, guest="db", at=BEGINNING.started)
+    assert "--adopt 00000000c3" in (caught.value.remedy or "")
     assert FileJournals(tmp_path).records()  # the descriptor was let go
 
 

@@ -25,7 +25,12 @@ SANDBOX = {
     "ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "ProtectProc", "ProcSubset", "ReadWritePaths",
     "ReadOnlyPaths", "InaccessiblePaths", "BindPaths", "TemporaryFileSystem", "MountFlags", "RootDirectory",
 }  # fmt: skip
-MOUNTING = {"vmsnap", "vmsnap-run", "vmsnap-backup@", "vmsnap-reconcile", "vmsnap-env@"}
+MOUNTING = {"vmsnap", "vmsnap-run", "vmsnap-backup@", "vmsnap-reconcile", "vmsnap-expire", "vmsnap-env@"}
+REMOTE = {
+    "vmsnap", "vmsnap-run", "vmsnap-backup@", "vmsnap-reconcile", "vmsnap-expire", "vmsnap-verify", "vmsnap-gc",
+    "vmsnap-export@",
+}  # fmt: skip
+TAKING_BACKUPS = ("vmsnap", "vmsnap-run", "vmsnap-backup@")
 
 
 def section_of(unit: Path, name: str) -> dict[str, str]:
@@ -106,12 +111,59 @@ def test_services_that_mount_see_the_hosts_mounts_and_all_are_held_tightly(unit:
         assert service["KillMode"] == "mixed"  # tools are not killed over the head of the run that needs them
 
 
+def test_what_dies_while_it_takes_backups_is_undone_at_once(tmp_path: Path) -> None:
+    """And only then: an end in order leaves nothing, and says so by its exit status (EXIT_CODE in systemd.exec(5))."""
+    vmsnap = tmp_path / "vmsnap"
+    vmsnap.write_text('#!/bin/sh\necho "$@"\n')
+    vmsnap.chmod(0o755)
+    for unit in TAKING_BACKUPS:
+        service = section_of(ROOT / "systemd" / f"{unit}.service", "Service")
+        command = service["ExecStopPost"].replace("/usr/bin/vmsnap", str(vmsnap)).replace("$$", "$")
+        # A failure of its own says nothing of the service.
+        assert command.startswith("-")
+        for ended, expected in (("exited", ""), ("killed", "reconcile"), ("dumped", "reconcile")):
+            said = subprocess.run(
+                shlex.split(command[1:]),
+                env={"EXIT_CODE": ended},
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
+            assert said.stdout.strip() == expected
+
+
+def test_what_guards_a_guest_may_leave_the_service() -> None:
+    """Its helpers ask systemd for scopes of their own, over its socket, which takes this capability to be listened to."""
+    for unit in TAKING_BACKUPS:
+        service = section_of(ROOT / "systemd" / f"{unit}.service", "Service")
+        assert "AF_UNIX" in service["RestrictAddressFamilies"].split()
+        assert "CAP_SYS_ADMIN" in service["CapabilityBoundingSet"].split()
+
+
 def test_all_that_make_clones_are_held_alike() -> None:
     keys = (
         "CapabilityBoundingSet", "SystemCallFilter", "RestrictAddressFamilies", "RestrictNamespaces", "LockPersonality",
     )  # fmt: skip
     held = {tuple(section_of(unit, "Service")[key] for key in keys) for unit in SERVICES if unit.stem in MOUNTING}
     assert len(held) == 1
+
+
+@pytest.mark.parametrize(
+    "unit", [unit for unit in SERVICES if unit.stem != "vmsnap-dhcp-watch"], ids=lambda unit: unit.stem
+)
+def test_what_may_need_a_secret_is_given_it(unit: Path) -> None:
+    service = section_of(unit, "Service")
+    assert service["LoadCredential"] == "vmsnap:/etc/vmsnap/credentials"
+
+
+@pytest.mark.parametrize("name", sorted(REMOTE))
+def test_what_speaks_with_the_replica_may_and_waits_for_the_network(name: str) -> None:
+    (unit,) = (unit for unit in SERVICES if unit.stem == name)
+    service = section_of(unit, "Service")
+    assert {"AF_INET", "AF_INET6"} <= set(service["RestrictAddressFamilies"].split())
+    assert not {"PrivateNetwork", "IPAddressDeny", "JoinsNamespaceOf"} & set(service)
+    assert "network-online.target" in section_of(unit, "Unit")["After"].split()
 
 
 def test_systemd_waits_longer_than_the_daemon_does() -> None:

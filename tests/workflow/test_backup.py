@@ -54,6 +54,7 @@ from vmsnap.testing.fake_postgresql import FakeCluster
 from vmsnap.testing.faults import Fault, Mode
 from vmsnap.testing.world import START, FakeWorld, QuietProgress
 from vmsnap.workflow.backup import Backup
+from vmsnap.workflow.guard import ISOLATION_ALARM
 from vmsnap.workflow.whereabouts import ADDRESS_QUESTION
 from vmsnap.workflow.world import World
 
@@ -475,6 +476,26 @@ def test_a_database_that_comes_back_is_not_stored(tmp_path: Path) -> None:
     assert isinstance(failed(lab), NotCleanError)
 
 
+def test_a_database_that_comes_up_while_the_others_are_drained_is_not_stored(tmp_path: Path) -> None:
+    """Nobody found it, drained it, or would look at its files; the power-off would end it, and all else would be clean."""
+    lab = FakeWorld(tmp_path)
+    late = FakeCluster(data_directory="/srv/pg/late", port=5433, pid=2000, status="", comes_up_late=True)
+    lab.host.machines["db"].guest.clusters.append(late)
+    error = failed(lab)
+    assert isinstance(error, NotCleanError)
+    assert "process id 2000" in error.brief
+
+
+def test_a_database_of_the_snapshot_before_that_does_not_run_is_told(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    second = FakeCluster(data_directory="/srv/pg/two", port=5433, pid=2000)
+    lab.host.machines["db"].guest.clusters.append(second)
+    assert report_of(succeed(lab, backup())).warnings == ()
+    second.status = ""
+    (warning,) = report_of(succeed(lab, backup())).warnings
+    assert "/srv/pg/two" in warning
+
+
 def test_a_dirty_file_system_is_not_stored(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
     lab.inspector = _DirtyInspector()
@@ -509,21 +530,76 @@ def test_a_clone_killed_at_any_command_is_reported_and_harms_nobody(tmp_path: Pa
         assert isinstance(failed(lab), GuestUnreachableError), number
 
 
+def backed_up_while(lab: FakeWorld, happens: Callable[[str], None]) -> Outcome:
+    """Back up; ``happens`` is called in between what the hypervisor does."""
+
+    def work(world: World, cancel: Cancel) -> BackupReport:
+        lab.host.between = happens
+        return Backup(world, policy=POLICY, progress=QuietProgress(), cancel=cancel).run()
+
+    return invoke(lab, work)
+
+
+def clones_of(lab: FakeWorld) -> set[str]:
+    # A copy: guards end clones beside this.
+    return {machine for machine in tuple(lab.host.machines) if machine.startswith("vmsnap-clone-")}
+
+
+def tear_fences(lab: FakeWorld) -> None:
+    for fence in lab.network.fences.values():
+        fence.intact = False
+
+
 def test_a_fence_that_cannot_be_proven_never_runs_a_clone(tmp_path: Path) -> None:
     lab = FakeWorld(tmp_path)
 
     def tear(name: str) -> None:
         if name == "the clone is there":
-            for fence in lab.network.fences.values():
-                fence.intact = False
+            tear_fences(lab)
 
-    def work(world: World, cancel: Cancel) -> BackupReport:
-        lab.host.between = tear
-        return Backup(world, policy=POLICY, progress=QuietProgress(), cancel=cancel).run()
-
-    outcome = invoke(lab, work)
+    outcome = backed_up_while(lab, tear)
     assert isinstance(outcome.error, IsolationError)
     assert "hypervisor.resume_clone" not in [call.name for call in outcome.calls]
+    assert order(lab) == []
+
+
+def test_a_clone_ended_before_it_ran_is_no_breach_of_its_fence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its taps went with it, so its fence cannot be proven: that is said of the space, and nobody is alarmed."""
+    lab = FakeWorld(tmp_path)
+
+    def fill(name: str) -> None:
+        if name == "the clone is there":
+            lab.host.free_bytes = 100 << 20
+            deadline = time.monotonic() + 20
+            while clones_of(lab):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            tear_fences(lab)
+
+    outcome = backed_up_while(lab, fill)
+    assert isinstance(outcome.error, NoSpaceError), outcome.error
+    assert "fence.prove" in [call.name for call in outcome.calls]
+    assert ISOLATION_ALARM not in caplog.text
+    assert order(lab) == []
+
+
+def test_a_clone_that_the_kernel_ended_before_it_ran_is_no_breach_of_its_fence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab = FakeWorld(tmp_path)
+
+    def end(name: str) -> None:
+        if name == "the clone is there":
+            for machine in clones_of(lab):
+                del lab.host.machines[machine]
+            tear_fences(lab)
+
+    outcome = backed_up_while(lab, end)
+    assert isinstance(outcome.error, NotCleanError), outcome.error
+    assert "OOM killer" in str(outcome.error.remedy)
+    assert ISOLATION_ALARM not in caplog.text
     assert order(lab) == []
 
 

@@ -16,11 +16,12 @@ from tests.workflow.invocations import (
     problems_of_faults,
     succeed,
 )
-from vmsnap.errors import DeadlineError, IsolationError
+from vmsnap.errors import DeadlineError, IsolationError, PreconditionError
 from vmsnap.model.capture import CaptureChoice, Detach
 from vmsnap.model.command import CommandResult
-from vmsnap.model.policy import CapturePolicy, ClonePolicy, Policy
+from vmsnap.model.policy import CapturePolicy, ClonePolicy, ClusterPolicy, DatabasePolicy, Policy
 from vmsnap.model.report import BackupReport
+from vmsnap.testing.fake_postgresql import FakeCluster
 from vmsnap.testing.faults import Mode
 from vmsnap.testing.world import FakeWorld
 
@@ -80,6 +81,34 @@ def test_the_boot_has_to_be_over_before_databases_are_looked_for(tmp_path: Path)
     assert "systemd says 'starting'" in outcome.error.brief
     lab.host.machines["db"].guest.extra[SYSTEMD] = CommandResult(exit_status=1, stdout=b"degraded\n")
     succeed(lab, backup(policy))
+
+
+def test_a_database_of_the_snapshot_before_has_to_come_up(tmp_path: Path) -> None:
+    lab = FakeWorld(tmp_path)
+    second = FakeCluster(data_directory="/srv/pg/two", port=5433, pid=2000)
+    lab.host.machines["db"].guest.clusters.append(second)
+    succeed(lab, backup(BOOT))
+    second.status = ""
+    policy = BOOT.model_copy(update={"clone": ClonePolicy(recovery_deadline=timedelta(seconds=30))})
+    outcome = invoke(lab, backup(policy))
+    assert isinstance(outcome.error, DeadlineError)
+    assert "the server on /srv/pg/two" in outcome.error.brief
+    assert "[[database.clusters]]" in (outcome.error.remedy or "")
+    first = lab.host.machines["db"].guest.clusters[0]
+    left = ClusterPolicy(data_directory=first.data_directory, programs=first.programs)
+    succeed(lab, backup(BOOT.model_copy(update={"database": DatabasePolicy(clusters=(left,))})))
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+def test_a_recovery_that_proves_nothing_is_refused(tmp_path: Path, setting: str) -> None:
+    lab = FakeWorld(tmp_path)
+    lab.host.machines["db"].guest.clusters[0].settings[setting] = "off"
+    outcome = invoke(lab, backup(BOOT))
+    assert isinstance(outcome.error, PreconditionError)
+    assert f"{setting} = off" in outcome.error.brief
+    assert order(lab) == []
+    # With its memory, nothing has to recover.
+    succeed(lab, backup())
 
 
 @pytest.mark.parametrize("mode", list(Mode))

@@ -110,6 +110,17 @@ def test_pins_and_holds_count_in_both_places() -> None:
     assert all(one.keep for one in decided)
 
 
+def test_what_was_restored_is_held_until_its_pin_ends() -> None:
+    away = [taken(hours) for hours in (3, 2, 1)]
+    for until, kept in ((NOW + timedelta(hours=1), True), (NOW - timedelta(minutes=1), False)):
+        pin = Pin(owner="ann", reason="restored", since=NOW - timedelta(minutes=30), until=until)
+        here = [taken(3, marks=Marks(pin=pin)), taken(1)]
+        decided = decide_copies(here, away, rules=rules(here=ONE, away=FOUR), held=Held())
+        (restored,) = (one for one in decided if one.snapshot.id == here[0].id and one.place is Place.LOCAL)
+        assert restored.keep is kept
+        assert restored.rules == (("pinned",) if kept else ("beyond", "pin-ended", "copy-stays"))
+
+
 def test_nothing_goes_here_while_the_replica_is_not_known() -> None:
     decided = decide_copies([taken(2), taken(1)], None, rules=rules(here=ONE, away=ONE), held=Held())
     assert [one.rules for one in decided] == [("replica-unknown",), ("newest", "keep_last")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import subprocess
 import sys
 import threading
@@ -331,7 +332,10 @@ def test_a_guest_that_somebody_holds_is_not_tried_again_before_the_next_tick(tmp
     assert one.snapshots() == 1
 
 
-def test_environments_expire_and_one_that_cannot_go_is_told_once(tmp_path: Path) -> None:
+def test_environments_expire_and_one_that_cannot_go_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="vmsnap")
     one = Installation(tmp_path, policy(every=30 * DAY))
     one.begin()
     succeed(one.lab, provision(name="test"))
@@ -343,10 +347,14 @@ def test_environments_expire_and_one_that_cannot_go_is_told_once(tmp_path: Path)
     one.pass_by(DAY)
     one.pass_by(MINUTE)
     assert [item.name for item in one.lab.state.environments.all()] == ["held"]
-    assert len(one.listener.failures("expire")) == 1
+    assert caplog.text.count("expire of db failed") == 1
+    one.pass_by(MINUTE)
+    assert [problem.about for problem in one.listener.ticks[-1].chores] == ["chore: expire db"]
     journal.close()
     one.pass_by(MINUTE)
     assert one.lab.state.environments.all() == ()
+    one.pass_by(MINUTE)
+    assert one.listener.ticks[-1].chores == ()
     assert order(one.lab) == []
 
 
@@ -411,7 +419,10 @@ def test_the_replicas_garbage_is_collected_and_a_failure_is_told(tmp_path: Path)
     assert failure.startswith("garbage cannot be told from what is needed: the object snapshots/db/0000000001.json")
 
 
-def test_snapshots_are_read_again_in_their_time_and_damage_is_told(tmp_path: Path) -> None:
+def test_snapshots_are_read_again_in_their_time_and_damage_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="vmsnap")
     one = Installation(tmp_path, policy(every=300 * DAY, verify=VerifyPolicy(every=7 * DAY)))
     one.begin()
 
@@ -421,19 +432,21 @@ def test_snapshots_are_read_again_in_their_time_and_damage_is_told(tmp_path: Pat
         (snapshot,) = one.lab.store.snapshots("db")
         return snapshot.marks
 
-    assert verified().verification is None
-    one.pass_by(7 * DAY)
     first = verified().verification
     assert first is not None
     assert first.bad_blocks == 0
+    one.pass_by(7 * DAY - HOUR)
     assert verified().verification == first
+    one.pass_by(HOUR)
+    again = verified().verification
+    assert again is not None
+    assert again.at >= first.at + 7 * DAY
     one.lab.store.damage(snapshot_of(one), target="vda")
     one.pass_by(7 * DAY)
     second = verified().verification
     assert second is not None
     assert second.bad_blocks
-    (told,) = one.listener.failures("verify")
-    assert "is damaged" in told
+    assert caplog.text.count("is damaged") == 1
 
 
 def snapshot_of(one: Installation) -> Snapshot:

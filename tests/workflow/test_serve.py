@@ -249,6 +249,27 @@ def test_one_that_does_not_run_is_told(lab: FakeWorld) -> None:
         assert "shut off" in error.brief
 
 
+def test_what_to_do_about_one_that_is_off_depends_on_where_it_is(lab: FakeWorld) -> None:
+    """A fence that nothing proves anew must not be started into; a network of the hypervisor has nothing to prove."""
+    lab.host.machines["test"].state = GuestState.SHUT_OFF
+    remedy = _remedy(lab)
+    assert "virsh start" not in remedy
+    assert "vmsnap env destroy test" in remedy
+    assert f"vmsnap provision {lab.state.environments.get('test').snapshot} --name test" in remedy
+    lab.host.machines["test"].state = GuestState.PAUSED
+    assert "virsh resume test" in _remedy(lab)
+    environment = lab.state.environments.get("test")
+    lab.state.environments.replace(replace(environment, network="default"))
+    lab.host.machines["test"].state = GuestState.SHUT_OFF
+    assert "virsh start test" in _remedy(lab)
+
+
+def _remedy(lab: FakeWorld) -> str:
+    error = run(lab, forwarding()).error
+    assert isinstance(error, PreconditionError)
+    return error.remedy or ""
+
+
 def test_a_closed_port_is_told_soon(lab: FakeWorld) -> None:
     lab.residences.living[OLD.ip] = lab.host.machines["test"].macs[0]
     lab.network.servers[str(OLD.ip), 5432] = closed_port()

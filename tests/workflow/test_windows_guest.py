@@ -43,7 +43,10 @@ DATA, PROGRAMS = r"C:\pg data", r"C:\Program Files\PostgreSQL\16\bin"
 
 
 class WindowsGuest(FakeGuest):
-    """A guest that knows the scripts of the engines. ``lines`` are its error log; ``database`` which server it has."""
+    """A guest that knows the scripts of the engines. ``lines`` are its error log; ``database`` which server it has.
+
+    ``comes_up_late``: another server of PostgreSQL is there when the first has stopped.
+    """
 
     def __init__(self, database: str, *, last_words: str = SHUT_DOWN) -> None:
         super().__init__()
@@ -51,6 +54,7 @@ class WindowsGuest(FakeGuest):
         self.last_words = last_words
         self.lines = ["Starting up database 'sales'."]
         self.runs = True
+        self.comes_up_late = False
         self.token = ""
 
     def clone(self) -> WindowsGuest:
@@ -102,7 +106,7 @@ class WindowsGuest(FakeGuest):
         ]
 
     def _sqlserver_discover(self, given: dict[str, Any]) -> object:
-        return instances(service())
+        return instances(service()) if self.runs else {**instances(service(State="Stopped", Process=0)), "Servers": []}
 
     def _sqlserver_look(self, given: dict[str, Any]) -> object:
         return {"Files": ["C:\\sql\\sales.mdf"], "Unready": [], "Copies": []}
@@ -122,7 +126,7 @@ class WindowsGuest(FakeGuest):
     def _postgresql_discover(self, given: dict[str, Any]) -> object:
         line = f'"{PROGRAMS}\\pg_ctl.exe" runservice -N "pg" -D "{DATA}" -w'
         found = {"Service": "pg", "State": "Running", "Starts": "Auto", "CommandLine": line}
-        return {"Services": [found], "Servers": [{"Pid": 4711, "Parent": 1}]}
+        return {"Services": [found], "Servers": [{"Pid": 4711, "Parent": 1}] if self.runs or self.comes_up_late else []}
 
     def _postgresql_look(self, given: dict[str, Any]) -> object:
         state = "in production" if self.runs else "shut down"
@@ -215,6 +219,15 @@ def test_a_server_that_did_not_end_in_order_makes_no_snapshot(tmp_path: Path) ->
     assert isinstance(outcome.error, NotCleanError)
     assert lab.store.snapshots("db") == ()
     assert lab.leftovers() == ()
+
+
+def test_a_server_that_comes_up_late_makes_no_snapshot(tmp_path: Path) -> None:
+    guest = WindowsGuest("postgresql-windows")
+    guest.comes_up_late = True
+    lab = WindowsWorld(tmp_path, guest)
+    outcome = simply(lab, backup(policy("postgresql-windows")))
+    assert isinstance(outcome.error, NotCleanError)
+    assert lab.store.snapshots("db") == ()
 
 
 def test_what_the_guest_says_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

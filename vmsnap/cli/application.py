@@ -8,13 +8,15 @@ from typing import Protocol
 
 from vmsnap.model.collection import CollectReport
 from vmsnap.model.copies import ReplicaCopies
-from vmsnap.model.due import DueReport, PruneReport
-from vmsnap.model.forecast import Forecast
+from vmsnap.model.due import DueReport, ForecastReport, PruneReport
+from vmsnap.model.environment import Expiry
+from vmsnap.model.forgetting import ForgetReport, ForgetWishes
 from vmsnap.model.guest import Finding
 from vmsnap.model.history import AuditEntry, RunEntry
 from vmsnap.model.isolation import Exchange
 from vmsnap.model.manifest import Pin, Snapshot
 from vmsnap.model.report import (
+    Adoption,
     BackupReport,
     EnvironmentStatus,
     ExportOptions,
@@ -26,6 +28,7 @@ from vmsnap.model.report import (
     ReconcileReport,
     RegisterReport,
     ReplicateReport,
+    RestoreOptions,
     RestoreReport,
     ServeOptions,
     ServeReport,
@@ -68,14 +71,23 @@ class Application(Protocol):
         ``many``: remove even most of a guest's snapshots. Of all, one that fails stops no other and is in the report.
         """
 
+    def forget(self, wishes: ForgetWishes) -> ForgetReport:
+        """Remove snapshots by hand, all that are named or none. Raises HeldError, PreconditionError; nothing is removed then."""
+
     def collect(self, wishes: CollectWishes, *, progress: Progress, cancel: Cancel) -> CollectReport:
-        """Remove what nobody needs at the replica, and lock for longer what is kept. Raises PreconditionError without one."""
+        """Remove what nobody needs at the replica, and lock for longer what is kept. Raises PreconditionError without one.
 
-    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> tuple[Forecast, ...]:
-        """Return what retention will have kept after ``span`` of a backup each ``every``; None: as scheduled."""
+        Copies of guests whose policy files are wrong are not locked for longer; the report says so.
+        """
 
-    def reconcile(self) -> ReconcileReport:
-        """Undo what dead runs left."""
+    def forecast(self, guest: str | None, *, span: timedelta, every: timedelta | None) -> ForecastReport:
+        """Return what retention will have kept after ``span`` of a backup each ``every``; None: as scheduled.
+
+        Of all guests, a policy file that is wrong stops no other and is in the report.
+        """
+
+    def reconcile(self, adoption: Adoption | None = None) -> ReconcileReport:
+        """Undo what dead runs left; with an adoption also runs that no journal knows. See workflow.adopt for what it raises."""
 
     def doctor(self, guest: str | None) -> tuple[Finding, ...]:
         """Look whether this host, and a guest on it, can be backed up. Changes nothing."""
@@ -89,8 +101,8 @@ class Application(Protocol):
     def replicate(self, reference: str, *, progress: Progress, cancel: Cancel) -> ReplicateReport:
         """Copy a snapshot of the local store to the replica. May be repeated; what was sent is not sent again."""
 
-    def restore(self, reference: str, *, progress: Progress, cancel: Cancel) -> RestoreReport:
-        """Bring a snapshot of the replica into the local store."""
+    def restore(self, reference: str, *, options: RestoreOptions, progress: Progress, cancel: Cancel) -> RestoreReport:
+        """Bring a snapshot of the replica into the local store, and hold it there as the options say."""
 
     def export(self, reference: str, *, options: ExportOptions, progress: Progress, cancel: Cancel) -> ExportReport:
         """Write the disks of a snapshot as plain files; one that is not in the local store is taken from the replica."""
@@ -111,7 +123,8 @@ class Application(Protocol):
     ) -> None:
         """Keep the last DHCP exchange of the guests, or of all that have a policy, until cancelled.
 
-        ``interfaces`` empty: the bridges that the guests are on. ``tell`` gets the guest and each exchange.
+        ``interfaces`` empty: the bridges that the guests are on. ``tell`` gets the guest and each exchange. Policies are read
+        again every few minutes; one that is wrong stops its own guest and no other.
         """
 
     def snapshots(self, guest: str | None) -> tuple[Snapshot, ...]:
@@ -128,6 +141,9 @@ class Application(Protocol):
 
     def destroy_environment(self, name: str) -> None:
         """Remove an environment and let its snapshot go. Raises EnvironmentNotFoundError."""
+
+    def expire_environments(self, *, dry_run: bool) -> tuple[Expiry, ...]:
+        """Remove the environments whose time has come; one that fails stops no other, and is told. A dry run removes none."""
 
     def extend_environment(self, name: str, *, expires: datetime | None) -> EnvironmentStatus:
         """Set when an environment expires; None: never. Raises EnvironmentNotFoundError."""

@@ -22,6 +22,18 @@ def complete_snapshot(ctx: typer.Context, incomplete: str) -> list[str]:
     return _complete(ctx, incomplete, find=_snapshots)
 
 
+def complete_snapshot_id(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return ids of snapshots."""
+    return _complete(ctx, incomplete, find=lambda session: [one.id for one in session.application.snapshots(None)])
+
+
+def complete_stored_guest(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return guests that have snapshots, with a policy or without."""
+    return _complete(
+        ctx, incomplete, find=lambda session: [one.manifest.guest for one in session.application.snapshots(None)]
+    )
+
+
 def complete_guest_or_snapshot(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return what ``vmsnap provision`` takes."""
     return _complete(ctx, incomplete, find=lambda session: [*_guests(session), *_snapshots(session)])

@@ -89,6 +89,12 @@ class Session:
         found = findings_of(self.settings, file=settings_path(self.config))
         return tuple(finding for finding in found if finding.severity.value != "ok")
 
+    def silence_warnings(self) -> tuple[Finding, ...]:
+        """Return a warning where nobody is told when backups fail."""
+        from vmsnap.oversight import silence_of  # noqa: PLC0415
+
+        return silence_of(self.settings)
+
     @cached_property
     def out(self) -> Console:
         """Return the console for results."""

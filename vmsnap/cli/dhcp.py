@@ -47,6 +47,8 @@ def watch(
 ) -> None:
     """Keep the last DHCP exchange of every guest that has a policy, until stopped by Ctrl-C or SIGTERM.
 
+    Policies are read again every five minutes; a file that is wrong is told, and stops its own guest and no other.
+
     It reads production's bridges and never sends anything. What it keeps, for root's eyes only, lets a clone be given an
     address by a FORCERENEW that its DHCP client believes. The service vmsnap-dhcp-watch runs it.
 

@@ -43,7 +43,7 @@ def doctor(
     session = begin(ctx, json=json, config=config)
     findings = session.application.doctor(guest)
     if guest is None:
-        findings += session.settings_warnings()
+        findings += (*session.settings_warnings(), *session.silence_warnings())
     refusals = sum(finding.severity.value == "refusal" for finding in findings)
     session.show(
         doctor_document(findings, guest=guest, ready=refusals == 0),

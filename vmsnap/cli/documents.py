@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from vmsnap.config.policies import PolicyCheck
     from vmsnap.model.collection import CollectReport
     from vmsnap.model.copies import ReplicaCopies
-    from vmsnap.model.due import DueEntry, DueReport, PruneReport
-    from vmsnap.model.forecast import Forecast
+    from vmsnap.model.due import DueEntry, DueReport, ForecastReport, PruneReport
+    from vmsnap.model.environment import Expiry
+    from vmsnap.model.forgetting import ForgetReport
     from vmsnap.model.guest import Finding
     from vmsnap.model.history import AuditEntry, RunEntry, Starter
     from vmsnap.model.manifest import CleanRecord, DrainRecord, Snapshot
@@ -65,8 +66,8 @@ def provision_document(report: ProvisionReport) -> Document:
     return report.model_dump(mode="json")
 
 
-def snapshot_summary(snapshot: Snapshot) -> Document:
-    """Return a snapshot as an entry of a list."""
+def snapshot_summary(snapshot: Snapshot, *, now: datetime) -> Document:
+    """Return a snapshot as an entry of a list. ``pin`` may have ended; ``pinned`` says whether it holds at ``now``."""
     manifest = snapshot.manifest
     verification, pin = snapshot.marks.verification, snapshot.marks.pin
     return {
@@ -82,11 +83,12 @@ def snapshot_summary(snapshot: Snapshot) -> Document:
         "clean": {"proven": True, "methods": sorted({item.method for item in manifest.clean.instances})},
         "verified": None if verification is None else verification.model_dump(mode="json"),
         "pin": None if pin is None else pin.model_dump(mode="json"),
+        "pinned": pin is not None and pin.holds(now),
         "parent": manifest.parent,
     }
 
 
-def list_document(snapshots: Sequence[Snapshot], *, copies: ReplicaCopies | None = None) -> Document:
+def list_document(snapshots: Sequence[Snapshot], *, now: datetime, copies: ReplicaCopies | None = None) -> Document:
     """Return the document of ``vmsnap list``.
 
     ``copies`` of a snapshot: ``local``, ``replica``. Where there is a replica: ``replica_only`` are the snapshots that are there
@@ -95,28 +97,30 @@ def list_document(snapshots: Sequence[Snapshot], *, copies: ReplicaCopies | None
     ids = frozenset() if copies is None else copies.ids
     document: Document = {
         "snapshots": [
-            {**snapshot_summary(one), "copies": ["local", *(["replica"] if one.id in ids else [])]} for one in snapshots
+            {**snapshot_summary(one, now=now), "copies": ["local", *(["replica"] if one.id in ids else [])]}
+            for one in snapshots
         ]
     }
     if copies is not None and copies.replica:
         alone = copies.only_there(snapshots)
-        document["replica_only"] = [{**snapshot_summary(one), "copies": ["replica"]} for one in alone]
+        document["replica_only"] = [{**snapshot_summary(one, now=now), "copies": ["replica"]} for one in alone]
         document["replica_error"] = None if copies.problem is None else error_fields(copies.problem)
     return document
 
 
-def snapshot_document(snapshot: Snapshot) -> Document:
-    """Return the document of ``vmsnap show``: the manifest and the marks, whole."""
-    return snapshot.model_dump(mode="json")
+def snapshot_document(snapshot: Snapshot, *, now: datetime) -> Document:
+    """Return the document of ``vmsnap show``: the manifest and the marks, whole, and whether a pin holds it at ``now``."""
+    pin = snapshot.marks.pin
+    return {**snapshot.model_dump(mode="json"), "pinned": pin is not None and pin.holds(now)}
 
 
-def prune_document(report: PruneReport, *, dry_run: bool) -> Document:
+def prune_document(report: PruneReport, *, dry_run: bool, now: datetime) -> Document:
     """Return the document of ``vmsnap prune``."""
     return {
         "dry_run": dry_run,
         "decisions": [
             {
-                **snapshot_summary(decision.snapshot),
+                **snapshot_summary(decision.snapshot, now=now),
                 "keep": decision.keep,
                 "reasons": list(decision.reasons),
                 "rules": list(decision.rules),
@@ -129,13 +133,38 @@ def prune_document(report: PruneReport, *, dry_run: bool) -> Document:
     }
 
 
+def forget_document(report: ForgetReport, *, now: datetime) -> Document:
+    """Return the document of ``vmsnap forget``.
+
+    ``copy_stays``: whether the snapshot has another copy that stays; null: that is not known. ``confirm``: why the guest's name
+    is asked for. ``replica_error`` says why the replica could not be asked, or is null.
+    """
+    return {
+        "guest": report.guest,
+        "dry_run": report.dry_run,
+        "reason": report.reason,
+        "snapshots": [
+            {
+                **snapshot_summary(entry.snapshot, now=now),
+                "place": entry.place.value,
+                "removed": not report.dry_run,
+                "copy_stays": entry.copy_stays,
+            }
+            for entry in report.entries
+        ],
+        "freed_bytes": report.freed_bytes,
+        "confirm": list(report.confirm),
+        "replica_error": None if report.problem is None else error_fields(report.problem),
+    }
+
+
 def collect_document(report: CollectReport) -> Document:
     """Return the document of ``vmsnap gc``. ``waiting`` was found before, and cannot go yet: ``reasons`` say why."""
     document: Document = report.model_dump(mode="json")
     return document
 
 
-def forecasts_document(forecasts: Sequence[Forecast]) -> Document:
+def forecasts_document(report: ForecastReport) -> Document:
     """Return the document of ``vmsnap prune --simulate``.
 
     ``snapshot`` is null where it is an imagined one, ``every_seconds`` where backups are as scheduled.
@@ -160,8 +189,9 @@ def forecasts_document(forecasts: Sequence[Forecast]) -> Document:
                     for verdict in forecast.kept
                 ],
             }
-            for forecast in forecasts
-        ]
+            for forecast in report.forecasts
+        ],
+        "failures": [{"guest": failure.guest, **error_fields(failure.error)} for failure in report.failures],
     }
 
 
@@ -227,6 +257,24 @@ def environment_document(status: EnvironmentStatus) -> Document:
 def environments_document(statuses: Sequence[EnvironmentStatus]) -> Document:
     """Return the document of ``vmsnap env list``."""
     return {"environments": [environment_document(status) for status in statuses]}
+
+
+def expiry_document(entries: Sequence[Expiry], *, dry_run: bool) -> Document:
+    """Return the document of ``vmsnap env expire``: one entry an environment whose time has come."""
+    return {
+        "dry_run": dry_run,
+        "environments": [
+            {
+                "environment": entry.environment.name,
+                "guest": entry.environment.guest,
+                "snapshot": entry.environment.snapshot,
+                "expires": None if entry.environment.expires is None else _iso(entry.environment.expires),
+                "removed": entry.removed,
+                "error": None if entry.error is None else error_fields(entry.error),
+            }
+            for entry in entries
+        ],
+    }
 
 
 def reconcile_document(report: ReconcileReport) -> Document:

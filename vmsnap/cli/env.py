@@ -13,13 +13,15 @@ from vmsnap.cli import reach
 from vmsnap.cli.cancel import cancelled_by_signals
 from vmsnap.cli.completion import complete_environment
 from vmsnap.cli.context import ConfigOption, JsonOption, begin
-from vmsnap.cli.documents import environment_document, environments_document
+from vmsnap.cli.documents import environment_document, environments_document, expiry_document
+from vmsnap.cli.failures import plain_error_lines
 from vmsnap.cli.tables import print_lines, print_table, print_tree
 from vmsnap.cli.text import minute, moment, printable, size
 from vmsnap.cli.times import parse_span, parse_time
-from vmsnap.errors import ConfigError, EnvironmentNotFoundError
+from vmsnap.errors import ConfigError, EnvironmentNotFoundError, ExitCode, worst_of
 
 if TYPE_CHECKING:
+    from vmsnap.model.environment import Expiry
     from vmsnap.model.report import EnvironmentStatus
 
 _HEADER = ("ENVIRONMENT", "STATE", "GUEST", "SNAPSHOT", "CREATED", "EXPIRES", "NETWORK", "OVERLAY")
@@ -123,7 +125,7 @@ def destroy_environment(
     For example:
 
         vmsnap env destroy db1-test
-        vmsnap env list --json | jq -r '.environments[].environment' | xargs -n1 vmsnap env destroy
+        vmsnap env list --json | jq -r '.environments[] | select(.guest == "db1").environment' | xargs -rn1 vmsnap env destroy
     """
     session = begin(ctx, json=json, config=config)
     application = session.application
@@ -133,6 +135,33 @@ def destroy_environment(
         {"environment": name, "destroyed": True},
         human=lambda console: print_lines(console, [f"Environment {printable(name)} is gone."]),
     )
+
+
+@environments.command("expire")
+def expire_environments(
+    ctx: typer.Context,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Remove the environments whose time has come, and everything they wrote.
+
+    The daemon does the same by itself. One that cannot be removed stops no other; the exit code is that of the worst failure.
+
+    For example:
+
+        vmsnap env expire --dry-run
+        vmsnap env expire --json | jq -r '.environments[].environment'
+    """
+    session = begin(ctx, json=json, config=config)
+    application = session.application
+    with session.unstoppable():
+        entries = application.expire_environments(dry_run=dry_run)
+    session.show(expiry_document(entries, dry_run=dry_run), human=lambda console: _print_expired(console, entries))
+    code = worst_of({entry.error.exit_code for entry in entries if entry.error is not None})
+    if code is not ExitCode.DONE:
+        raise typer.Exit(int(code))
 
 
 @environments.command("hydrate")
@@ -172,7 +201,7 @@ def serve_disks(
         vmsnap env serve-disks 0a1b2c3d4e
     """
     session = begin(ctx, json=False, config=config)
-    from vmsnap.exporting import serve_export  # noqa: PLC0415 - no other command needs what that loads
+    from vmsnap.export_serving import serve_export  # noqa: PLC0415 - no other command needs what that loads
 
     stop = threading.Event()
     with cancelled_by_signals(announce=stop.set):
@@ -202,6 +231,18 @@ def _print(console: Console, statuses: Sequence[EnvironmentStatus]) -> None:
         for status in statuses
     ]
     print_table(console, header=_HEADER, rows=rows, spare=("CREATED", "NETWORK", "OVERLAY"))
+
+
+def _print_expired(console: Console, entries: Sequence[Expiry]) -> None:
+    lines = [] if entries else ["No environment has expired."]
+    for entry in entries:
+        name = printable(entry.environment.name)
+        if entry.error is not None:
+            lines += [f"{name}: {line}" for line in plain_error_lines(entry.error)]
+        else:
+            became = "was removed" if entry.removed else "would be removed"
+            lines.append(f"Environment {name} has expired ({moment(entry.environment.expires)}) and {became}.")
+    print_lines(console, lines)
 
 
 def _whence(status: EnvironmentStatus) -> str:

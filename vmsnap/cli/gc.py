@@ -13,6 +13,7 @@ from vmsnap.cli.documents import collect_document
 from vmsnap.cli.tables import print_lines
 from vmsnap.cli.text import count, printable, size
 from vmsnap.cli.times import parse_span
+from vmsnap.errors import ExitCode
 
 if TYPE_CHECKING:
     from vmsnap.model.collection import CollectReport, Heap
@@ -45,7 +46,8 @@ def collect_garbage(
     What a removed snapshot alone needed, and what dead uploads left, is found by one pass, and removed by a later one, a day
     after. Backups and uploads may go on meanwhile, on any host. The daemon does this every day.
 
-    The copies that are kept are locked for longer, where the replica locks them (replica.object_lock).
+    The copies that are kept are locked for longer, where the replica locks them (replica.object_lock). Where a policy file is
+    wrong, those of its guest are not, and the exit code is 2; garbage hangs on no policy.
 
     For example:
 
@@ -62,6 +64,8 @@ def collect_garbage(
     with session.running() as (progress, cancel):
         report = session.application.collect(wishes, progress=progress, cancel=cancel)
     session.show(collect_document(report), human=lambda console: _print(console, report))
+    if report.unlocked:
+        raise typer.Exit(int(ExitCode.CONFIGURATION))
 
 
 def _print(console: Console, report: CollectReport) -> None:
@@ -79,6 +83,9 @@ def _print(console: Console, report: CollectReport) -> None:
         )
     if report.renewed:
         lines.append(f"{count(report.renewed, thing='object')} locked for longer.")
+    lines += [
+        f"Not locked for longer, because a policy file is wrong: {printable(wrong)}." for wrong in report.unlocked
+    ]
     if report.waiting.objects:
         lines.append(f"Waiting: {_heap(report.waiting)}{': ' if report.reasons else ''}{'; '.join(report.reasons)}.")
     if report.dry_run:

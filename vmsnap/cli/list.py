@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,14 +48,16 @@ def list_snapshots(
     snapshots = session.application.snapshots(guest)
     if guest is not None and not snapshots:
         session.policies.get(guest)  # no snapshots yet is fine; a guest nobody knows is not
-    copies = session.application.copies(guest)
+    copies, now = session.application.copies(guest), session.now()
     session.show(
-        list_document(snapshots, copies=copies),
-        human=lambda console: _print(console, snapshots, copies=copies, guest=guest),
+        list_document(snapshots, now=now, copies=copies),
+        human=lambda console: _print(console, snapshots, copies=copies, guest=guest, now=now),
     )
 
 
-def _print(console: Console, snapshots: Sequence[Snapshot], *, copies: ReplicaCopies, guest: str | None) -> None:
+def _print(
+    console: Console, snapshots: Sequence[Snapshot], *, copies: ReplicaCopies, guest: str | None, now: datetime
+) -> None:
     everything = [(one, True) for one in snapshots] + [(one, False) for one in copies.only_there(snapshots)]
     if not everything:
         name = guest or "GUEST"
@@ -62,7 +65,7 @@ def _print(console: Console, snapshots: Sequence[Snapshot], *, copies: ReplicaCo
     else:
         everything.sort(key=lambda one: (one[0].manifest.guest, one[0].manifest.ranked))
         columns = len(_HEADER) if copies.replica else len(_HEADER) - 1
-        rows = [(*_row(one), _where(one, here=here, copies=copies))[:columns] for one, here in everything]
+        rows = [(*_row(one, now=now), _where(one, here=here, copies=copies))[:columns] for one, here in everything]
         print_table(console, header=_HEADER[:columns], rows=rows, spare=_SPARE)
     if copies.problem is not None:
         lines = [f"What the replica has is not known: {copies.problem.brief}"]
@@ -77,7 +80,7 @@ def _where(snapshot: Snapshot, *, here: bool, copies: ReplicaCopies) -> str:
     return "local, replica" if snapshot.id in copies.ids else "local"
 
 
-def _row(snapshot: Snapshot) -> tuple[str, ...]:
+def _row(snapshot: Snapshot, *, now: datetime) -> tuple[str, ...]:
     manifest = snapshot.manifest
     return (
         manifest.guest,
@@ -89,7 +92,7 @@ def _row(snapshot: Snapshot) -> tuple[str, ...]:
         engine_names(manifest.clean),
         "+".join(sorted({item.method for item in manifest.clean.instances})),
         verified_text(snapshot),
-        pinned_text(snapshot),
+        pinned_text(snapshot, now=now),
     )
 
 
@@ -103,9 +106,9 @@ def verified_text(snapshot: Snapshot) -> str:
     return day(verification.at)
 
 
-def pinned_text(snapshot: Snapshot) -> str:
-    """Return who holds a snapshot, and up to which day."""
+def pinned_text(snapshot: Snapshot, *, now: datetime) -> str:
+    """Return who holds a snapshot, and up to which day. A pin that has ended is none."""
     pin = snapshot.marks.pin
-    if pin is None:
+    if pin is None or not pin.holds(now):
         return "-"
     return f"{pin.owner} until {day(pin.until)}" if pin.until else pin.owner

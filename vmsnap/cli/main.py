@@ -15,6 +15,7 @@ from vmsnap.cli.daemon import daemon
 from vmsnap.cli.dhcp import dhcp
 from vmsnap.cli.doctor import doctor
 from vmsnap.cli.env import environments
+from vmsnap.cli.forget import forget
 from vmsnap.cli.gc import collect_garbage
 from vmsnap.cli.group import ErrorGroup
 from vmsnap.cli.history import history
@@ -25,6 +26,7 @@ from vmsnap.cli.policy import policies
 from vmsnap.cli.provision import provision
 from vmsnap.cli.prune import prune
 from vmsnap.cli.reconcile import reconcile
+from vmsnap.cli.removable import removable
 from vmsnap.cli.replica import export, replicate, restore
 from vmsnap.cli.run import run
 from vmsnap.cli.show import show
@@ -87,6 +89,7 @@ app.add_typer(environments, name="env", rich_help_panel=_MAKE)
 app.command("list", rich_help_panel=_KEEP)(list_snapshots)
 app.command("show", rich_help_panel=_KEEP)(show)
 app.command("prune", rich_help_panel=_KEEP)(prune)
+app.command("forget", rich_help_panel=_KEEP)(forget)
 app.command("pin", rich_help_panel=_KEEP)(pin)
 app.command("unpin", rich_help_panel=_KEEP)(unpin)
 app.command("replicate", rich_help_panel=_KEEP)(replicate)
@@ -99,6 +102,7 @@ app.command("history", rich_help_panel=_HOST)(history)
 app.command("doctor", rich_help_panel=_HOST)(doctor)
 app.command("metrics", rich_help_panel=_HOST)(metrics)
 app.command("reconcile", rich_help_panel=_HOST)(reconcile)
+app.command("removable", hidden=True)(removable)
 app.add_typer(dhcp, name="dhcp", rich_help_panel=_HOST)
 app.add_typer(policies, name="policy", rich_help_panel=_HOST)
 

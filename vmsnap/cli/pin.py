@@ -50,11 +50,11 @@ def pin(
         raise ConfigError("--reason is empty", remedy="say why: whoever finds the store full will want to know")
     from vmsnap.model.manifest import Pin  # noqa: PLC0415 - pydantic is slow to load, and --help needs none
 
-    wanted = Pin(owner=owner or _me(), reason=reason, since=session.now(), until=ends)
+    wanted = Pin(owner=owner or whoever(), reason=reason, since=session.now(), until=ends)
     pinned = session.application.pin(snapshot, pin=wanted)
     end = f"until {moment(ends)}" if ends else "until it is unpinned"
     session.show(
-        snapshot_summary(pinned),
+        snapshot_summary(pinned, now=session.now()),
         human=lambda console: print_lines(
             console, [f"Pinned {pinned.id} of {printable(pinned.manifest.guest)} {end}: {printable(reason)}"]
         ),
@@ -76,7 +76,7 @@ def unpin(
     session = begin(ctx, json=json, config=config)
     let_go = session.application.pin(snapshot, pin=None)
     session.show(
-        snapshot_summary(let_go),
+        snapshot_summary(let_go, now=session.now()),
         human=lambda console: print_lines(
             console, [f"{let_go.id} of {printable(let_go.manifest.guest)} is not pinned any more."]
         ),
@@ -96,7 +96,7 @@ def _end(session: Session, *, until: str | None, lasting: str | None) -> datetim
     return end
 
 
-def _me() -> str:
+def whoever() -> str:
     """Return who runs the command: the person before sudo, where there is one."""
     try:
         return os.environ.get("SUDO_USER") or getpass.getuser()

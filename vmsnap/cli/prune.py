@@ -19,8 +19,7 @@ from vmsnap.cli.times import parse_span
 from vmsnap.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
-    from vmsnap.model.due import PruneReport
-    from vmsnap.model.forecast import Forecast
+    from vmsnap.model.due import ForecastReport, PruneFailure, PruneReport
     from vmsnap.model.report import PruneDecision
 
 
@@ -90,7 +89,8 @@ def prune(
     with session.unstoppable():
         report = application.prune(guest, dry_run=dry_run, trust_clock=trust_clock, many=many)
     session.show(
-        prune_document(report, dry_run=dry_run), human=lambda console: _print(console, report, dry_run=dry_run)
+        prune_document(report, dry_run=dry_run, now=session.now()),
+        human=lambda console: _print(console, report, dry_run=dry_run),
     )
     if report.exit_code is not ExitCode.DONE:
         raise typer.Exit(int(report.exit_code))
@@ -99,20 +99,27 @@ def prune(
 def _simulate(session: Session, guest: str | None, *, simulate: str, every: str | None) -> None:
     span = parse_span(simulate, option="--simulate")
     interval = None if every is None else parse_span(every, option="--every")
-    forecasts = session.application.forecast(guest, span=span, every=interval)
-    session.show(forecasts_document(forecasts), human=lambda console: _draw(console, forecasts))
+    report = session.application.forecast(guest, span=span, every=interval)
+    session.show(forecasts_document(report), human=lambda console: _draw(console, report))
+    if report.exit_code is not ExitCode.DONE:
+        raise typer.Exit(int(report.exit_code))
 
 
-def _draw(console: Console, forecasts: Sequence[Forecast]) -> None:
-    if not forecasts:
+def _draw(console: Console, report: ForecastReport) -> None:
+    if not report.forecasts and not report.failures:
         print_lines(console, ["No guest has a policy: nothing to simulate."])
-    for number, forecast in enumerate(forecasts):
+    for number, forecast in enumerate(report.forecasts):
         print_lines(console, [*([""] if number else []), *calendar_lines(forecast)])
+    _print_failures(console, report.failures)
 
 
 def _print(console: Console, report: PruneReport, *, dry_run: bool) -> None:
     _print_decisions(console, report.decisions, dry_run=dry_run)
-    for failure in report.failures:
+    _print_failures(console, report.failures)
+
+
+def _print_failures(console: Console, failures: Sequence[PruneFailure]) -> None:
+    for failure in failures:
         lines = plain_error_lines(failure.error)
         told = [line.replace("vmsnap: ", f"{printable(failure.guest)}: ", 1) for line in lines]
         print_lines(console, told)

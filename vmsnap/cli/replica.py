@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmsnap.cli.completion import complete_snapshot
 from vmsnap.cli.context import ConfigOption, JsonOption, begin
 from vmsnap.cli.documents import export_document, replicate_document, restore_document
+from vmsnap.cli.pin import whoever
 from vmsnap.cli.tables import print_lines
-from vmsnap.cli.text import printable, seconds, size
+from vmsnap.cli.text import moment, printable, seconds, size
+from vmsnap.cli.times import parse_span
+
+if TYPE_CHECKING:
+    from vmsnap.model.report import RestoreReport
 
 _REFERENCE = "An id, the beginning of one, GUEST@latest, or GUEST@TIME (the newest not after TIME)."
 
@@ -56,6 +62,12 @@ def restore(
         str, typer.Argument(metavar="SNAPSHOT", help=f"{_REFERENCE} Of the replica.", show_default=False)
     ],
     *,
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="SPAN", help='How long it is pinned: "30d"; 0: retention decides at once.')
+    ] = "7d",
+    owner: Annotated[
+        str | None, typer.Option("--owner", help="Who wants it to stay. [default: you]", show_default=False)
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -63,18 +75,38 @@ def restore(
 
     Every block is compared with its digest, and the snapshot is there once all of them are. The replica is only read.
 
+    It is pinned for a week, or for --keep: retention would remove again what its rules do not want here. A pin that holds it
+    already is left as it is.
+
     For example:
 
         vmsnap restore db1@latest
-        vmsnap restore db1@2026-11-21T02:00Z
+        vmsnap restore db1@2026-11-21T02:00Z --keep 30d
     """
     session = begin(ctx, json=json, config=config)
+    from vmsnap.model.report import RestoreOptions  # noqa: PLC0415 - pydantic is slow to load, and --help needs none
+
+    span = None if keep.strip() == "0" else parse_span(keep, option="--keep")
+    options = RestoreOptions(keep=span, owner=owner or whoever())
     application = session.application
     with session.running() as (progress, cancel):
-        report = application.restore(snapshot, progress=progress, cancel=cancel)
+        report = application.restore(snapshot, options=options, progress=progress, cancel=cancel)
     what = f"Snapshot {report.snapshot} of {printable(report.guest)} is in the local store"
     line = f"{what} already." if report.there else f"{what}: {size(report.logical_bytes)} in {seconds(report.seconds)}."
-    session.show(restore_document(report), human=lambda console: print_lines(console, [line]))
+    lines = [line, *_hold_lines(report, now=session.now())]
+    session.show(restore_document(report), human=lambda console: print_lines(console, lines))
+
+
+def _hold_lines(report: RestoreReport, *, now: datetime) -> tuple[str, ...]:
+    pin, identity = report.pin, report.snapshot
+    if pin is None or not pin.holds(now):
+        return (f"Nothing holds it: retention may remove it. 'vmsnap pin {identity} --reason ...' holds it.",)
+    end = f"until {moment(pin.until)}" if pin.until else "until it is unpinned"
+    longer = f", 'vmsnap pin {identity} --reason ... --for SPAN' holds it for longer" if pin.until else ""
+    return (
+        f"It is pinned {end}, for {printable(pin.owner)}: {printable(pin.reason)}.",
+        f"'vmsnap unpin {identity}' lets it go{longer}.",
+    )
 
 
 def export(

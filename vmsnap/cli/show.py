@@ -34,5 +34,5 @@ def show(
         vmsnap show 3fa9 --json | jq .manifest.clean
     """
     session = begin(ctx, json=json, config=config)
-    document = snapshot_document(session.application.snapshot(snapshot))
+    document = snapshot_document(session.application.snapshot(snapshot), now=session.now())
     session.show(document, human=lambda console: print_tree(console, document))

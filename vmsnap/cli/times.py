@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from vmsnap.errors import ConfigError
 
 _SPANS = 'write it like this: 90m, 12h, 14d, 2y, or "1d 12h"'
+_LONGEST = timedelta(days=365_000)
+"""So that no moment a span from now is beyond what can be reckoned with."""
 
 
 def parse_time(text: str, *, option: str) -> datetime:
@@ -33,6 +35,8 @@ def parse_span(text: str, *, option: str) -> timedelta:
         raise ConfigError(f"{option}: given '{text}'; {error}", remedy=_SPANS) from error
     if span <= timedelta(0):
         raise ConfigError(f"{option}: given '{text}'; it must be longer than nothing", remedy=_SPANS)
+    if span > _LONGEST:
+        raise ConfigError(f"{option}: given '{text}'; that is more than a thousand years", remedy=_SPANS)
     return span
 
 

@@ -60,7 +60,9 @@ def verify(
 
     The result is recorded with the snapshot; 'vmsnap list' shows it. Nothing is removed, and nothing is repaired without
     --repair: that takes each damaged block from the other copy, and writes it only if it has the right digest. With --due,
-    this is done with each snapshot that was made or last verified so long ago as its guest's policy says (verify.every).
+    this is done with each snapshot that was made or last verified so long ago as its guest's policy says (verify.every), and
+    with a guest's newest one where none of those made since then was found whole. A sample is no verification: it is in
+    'vmsnap history --audit', and marks a snapshot only where it finds damage.
 
     For example:
 

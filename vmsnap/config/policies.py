@@ -60,16 +60,6 @@ class PolicyBook:
         except PreconditionError:
             return None
 
-    def all(self) -> tuple[Policy, ...]:
-        """Return all policies, by guest. Raises ConfigError where any file is wrong."""
-        checks = self.check()
-        wrong = [check.error for check in checks if check.error is not None]
-        if wrong:
-            first, rest = wrong[0], wrong[1:]
-            first.also.extend(rest)
-            raise first
-        return tuple(sorted((check.policy for check in checks if check.policy), key=lambda policy: policy.guest))
-
     def check(self) -> tuple[PolicyCheck, ...]:
         """Look at every file, by name. Raises ConfigError only where the folder itself cannot be used."""
         checks: list[PolicyCheck] = []

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from vmsnap.daemon.workers import Workers
-from vmsnap.errors import BusyError, CleanupError, DriverError, EnvironmentNotFoundError, VmsnapError
+from vmsnap.errors import BusyError, CleanupError, DriverError, StoreUnreachableError, VmsnapError
 from vmsnap.model.environment import Environment
-from vmsnap.model.history import Action
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.policy import Policy
+from vmsnap.monitoring.standing import unreachable
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.observer import ChoreDone
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.upkeep import CollectWishes
 from vmsnap.workflow.collect import collect
+from vmsnap.workflow.damage import damage_there
+from vmsnap.workflow.expire import expire
 from vmsnap.workflow.lazily import complaint, tend
-from vmsnap.workflow.provision import destroy_environment
 from vmsnap.workflow.prune import prune
 from vmsnap.workflow.reconcile import reconcile
 from vmsnap.workflow.replicate import is_replicated, replicate_due
@@ -33,8 +35,21 @@ _VERIFY_AGAIN = timedelta(hours=6)
 """Until a snapshot that could not be read is tried again."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unreadable:
+    """A snapshot that could not be read, until when (monotonic, in seconds) it is not tried again, and why."""
+
+    guest: str
+    until: float
+    error: VmsnapError
+
+
 class Chores:
-    """The chores of this process. ``begin_*`` are called by the loop's thread; ``done`` is called by those of the chores."""
+    """The chores of this process. ``begin_*`` are called by the loop's thread; ``done`` is called by those of the chores.
+
+    Each pass of a chore tells all that is wrong then, also what was told before: what it does not tell any more is over. Where
+    the replica does not answer, that is told once a pass, with the guests it concerns.
+    """
 
     def __init__(
         self, *, workers: Workers, progress: Progress, cancel: Cancel, done: Callable[[ChoreDone], None]
@@ -44,9 +59,7 @@ class Chores:
         self._cancel = cancel
         self._done = done
         self._going: set[str] = set()
-        self._said: dict[str, str] = {}
-        self._unreadable: dict[SnapshotId, float] = {}
-        self._untended: frozenset[str] = frozenset()
+        self._unreadable: dict[SnapshotId, _Unreadable] = {}
 
     @property
     def going(self) -> frozenset[str]:
@@ -81,11 +94,20 @@ class Chores:
         """Send to the replica what policies want there and is not there yet."""
         if any(is_replicated(policy) for policy in policies):
             self._begin(REPLICATE, world, work=lambda: self._replicate(world, policies=policies))
+        else:
+            self._has_nothing(REPLICATE, world)
 
     def begin_collect(self, world: World, *, policies: Sequence[Policy]) -> None:
         """Remove what nobody needs at the replica."""
         if world.upkeep is not None:
             self._begin(COLLECT, world, work=lambda: self._collect(world, policies=policies))
+        else:
+            self._has_nothing(COLLECT, world)
+
+    def _has_nothing(self, name: str, world: World) -> None:
+        """Say that there is nothing to do by the present configuration, so that nothing of it is wrong any more."""
+        if name not in self._going:
+            self._done(ChoreDone(name=name, at=world.clock.now()))
 
     def _begin(self, name: str, world: World, *, work: Callable[[], Iterator[ChoreDone]]) -> None:
         if name in self._going or self._cancel.is_set():
@@ -94,22 +116,28 @@ class Chores:
 
         def do() -> None:
             error: VmsnapError | None = None
+            whole = False
+            away: dict[str, VmsnapError] = {}
             try:
                 for done in work():
-                    self._done(done)
+                    if done.guest is not None and isinstance(done.error, StoreUnreachableError):
+                        away.setdefault(done.guest, done.error)
+                    else:
+                        self._done(done)
+                whole = not self._cancel.is_set()
+            except BusyError as busy:
+                _LOG.info("%s", busy.brief)
             except Exception as caught:  # noqa: BLE001 - it is told, and stops nothing else
                 error = as_vmsnap_error(caught, doing=name)
             finally:
-                self._done(ChoreDone(name=name, at=world.clock.now(), error=error))
+                if error is None and away:
+                    error = unreachable(away)
+                self._done(ChoreDone(name=name, at=world.clock.now(), error=error, whole=whole))
 
         self._workers.start(do, name=name)
 
     def _reconcile(self, world: World) -> Iterator[ChoreDone]:
-        try:
-            report = reconcile(world)
-        except BusyError as error:
-            _LOG.info("%s", error.brief)
-            return
+        report = reconcile(world)
         for item in report.undone:
             said = item.failure or "removed"
             _LOG.warning("left by dead run %s of %s: %s %s: %s", item.run, item.guest, item.kind, item.name, said)
@@ -135,23 +163,10 @@ class Chores:
             yield ChoreDone(name=PRUNE, at=world.clock.now(), guest=policy.guest, error=error)
 
     def _expire(self, world: World) -> Iterator[ChoreDone]:
-        now = world.clock.now()
-        expired = [one for one in world.book.all() if one.expires is not None and one.expires <= now]
-        for gone in self._said.keys() - {one.name for one in expired}:
-            del self._said[gone]
-        for environment in expired:
-            error: VmsnapError | None = None
-            try:
-                destroy_environment(world, name=environment.name, action=Action.EXPIRE)
-                _LOG.info("environment %s has expired and was removed", environment.name)
-            except EnvironmentNotFoundError:
-                continue
-            except Exception as caught:  # noqa: BLE001 - one environment's failure stops no other
-                error = as_vmsnap_error(caught, doing=f"removing environment {environment.name}")
-                if self._said.get(environment.name) == error.brief:
-                    continue  # it is tried at each tick, and told once
-                self._said[environment.name] = error.brief
-            yield ChoreDone(name=EXPIRE, at=world.clock.now(), guest=environment.guest, error=error)
+        for entry in expire(world, dry_run=False):
+            if entry.error is None:
+                _LOG.info("environment %s has expired and was removed", entry.environment.name)
+            yield ChoreDone(name=EXPIRE, at=world.clock.now(), guest=entry.environment.guest, error=entry.error)
 
     def _replicate(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
         for entry in replicate_due(world, policies=policies, progress=self._progress, cancel=self._cancel):
@@ -162,11 +177,7 @@ class Chores:
     def _collect(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
         # A collector that died holds the lease: it is watched, and taken over from.
         wishes = CollectWishes(waits=True)
-        try:
-            report = collect(world, policies=policies, wishes=wishes, progress=self._progress, cancel=self._cancel)
-        except BusyError as error:
-            _LOG.info("%s", error.brief)
-            return
+        report = collect(world, policies=policies, wishes=wishes, progress=self._progress, cancel=self._cancel)
         freed, found = report.removed, report.found
         _LOG.info(
             "the replica's garbage: %d objects of %d bytes removed, %d more of %d bytes found",
@@ -191,14 +202,14 @@ class Chores:
             error = None if status is None else complaint(environment, status, now=world.clock.now())
             if error is not None:
                 failures.setdefault(environment.guest, error)
-        # A guest whose environments are well again is told of too: it is a problem until then.
-        for guest in sorted(self._untended | failures.keys()):
-            yield ChoreDone(name=TEND, at=world.clock.now(), guest=guest, error=failures.get(guest))
-        self._untended = frozenset(failures)
+        for guest, error in sorted(failures.items()):
+            yield ChoreDone(name=TEND, at=world.clock.now(), guest=guest, error=error)
 
     def _verify(self, world: World, *, policies: Sequence[Policy]) -> Iterator[ChoreDone]:
         now = world.clock.monotonic()
-        self._unreadable = {one: until for one, until in self._unreadable.items() if until > now}
+        self._unreadable = {one: known for one, known in self._unreadable.items() if known.until > now}
+        for known in self._unreadable.values():
+            yield ChoreDone(name=VERIFY, at=world.clock.now(), guest=known.guest, error=known.error)
         entries = verify_due(
             world,
             policies=policies,
@@ -207,8 +218,24 @@ class Chores:
             leave_out=frozenset(self._unreadable),
         )
         for entry in entries:
-            if entry.snapshot is not None and entry.report is None:
-                self._unreadable[entry.snapshot] = world.clock.monotonic() + _VERIFY_AGAIN.total_seconds()
-            if entry.report is not None and entry.error is None:
+            error = entry.error
+            if entry.snapshot is not None and entry.report is None and error is not None and not error.transient:
+                until = world.clock.monotonic() + _VERIFY_AGAIN.total_seconds()
+                self._unreadable[entry.snapshot] = _Unreadable(guest=entry.guest, until=until, error=error)
+            if entry.report is not None and error is None:
                 _LOG.info("snapshot %s of %s is intact", entry.report.snapshot, entry.guest)
-            yield ChoreDone(name=VERIFY, at=world.clock.now(), guest=entry.guest, error=entry.error)
+            elif entry.report is not None and error is not None:
+                # It is written down, and wrong until it is repaired: here by the snapshot's marks, which make an alarm of
+                # their own, at the replica by what is told below.
+                _LOG.error("%s. What to do: %s", error.brief, error.remedy)
+                error = None
+            yield ChoreDone(name=VERIFY, at=world.clock.now(), guest=entry.guest, error=error)
+        for policy in policies:
+            for damaged in self._damage_there(world, policy):
+                yield ChoreDone(name=VERIFY, at=world.clock.now(), guest=policy.guest, error=damaged)
+
+    def _damage_there(self, world: World, policy: Policy) -> Iterator[VmsnapError]:
+        try:
+            yield from damage_there(world, guest=policy.guest, cancel=self._cancel)
+        except Exception as caught:  # noqa: BLE001 - one guest's failure stops no other
+            yield as_vmsnap_error(caught, doing="looking what is damaged at the replica")

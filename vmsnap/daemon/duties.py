@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 
 from vmsnap.config.settings import Settings
 from vmsnap.daemon.cancel import StopCancel
-from vmsnap.daemon.chores import RECONCILE, Chores
+from vmsnap.daemon.chores import COLLECT, RECONCILE, Chores
 from vmsnap.daemon.configuration import Loaded, Refused
 from vmsnap.daemon.dispatch import Dispatcher
 from vmsnap.daemon.workers import Workers
@@ -21,6 +21,7 @@ from vmsnap.errors import VmsnapError
 from vmsnap.model.due import DueEntry, Limits, Outcome
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport, DaemonReport
+from vmsnap.monitoring.standing import Standing
 from vmsnap.ports.observer import ChoreDone, Observer, Tick
 from vmsnap.workflow.backup import Backup
 from vmsnap.workflow.due import NamedProgress
@@ -28,6 +29,8 @@ from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
 _REPLICATE_EVERY = timedelta(minutes=5)
+_COLLECT_AGAIN = timedelta(hours=1)
+"""Until a collection is tried again that the replica did not answer to: the regular one may be a day away."""
 _LONGEST_ORDER = timedelta(minutes=15)
 """How long runs wait for the first reconcile. Each undoes what is left of its own guest anyway."""
 _MOST_NAMES = 3
@@ -73,6 +76,8 @@ class Duties:
         self._began = self.last_tick = monotonic()
         self._in_order = False
         self._replicate_at = 0.0
+        self._collect_at: float | None = None
+        self._standing = Standing()
         self._news: SimpleQueue[DueEntry | ChoreDone] = SimpleQueue()
         self._cancel = StopCancel()
         self._next = ""
@@ -119,12 +124,16 @@ class Duties:
             entries=tuple(entries),
             running=tuple(sorted(self._dispatcher.going)),
             problems=tuple(refused.error for refused in self._loaded.refused),
+            chores=self._standing.problems,
+            heard=self._standing.heard,
         )
         self._for_observers(lambda observer: observer.ticked(tick))
         self._chores.begin_expire(self._world)
         if self._monotonic() >= self._replicate_at:
             self._replicate_at = self._monotonic() + _REPLICATE_EVERY.total_seconds()
             self._chores.begin_replicate(self._world, policies=self._loaded.policies)
+        if self._collect_at is not None and self._monotonic() >= self._collect_at:
+            self.collect()
         self._chores.begin_tend(self._world)
         self.last_tick = self._monotonic()
 
@@ -142,6 +151,7 @@ class Duties:
 
     def collect(self) -> None:
         """Begin to collect the replica's garbage, where there is one."""
+        self._collect_at = None
         self._chores.begin_collect(self._world, policies=self._loaded.policies)
 
     def take_news(self) -> bool:
@@ -169,7 +179,10 @@ class Duties:
                     self._chores.forget(news.name)
                     more |= news.name == RECONCILE and not self._in_order
                     self._in_order |= news.name == RECONCILE
-                if news.error is not None:
+                    if news.name == COLLECT and news.error is not None and news.error.transient:
+                        self._collect_at = self._monotonic() + _COLLECT_AGAIN.total_seconds()
+                # What goes on in the same words is not logged with each pass.
+                if self._standing.hear(news) and news.error is not None:
                     _log_failure(f"{news.name} of {news.guest}" if news.guest else news.name, news.error)
                 self._for_observers(partial(_chore_done, done=news))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from vmsnap.disks.tools import environment, failure, missing
 from vmsnap.errors import NoSpaceError, PreconditionError
 from vmsnap.linux.reflink import clone
+from vmsnap.linux.writeback import put_on_disk
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind
 from vmsnap.ports.clock import Cancel
@@ -87,7 +88,7 @@ class LocalFolders:
         with _translated(path):
             descriptor = os.open(draft, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                put_on_disk(descriptor)
             finally:
                 os.close(descriptor)
             try:

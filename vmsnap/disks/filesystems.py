@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from vmsnap.disks import btrfs, ext, fat, ntfs, xfs
-from vmsnap.disks.probe import AMBIVALENT, Partition, partitions, signature
+from vmsnap.disks.probe import AMBIVALENT, Partition, of_whole_disk, partitions, signature
 from vmsnap.disks.tools import Deadline
 from vmsnap.disks.verdict import Verdict
 from vmsnap.disks.window import window
@@ -68,8 +68,8 @@ class OfflineInspector:
 
 def _volumes(view: DiskView, *, deadline: Deadline) -> Iterator[_Volume]:
     whole = Partition(name="whole disk", offset=0, length=view.size_bytes)
-    found = signature(view.path, offset=0, length=view.size_bytes, deadline=deadline)
-    parts = partitions(view.path, deadline=deadline) if found.table and not found.kind else (whole,)
+    found = of_whole_disk(signature(view.path, offset=0, length=view.size_bytes, deadline=deadline))
+    parts = partitions(view.path, deadline=deadline) if found.table else (whole,)
     for part in parts:
         length = min(part.length, view.size_bytes - part.offset)
         if length <= 0:

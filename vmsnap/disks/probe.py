@@ -47,6 +47,15 @@ class Signature:
     table: str = ""
 
 
+def of_whole_disk(found: Signature) -> Signature:
+    """Return what a whole disk is: ambivalent where it has a file system and a partition table.
+
+    An isohybrid image is so, or what an earlier use of the disk left: which of them the guest writes to cannot be told. Inside
+    a partition a table means nothing: boot code looks like one.
+    """
+    return Signature(kind=AMBIVALENT) if found.kind and found.table else found
+
+
 def parse_blkid(text: str) -> Signature:
     """Return the signature from the output of ``blkid -p -o export``."""
     fields = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)

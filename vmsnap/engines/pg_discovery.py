@@ -17,15 +17,13 @@ from dataclasses import dataclass, replace
 from vmsnap.engines.asking import ask, last_words
 from vmsnap.engines.pg_control import ClusterState
 from vmsnap.engines.pg_controldata import control_data
+from vmsnap.engines.pg_processes import Process, list_postmasters, refuse_late
 from vmsnap.errors import GuestCommandError, PreconditionError
 from vmsnap.model.command import Command, Procedure
 from vmsnap.model.drain import Instance
 from vmsnap.model.policy import ClusterPolicy
 
 ENGINE = "postgresql"
-LIST_PROCESSES = ("ps", "-eo", "pid=,ppid=,state=,user:64=,comm=", "-ww")
-_ENDED = "Z"
-_PROGRAM_NAMES = frozenset({"postgres", "postmaster"})
 _DELETED = " (deleted)"
 _POLICY_KEYS = (
     "or name it in the policy: [[database.clusters]] with data_directory, programs, user, port and socket_directory"
@@ -42,31 +40,6 @@ class LockFile:
     socket_directory: str | None
     listen_address: str | None
     status: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """One line of the process list."""
-
-    pid: int
-    parent: int
-    user: str
-
-
-def parse_processes(text: str) -> tuple[Process, ...]:
-    """Return the postmasters in the output of ``LIST_PROCESSES``: server processes whose parent is not one.
-
-    One that has ended, and whose parent has not taken note (state Z), is none.
-    """
-    found = {}
-    for line in text.splitlines():
-        words = line.split(maxsplit=4)
-        if len(words) != 5 or not words[0].isdecimal() or not words[1].isdecimal():
-            continue
-        pid, parent, state, user, name = words
-        if name.strip() in _PROGRAM_NAMES and state != _ENDED:
-            found[int(pid)] = Process(pid=int(pid), parent=int(parent), user=user)
-    return tuple(process for process in found.values() if process.parent not in found)
 
 
 def parse_lock_file(text: str) -> LockFile:
@@ -91,13 +64,9 @@ def discover_running() -> Procedure[tuple[Instance, ...]]:
 
     Raises PreconditionError where there is none, where one is a standby or not yet up, or runs in a container.
     """
-    processes = yield from ask(
-        Command(argv=LIST_PROCESSES),
-        what="cannot list the guest's processes",
-        remedy=f"install procps in the guest, {_POLICY_KEYS}",
-    )
+    yield from refuse_late(failed=True)
     instances = []
-    for process in parse_processes(processes.text):
+    for process in (yield from list_postmasters()):
         instance = yield from _inspect(process)
         if instance is not None:
             instances.append(instance)
@@ -115,6 +84,7 @@ def discover_given(clusters: Sequence[ClusterPolicy]) -> Procedure[tuple[Instanc
 
     Raises PreconditionError where one does not, or where another server runs, which nobody would drain or judge.
     """
+    yield from refuse_late(failed=False)
     instances = []
     known = set()
     for cluster in clusters:
@@ -139,8 +109,7 @@ def discover_given(clusters: Sequence[ClusterPolicy]) -> Procedure[tuple[Instanc
             lock=lock,
         )
         instances.append(instance)
-    processes = yield Command(argv=LIST_PROCESSES)
-    others = [process for process in parse_processes(processes.text) if process.pid not in known]
+    others = [process for process in (yield from list_postmasters()) if process.pid not in known]
     if others:
         raise PreconditionError(
             f"PostgreSQL also runs with process id {others[0].pid} (as {others[0].user}), which the policy does not name",

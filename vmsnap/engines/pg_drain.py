@@ -23,8 +23,9 @@ import posixpath
 from datetime import timedelta
 
 from vmsnap.engines.asking import PLAIN_MESSAGES, last_words
-from vmsnap.engines.drain_outcome import OPENED, report_of
+from vmsnap.engines.drain_outcome import report_of
 from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
+from vmsnap.engines.pg_session import connection, in_session
 from vmsnap.errors import GuestCommandError, PreconditionError
 from vmsnap.model.command import Command, CommandResult, Procedure
 from vmsnap.model.drain import DrainReport, Instance
@@ -33,10 +34,6 @@ PATIENCE = timedelta(seconds=1)
 MARGIN = timedelta(seconds=60)
 """What a drain may take beyond its deadline: the server's answer to the stop, and sessions saying goodbye."""
 
-_DATABASES = ("postgres", "template1")
-_NO_SUCH_PROGRAM = 127
-_NO_CONNECTION = 2
-
 
 def drain(instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
     """Put the server in its lame duck, wait for work in flight, end the rest. Not to be repeated.
@@ -44,7 +41,11 @@ def drain(instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
     Raises PreconditionError where no superuser session can be opened or the server is a standby (nothing was stopped),
     GuestCommandError where the session was lost or its answer makes no sense.
     """
-    result = yield from _open_and_drain(instance, deadline=deadline)
+
+    def command(program: str, database: str) -> Command:
+        return session(instance, program=program, database=database, deadline=deadline)
+
+    result = yield from in_session(instance, command=command)
     if result.exit_status != 0:
         raise _broken(instance, result=result)
     return report_of(instance, result=result)
@@ -52,11 +53,6 @@ def drain(instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
 
 def session(instance: Instance, *, program: str, database: str, deadline: timedelta) -> Command:
     """Return the command that opens the session and runs the script in it."""
-    where = ["-d", database]
-    if instance.socket_directory is not None:
-        where += ["-h", instance.socket_directory]
-    if instance.port is not None:
-        where += ["-p", str(instance.port)]
     return Command(
         argv=(
             *PLAIN_MESSAGES,
@@ -66,33 +62,12 @@ def session(instance: Instance, *, program: str, database: str, deadline: timede
             "-XqAtw",
             *("-v", f"deadline_s={deadline.total_seconds():.3f}"),
             *("-v", f"patience_s={PATIENCE.total_seconds():.3f}"),
-            *where,
+            *connection(instance, database=database),
             *("-f", "-"),
         ),
         user=instance.user,
         stdin=DRAIN_SCRIPT.encode(),
         timeout=deadline + MARGIN,
-    )
-
-
-def _open_and_drain(instance: Instance, *, deadline: timedelta) -> Procedure[CommandResult]:
-    program = posixpath.join(instance.programs, "psql")
-    failures = []
-    for database in _DATABASES:
-        result = yield session(instance, program=program, database=database, deadline=deadline)
-        if result.exit_status == _NO_SUCH_PROGRAM and program != "psql":
-            program = "psql"
-            result = yield session(instance, program=program, database=database, deadline=deadline)
-        if OPENED in result.text.splitlines():
-            return result
-        failures.append(f"database {database}: {last_words(result) or f'status {result.exit_status}'}")
-        if result.exit_status != _NO_CONNECTION:
-            break
-    raise PreconditionError(
-        f"cannot open a session to the PostgreSQL server {instance.name} as {instance.user}; nothing was stopped",
-        details="\n".join(failures),
-        remedy=f"let the account {instance.user} of the guest connect locally as a superuser: a line "
-        f"'local all {instance.user} peer' first in pg_hba.conf, or a password in its ~/.pgpass; psql must be there",
     )
 
 

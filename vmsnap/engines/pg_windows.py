@@ -11,7 +11,7 @@ import ntpath
 import re
 from datetime import timedelta
 
-from vmsnap.engines import pg_drain
+from vmsnap.engines import pg_drain, pg_recovery
 from vmsnap.engines.asking import last_words
 from vmsnap.engines.drain_outcome import OPENED, report_of
 from vmsnap.engines.pg_control import ClusterState
@@ -19,10 +19,10 @@ from vmsnap.engines.pg_controldata import ControlData, parse_control_data
 from vmsnap.engines.pg_discovery import LockFile, parse_lock_file
 from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
 from vmsnap.engines.postgresql import PostgreSQL
-from vmsnap.engines.windows import Answer, ask_model, powershell, refuse_late
+from vmsnap.engines.windows import Answer, ask_model, powershell, refuse_late, require_no_process
 from vmsnap.engines.windows_paths import locate_files
 from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError
-from vmsnap.model.command import Command, Procedure
+from vmsnap.model.command import Command, CommandResult, Procedure
 from vmsnap.model.drain import DrainReport, Instance, InstanceEvidence
 from vmsnap.ports.engine import GuestPath
 
@@ -77,9 +77,7 @@ class WindowsPostgreSQL:
         Raises PreconditionError where none runs, one is a standby or not up though it should be, or a server runs that is
         no service.
         """
-        found = yield from ask_model(
-            _Found, powershell("postgresql_discover"), what="cannot list the PostgreSQL services"
-        )
+        found = yield from _find()
         instances, known = [], set()
         for service in found.Services:
             refuse_late(service.Service, state=service.State, starts=service.Starts)
@@ -103,30 +101,14 @@ class WindowsPostgreSQL:
             )
         return tuple(instances)
 
+    def require_recoverable(self, instance: Instance) -> Procedure[None]:
+        """Refuse a server whose settings make crash recovery a matter of luck. See ``pg_recovery``."""
+        result = yield from _in_session(instance, script=pg_recovery.SETTINGS_SCRIPT, deadline=timedelta(0))
+        pg_recovery.require_safe(instance, result=result)
+
     def drain(self, instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
         """Refuse new work, wait for work in flight up to the deadline, end and count the rest. See ``pg_drain``."""
-        result = yield powershell(
-            "postgresql_psql",
-            parameters={
-                "Psql": ntpath.join(instance.programs, "psql.exe"),
-                "PgCtl": ntpath.join(instance.programs, "pg_ctl.exe"),
-                "DataDirectory": instance.data_directory,
-                "Deadline": f"{deadline.total_seconds():.3f}",
-                "Patience": f"{pg_drain.PATIENCE.total_seconds():.3f}",
-                "Port": str(instance.port),
-                "User": instance.user,
-                "Database": "postgres",
-                "Script": WINDOWS_DRAIN_SCRIPT,
-            },
-            timeout=deadline + pg_drain.MARGIN,
-        )
-        if OPENED not in result.text.splitlines():
-            raise PreconditionError(
-                f"cannot open a session to {instance.name} as {instance.user}; nothing was stopped",
-                details=last_words(result),
-                remedy="write the password into pgpass.conf in %APPDATA%\\postgresql of the account of "
-                "hyperv.guest_credential, or let 127.0.0.1 in by 'sspi' in pg_hba.conf",
-            )
+        result = yield from _in_session(instance, script=WINDOWS_DRAIN_SCRIPT, deadline=deadline)
         if result.exit_status != 0:
             raise GuestCommandError(
                 f"the drain of {instance.name} broke off (psql ended with status {result.exit_status})",
@@ -162,6 +144,15 @@ class WindowsPostgreSQL:
             "archive_command that cannot reach its target in the fence",
         )
 
+    def require_all_stopped(self) -> Procedure[None]:
+        """Make sure that no server runs any more, as a service or otherwise. Raises NotCleanError."""
+
+        def look() -> Procedure[list[int]]:
+            found = yield from _find()
+            return [server.Pid for server in found.Servers]
+
+        yield from require_no_process(look, what="PostgreSQL")
+
     def evidence_in_guest(self, instance: Instance) -> Procedure[InstanceEvidence]:
         """Ask ``pg_controldata`` in the guest. May be repeated. Raises NotCleanError where the server runs again."""
         look = yield from _look(instance)
@@ -190,6 +181,36 @@ class WindowsPostgreSQL:
         look = yield from _look(instance)
         inside = tuple(ntpath.join(folder, "PG_VERSION") for folder in look.Linked)
         return (yield from locate_files((*self.evidence_paths(instance), *inside)))
+
+
+def _find() -> Procedure[_Found]:
+    return (yield from ask_model(_Found, powershell("postgresql_discover"), what="cannot list the PostgreSQL services"))
+
+
+def _in_session(instance: Instance, *, script: str, deadline: timedelta) -> Procedure[CommandResult]:
+    result = yield powershell(
+        "postgresql_psql",
+        parameters={
+            "Psql": ntpath.join(instance.programs, "psql.exe"),
+            "PgCtl": ntpath.join(instance.programs, "pg_ctl.exe"),
+            "DataDirectory": instance.data_directory,
+            "Deadline": f"{deadline.total_seconds():.3f}",
+            "Patience": f"{pg_drain.PATIENCE.total_seconds():.3f}",
+            "Port": str(instance.port),
+            "User": instance.user,
+            "Database": "postgres",
+            "Script": script,
+        },
+        timeout=deadline + pg_drain.MARGIN,
+    )
+    if OPENED not in result.text.splitlines():
+        raise PreconditionError(
+            f"cannot open a session to {instance.name} as {instance.user}; nothing was stopped",
+            details=last_words(result),
+            remedy="write the password into pgpass.conf in %APPDATA%\\postgresql of the account of "
+            "hyperv.guest_credential, or let 127.0.0.1 in by 'sspi' in pg_hba.conf",
+        )
+    return result
 
 
 def _instance(service: _Service) -> Procedure[tuple[Instance, LockFile]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from datetime import timedelta
 
-from vmsnap.engines import pg_discovery, pg_drain, pg_stop
+from vmsnap.engines import pg_discovery, pg_drain, pg_processes, pg_recovery, pg_stop
 from vmsnap.engines.asking import ask
 from vmsnap.engines.guest_paths import locate_files, locate_folder
 from vmsnap.engines.pg_control import ClusterState, ControlFileError, parse_control_file
@@ -16,6 +16,9 @@ from vmsnap.ports.engine import GuestPath
 
 _CONTROL_FILE = "global/pg_control"
 _VERSION_FILE = "PG_VERSION"
+# Folders that initdb makes and an operator may have moved to a file system of their own. Tablespaces are in pg_tblspc.
+_FOLDERS = ("base", "pg_wal", "pg_xact")
+_TABLESPACES = "pg_tblspc"
 _MUST_BE_MISSING = ("postmaster.pid", "backup_label", "standby.signal", "recovery.signal", "recovery.conf")
 
 
@@ -42,6 +45,10 @@ class PostgreSQL:
             return (yield from pg_discovery.discover_given(self._clusters))
         return (yield from pg_discovery.discover_running())
 
+    def require_recoverable(self, instance: Instance) -> Procedure[None]:
+        """Refuse a server whose settings make crash recovery a matter of luck. See ``pg_recovery``."""
+        yield from pg_recovery.require_recoverable(instance)
+
     def drain(self, instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
         """Refuse new work, wait for work in flight up to the deadline, end and count the rest. See ``pg_drain``."""
         return (yield from pg_drain.drain(instance, deadline=deadline))
@@ -49,6 +56,10 @@ class PostgreSQL:
     def stop(self, instance: Instance, *, deadline: timedelta) -> Procedure[None]:
         """Stop the server in order. See ``pg_stop.stop``."""
         yield from pg_stop.stop(instance, deadline=deadline)
+
+    def require_all_stopped(self) -> Procedure[None]:
+        """Make sure that no server is left, or about to start. See ``pg_processes.require_none_left``."""
+        yield from pg_processes.require_none_left()
 
     def evidence_in_guest(self, instance: Instance) -> Procedure[InstanceEvidence]:
         """Ask ``pg_controldata`` in the guest. See ``pg_stop.evidence_in_guest``."""
@@ -101,24 +112,25 @@ class PostgreSQL:
     def locate(self, instance: Instance) -> Procedure[tuple[GuestPath, ...]]:
         """Find the file systems of ``evidence_paths``, in their order. See ``guest_paths.locate_files``.
 
-        Refuses a WAL folder or a tablespace that is on no disk of the guest: it would be missing in the snapshot. After
-        the evidence comes one path in each of these folders, so that the reader finds their file systems on the disks
-        that were captured, or fails.
+        Refuses a folder of the cluster that is on no disk of the guest, whether by a link or by a mount of its own: it would be
+        missing in the snapshot. After the evidence comes one path in each of these folders, so that the reader finds their
+        file systems on the disks that were captured, or fails.
         """
-        links = yield from ask(
+        tablespaces = yield from ask(
             Command(
                 argv=(
-                    "find",
-                    *(posixpath.join(instance.data_directory, name) for name in ("pg_wal", "pg_tblspc")),
-                    *("-maxdepth", "1", "-type", "l", "-print0"),
+                    *("find", posixpath.join(instance.data_directory, _TABLESPACES)),
+                    *("-mindepth", "1", "-maxdepth", "1", "-print0"),
                 ),
                 user=instance.user,
             ),
             what=f"cannot list the tablespaces of {instance.name}",
         )
+        folders = [posixpath.join(instance.data_directory, name) for name in _FOLDERS]
+        folders += tablespaces.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
         elsewhere = []
-        for link in links.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]:
-            folder = yield from locate_folder(link)
+        for path in folders:
+            folder = yield from locate_folder(path)
             elsewhere.append(folder.file(_VERSION_FILE))
         evidence = yield from locate_files(self.evidence_paths(instance))
         return (*evidence, *elsewhere)

@@ -25,9 +25,9 @@ from datetime import timedelta
 from vmsnap.engines.asking import last_words
 from vmsnap.engines.drain_outcome import OPENED, report_of
 from vmsnap.engines.sqlserver_log import read_log
-from vmsnap.engines.windows import Answer, Parameters, ask_model, powershell, refuse_late
+from vmsnap.engines.windows import Answer, Parameters, ask_model, powershell, refuse_late, require_no_process
 from vmsnap.engines.windows_paths import locate_files
-from vmsnap.errors import DeadlineError, NotCleanError, PreconditionError
+from vmsnap.errors import DeadlineError, GuestCommandError, NotCleanError, PreconditionError
 from vmsnap.model.command import Procedure
 from vmsnap.model.drain import DrainReport, Instance, InstanceEvidence
 from vmsnap.ports.engine import GuestPath
@@ -37,6 +37,9 @@ PATIENCE = timedelta(seconds=1)
 _MARGIN = timedelta(seconds=60)
 _DEFAULT_INSTANCE = "MSSQLSERVER"
 _LOG = "Log\\ERRORLOG"
+# sys.databases.state_desc. What is RESTORING or OFFLINE was left so by an administrator, and says so after each start.
+_COMING = "RECOVERING"
+_BROKEN = frozenset({"RECOVERY_PENDING", "SUSPECT", "EMERGENCY"})
 _ADMINISTRATOR = (
     "let the account of hyperv.guest_credential be a sysadmin of the server: CREATE LOGIN [DOMAIN\\USER] FROM WINDOWS; "
     "ALTER SERVER ROLE sysadmin ADD MEMBER [DOMAIN\\USER]"
@@ -83,11 +86,9 @@ class SqlServer:
         """Find the running instances. May be repeated.
 
         Raises PreconditionError where none runs, one is paused or starting or should run, a server runs that is no
-        service, or an error log is not in its own folder.
+        service, an error log is not in its own folder, or a database recovers, or could not.
         """
-        found = yield from ask_model(
-            _Found, powershell("sqlserver_discover"), what="cannot list the instances of SQL Server"
-        )
+        found = yield from _find()
         services = found.Services
         others = sorted(set(found.Servers) - {service.Process for service in services})
         if others:
@@ -105,7 +106,13 @@ class SqlServer:
                 details=f"services there: {', '.join(service.Service for service in services) or 'none'}",
                 remedy="start the service in the guest",
             )
+        for instance in instances:
+            yield from _refuse_unready(instance)
         return instances
+
+    def require_recoverable(self, instance: Instance) -> Procedure[None]:  # noqa: ARG002 - the port's
+        """Do nothing: SQL Server has no setting that takes the order from its writes. Its databases were looked at."""
+        yield from ()
 
     def drain(self, instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
         """Pause the service, wait for work in flight, end the rest, and order the server to stop. Not to be repeated.
@@ -148,6 +155,14 @@ class SqlServer:
                 remedy="its ERRORLOG in the guest tells what it waited for: a checkpoint (raise database.stop_deadline)",
             )
 
+    def require_all_stopped(self) -> Procedure[None]:
+        """Make sure that no server runs any more, as a service or otherwise. Raises NotCleanError."""
+
+        def look() -> Procedure[list[int]]:
+            return (yield from _find()).Servers
+
+        yield from require_no_process(look, what="SQL Server")
+
     def evidence_in_guest(self, instance: Instance) -> Procedure[InstanceEvidence]:
         """Read the stopped server's error log. May be repeated. Raises NotCleanError where the server runs again."""
         (log,) = self.evidence_paths(instance)
@@ -174,9 +189,7 @@ class SqlServer:
         Raises PreconditionError for a server that holds secondary copies of availability groups: stopped, they need
         recovery to start.
         """
-        what = f"cannot look at the databases of {instance.name}"
-        look = powershell("sqlserver_open", "sqlserver_look", parameters=_server(instance))
-        found = yield from ask_model(_Databases, look, what=what, remedy=_ADMINISTRATOR)
+        found = yield from _databases(instance)
         if found.Copies:
             raise PreconditionError(
                 f"{instance.name} holds secondary copies of databases: {', '.join(found.Copies)}",
@@ -198,6 +211,36 @@ class SqlServer:
             clean=verdict.clean,
             observed=verdict.observed,
         )
+
+
+def _find() -> Procedure[_Found]:
+    what = "cannot list the instances of SQL Server"
+    return (yield from ask_model(_Found, powershell("sqlserver_discover"), what=what))
+
+
+def _databases(instance: Instance) -> Procedure[_Databases]:
+    what = f"cannot look at the databases of {instance.name}"
+    look = powershell("sqlserver_open", "sqlserver_look", parameters=_server(instance))
+    return (yield from ask_model(_Databases, look, what=what, remedy=_ADMINISTRATOR))
+
+
+def _refuse_unready(instance: Instance) -> Procedure[None]:
+    try:
+        found = yield from _databases(instance)
+    except GuestCommandError as error:
+        # A server that starts lets nobody in yet.
+        raise PreconditionError(error.brief, details=error.details, remedy=_ADMINISTRATOR) from error
+    for text in found.Unready:
+        database, _, state = text.rpartition(": ")
+        if state == _COMING:
+            raise PreconditionError(
+                f"the database {database} of {instance.name} is {state}", remedy="try again when it is ONLINE"
+            )
+        if state in _BROKEN:
+            raise PreconditionError(
+                f"the database {database} of {instance.name} is {state}: it did not come through its recovery",
+                remedy="mend it (DBCC CHECKDB, RESTORE; the ERRORLOG says why), or set it OFFLINE if it is not wanted",
+            )
 
 
 def _instance(service: _Service) -> Instance:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
 from importlib import resources
@@ -17,7 +17,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vmsnap.engines.asking import ask
-from vmsnap.errors import GuestCommandError, PreconditionError
+from vmsnap.errors import GuestCommandError, NotCleanError, PreconditionError
 from vmsnap.model.command import Command, CommandResult, Procedure
 
 _PROLOGUE = """$ErrorActionPreference = 'Stop'
@@ -26,6 +26,8 @@ $ProgressPreference = 'SilentlyContinue'
 $given = (@($input) -join '') | ConvertFrom-Json
 """
 
+# A process may be there for a moment after its service has stopped; each look takes Windows about a second.
+_LOOKS = 5
 _AS_TEXT = ("-InputFormat", "Text", "-OutputFormat", "Text")
 
 Parameters = Mapping[str, str | int | list[str]]
@@ -80,6 +82,24 @@ def refuse_late(service: str, *, state: str, starts: str) -> None:
         raise PreconditionError(
             f"the service {service} starts by itself, and does not run",
             remedy="start it in the guest, or let it be started by hand: Set-Service -StartupType Manual",
+        )
+
+
+def require_no_process(look: Callable[[], Procedure[list[int]]], *, what: str) -> Procedure[None]:
+    """Make sure that no server process is left. ``look`` returns the ids of those that run; it is repeated for a while.
+
+    Raises NotCleanError: Windows would end the process when it powers off, and nobody would judge how.
+    """
+    left = yield from look()
+    for _ in range(_LOOKS):
+        if not left:
+            return
+        left = yield from look()
+    if left:
+        raise NotCleanError(
+            f"{what} runs in the clone with process id {left[0]}, after every server that was found had been stopped",
+            remedy="a server came up while the others were drained, or something started one again: stop what does with "
+            "the policy's database.before_drain, or back up when all servers of the guest are up",
         )
 
 

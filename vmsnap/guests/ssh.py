@@ -32,6 +32,8 @@ from vmsnap.ports.guest import Connector
 _RUN = ("/bin/sh", "-c", 'cd /; renice -n -20 -p $$ >/dev/null 2>&1; "$@"; exit "$?"', "sh")
 _CHUNK = 1 << 16
 _PATROL_SECONDS = 0.1
+# What paramiko calls failed authentications, too (AuthHandler.wait_for_response); they say nothing of the key.
+_NO_ANSWER = ("transport shut down or saw EOF", "Authentication timeout")
 _KEEPALIVE_SECONDS = 15
 _RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256")
 _log = logging.getLogger(__name__)
@@ -134,6 +136,10 @@ class SshControl:
             transport.auth_publickey(login.user, self._key)
         except paramiko.AuthenticationException as error:
             transport.close()
+            if any(text in str(error) for text in _NO_ANSWER):
+                raise GuestUnreachableError(
+                    f"the SSH server at {self._address} did not say whether it lets {login.user} in", details=str(error)
+                ) from error
             raise PreconditionError(
                 f"the SSH server at {self._address} does not let {login.user} in with the key {login.key_file}",
                 details=str(error),

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 _FICLONE = 0x40049409
@@ -22,6 +23,9 @@ _EXTENTS_A_CALL = 512
 _LAST = 0x0001
 _SHARED = 0x2000
 _WHOLE_FILE = (1 << 64) - 1
+
+_END, _STAYS = 0x1, 0x2
+_KINDS = _END | _STAYS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -65,7 +69,48 @@ def punch_hole(descriptor: int, *, offset: int, length: int) -> None:
 
 def exclusive_bytes(path: Path) -> int | None:
     """Return the bytes on the disk that this file shares with no other; None where the file system cannot tell."""
-    total, position = 0, 0
+    extents = _extents(path)
+    return None if extents is None else sum(length for _, length, shared in extents if not shared)
+
+
+def freed_bytes(going: Sequence[Path], *, staying: Sequence[Path]) -> int | None:
+    """Return the bytes on the disk that are free once the files ``going`` are gone; None where the file system cannot tell.
+
+    ``staying``: files that may share blocks with them. A block that only one of ``going`` has, and that is shared all the same,
+    is shared with a file that is in neither: it is not counted. Raises OSError.
+    """
+    total = 0
+    edges: list[int] = []
+    for kind, paths in ((0, going), (_STAYS, staying)):
+        for path in paths:
+            extents = _extents(path)
+            if extents is None:
+                return None
+            for start, length, shared in extents:
+                if shared:
+                    # Places on a disk are multiples of 512: there is room for what each edge means.
+                    edges += [start | kind, start + length | kind | _END]
+                elif kind != _STAYS:
+                    total += length
+    edges.sort()
+    go, stay, before = 0, 0, 0
+    for edge in edges:
+        place = edge & ~_KINDS
+        if go > 1 and not stay:
+            total += place - before
+        step = -1 if edge & _END else 1
+        if edge & _STAYS:
+            stay += step
+        else:
+            go += step
+        before = place
+    return total
+
+
+def _extents(path: Path) -> list[tuple[int, int, bool]] | None:
+    """Return the extents of a file: place on the disk, length, whether shared; None where the file system cannot tell."""
+    found: list[tuple[int, int, bool]] = []
+    position = 0
     descriptor = os.open(path, os.O_RDONLY)
     try:
         while True:
@@ -79,14 +124,14 @@ def exclusive_bytes(path: Path) -> int | None:
                 raise
             count = _FIEMAP_HEADER.unpack_from(buffer)[3]
             if count == 0:
-                return total
+                return found
             for index in range(count):
-                logical, _, length, flags = _FIEMAP_EXTENT.unpack_from(
+                logical, physical, length, flags = _FIEMAP_EXTENT.unpack_from(
                     buffer, _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size
                 )
-                total += 0 if flags & _SHARED else length
+                found.append((physical, length, bool(flags & _SHARED)))
                 position = logical + length
                 if flags & _LAST:
-                    return total
+                    return found
     finally:
         os.close(descriptor)

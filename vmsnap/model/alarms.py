@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from vmsnap.model.facts import Facts, GuestFacts
+from vmsnap.model.facts import Facts, GuestFacts, chore_of
 from vmsnap.model.history import RunOutcome
 
 _STARTING = timedelta(minutes=5)
@@ -139,7 +139,8 @@ def _alarms_of(guest: GuestFacts, *, breach: Breach | None, now: datetime) -> It
             guest=name,
             kind=AlarmKind.DAMAGED,
             text=f"{guest.damaged} of its {guest.snapshots} snapshots are not what their digests say",
-            remedy=f"'vmsnap list {name}' shows which; look at the store's disks, and make a new snapshot",
+            remedy=f"'vmsnap list {name}' shows which, 'vmsnap verify SNAPSHOT --repair' repairs one whose copy at the replica "
+            "is intact; look at the store's disks, and make a new snapshot",
         )
     if not guest.watched:
         return
@@ -209,8 +210,9 @@ def with_breach(ledger: Ledger, *, guest: str, breach: Breach) -> Ledger:
 def settle(ledger: Ledger, *, facts: Facts, rules: Rules) -> tuple[Ledger, Notice | None]:
     """Return the ledger of this moment, and what is to be told now; None: nothing, or it is too soon.
 
-    What is known of guests that could not be looked at stays. Where there is a notice, write down ``trying`` before telling
-    it, so that a death between does not tell it at once again, and ``told`` after; without that, it is told again later.
+    What is known of guests that could not be looked at, and of chores that were not heard, stays. Where there is a notice, write
+    down ``trying`` before telling it, so that a death between does not tell it at once again, and ``told`` after; without that,
+    it is told again later.
     """
     now = facts.at
     before = {raised.alarm.key: raised for raised in ledger.raised}
@@ -234,7 +236,10 @@ def settle(ledger: Ledger, *, facts: Facts, rules: Rules) -> tuple[Ledger, Notic
 
 
 def _unseen(alarm: Alarm, *, facts: Facts) -> bool:
-    return alarm.kind is not AlarmKind.PROBLEM and (facts.unseen is None or alarm.guest in facts.unseen)
+    if alarm.kind is AlarmKind.PROBLEM:
+        chore = chore_of(alarm.about)
+        return chore is not None and facts.heard is not None and chore not in facts.heard
+    return facts.unseen is None or alarm.guest in facts.unseen
 
 
 def _notice(raised: Iterable[Raised], *, rules: Rules, now: datetime) -> Notice:

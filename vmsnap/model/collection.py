@@ -35,7 +35,7 @@ class CollectReport(BaseModel):
 
     ``removed`` is gone. ``found`` was found to be garbage by this pass, and is removed by a later one. ``waiting`` was found
     before and cannot go yet: ``reasons`` say why. ``rewritten`` are packs of which less than half was in use.
-    ``renewed`` objects were locked for longer.
+    ``renewed`` objects were locked for longer; ``unlocked`` says which policy files are wrong, whose guests' copies were not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +50,7 @@ class CollectReport(BaseModel):
     waiting: Heap = Heap()
     rewritten: Heap = Heap()
     renewed: int = 0
+    unlocked: tuple[str, ...] = ()
     uploads: int = 0
     ended: tuple[EndedUpload, ...] = ()
     reasons: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from vmsnap.errors import ExitCode, VmsnapError, worst_of
+from vmsnap.model.forecast import Forecast
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.report import BackupReport, PruneDecision, ReplicateReport
 from vmsnap.model.schedule import Due
@@ -83,6 +84,19 @@ class PruneReport:
     """What retention said and did, guest by guest, and of whom it could not."""
 
     decisions: tuple[PruneDecision, ...]
+    failures: tuple[PruneFailure, ...] = ()
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Return the worst failure's exit code."""
+        return worst_of({failure.error.exit_code for failure in self.failures})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastReport:
+    """What retention will have kept, guest by guest, and policy files that are wrong."""
+
+    forecasts: tuple[Forecast, ...] = ()
     failures: tuple[PruneFailure, ...] = ()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from vmsnap.errors import VmsnapError
 from vmsnap.model.ids import RunId, SnapshotId
 
 
@@ -22,6 +23,15 @@ class Environment:
     created: datetime
     expires: datetime | None
     network: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expiry:
+    """What became of an environment whose time has come. ``error``: why it could not be removed; None in a dry run too."""
+
+    environment: Environment
+    removed: bool
+    error: VmsnapError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy
 from vmsnap.model.schedule import Due, FailedAttempt
 
+_CHORE = "chore: "
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuestFacts:
@@ -20,7 +22,9 @@ class GuestFacts:
 
     ``verified``: when one of its snapshots was last found whole. ``damaged``: how many were last found not to be.
     ``failures``: scheduled attempts since the newest snapshot that failed. ``running``: a backup goes on now.
-    ``last``: the newest backup whose end is known. ``pruned``: when retention last removed one of its snapshots.
+    ``last``: the newest backup whose end is known. ``pruned``: when retention was last applied to it.
+    ``newest_copy``: when the newest snapshot of which the replica is known to have a copy was captured.
+    ``copies_lacking``: snapshots that its policy wants there and that are not known to be; None: it wants none.
     """
 
     guest: str
@@ -37,6 +41,8 @@ class GuestFacts:
     pruned: datetime | None = None
     environments: int = 0
     environments_expired: int = 0
+    newest_copy: datetime | None = None
+    copies_lacking: int | None = None
 
     @property
     def watched(self) -> bool:
@@ -64,11 +70,22 @@ class Problem:
     guest: str = ""
 
 
+def chore_problem(chore: str, *, guest: str, error: VmsnapError) -> Problem:
+    """Return what is wrong by a chore of the daemon, with one guest or ("") with all."""
+    return Problem(about=f"{_CHORE}{chore} {guest}".rstrip(), error=error, guest=guest)
+
+
+def chore_of(about: str) -> str | None:
+    """Return the chore that a problem is of, by what it is about; None: it is of none."""
+    return about.removeprefix(_CHORE).partition(" ")[0] if about.startswith(_CHORE) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """Everything at one moment.
 
     ``unseen``: guests that could not be looked at; None: no guest could. ``overlay_free_bytes``: by guest, as found lately.
+    ``heard``: the daemon's chores of which all problems are known; None: of all chores.
     """
 
     at: datetime
@@ -77,3 +94,4 @@ class Facts:
     problems: tuple[Problem, ...] = ()
     store: Room | None = None
     overlay_free_bytes: Mapping[str, int] = field(default_factory=dict)
+    heard: frozenset[str] | None = None

@@ -117,6 +117,7 @@ class Action(StrEnum):
     RESTORE = "restore"
     EXPORT = "export"
     COLLECT = "collect"
+    FORGET = "forget"
 
 
 @dataclass(frozen=True, kw_only=True)

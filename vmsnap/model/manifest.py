@@ -231,6 +231,10 @@ class Pin(_Record):
     since: AwareDatetime
     until: AwareDatetime | None = None
 
+    def holds(self, now: datetime) -> bool:
+        """Tell whether it holds its snapshot at a moment, by the clock alone. Retention also doubts the clock."""
+        return self.until is None or now < self.until
+
 
 class Verification(_Record):
     """The last time a snapshot's blocks were read and compared with their digests."""
@@ -241,10 +245,14 @@ class Verification(_Record):
 
 
 class Marks(_Record):
-    """What may change about a snapshot after it was published."""
+    """What may change about a snapshot after it was published.
+
+    ``hints_distrusted``: what a newer snapshot's manifest said of hints, which was removed by hand.
+    """
 
     pin: Pin | None = None
     verification: Verification | None = None
+    hints_distrusted: str | None = None
 
 
 class Snapshot(_Record):
@@ -257,3 +265,8 @@ class Snapshot(_Record):
     def id(self) -> SnapshotId:
         """Return the snapshot's id."""
         return self.manifest.id
+
+    @property
+    def hints_distrusted(self) -> str | None:
+        """Return why hints of what changed are not believed any more for its guest, by this snapshot; None while they are."""
+        return self.manifest.hints_distrusted or self.marks.hints_distrusted

@@ -84,8 +84,10 @@ class CapturePolicy(_Section):
 
 
 class ClonePolicy(_Section):
-    """How the clone runs. ``cpu_shares`` is its weight against other VMs, which have 1024 each by default.
+    """How the clone runs.
 
+    ``cpu_shares`` is its weight against other VMs, which have 1024 each by default; with less than that it takes only what
+    nobody else wants for its first half minute.
     ``cpu_percent`` is the most of one CPU that each of its vCPUs gets; the rates are of each disk, and of each network card.
     In mode ``boot`` it has at most ``boot_memory_mib``, and its databases have ``recovery_deadline`` to come up.
     """
@@ -260,13 +262,16 @@ class EnvironmentPolicy(_Section):
 
 
 class VerifyPolicy(_Section):
-    """When a stored snapshot is read again and compared with its digests: so long after the last time, or ``"never"``.
+    """When stored snapshots are read again and compared with their digests.
+
+    ``every``: each that is still there so long after the last time, and the newest where none of those made within that was
+    found whole (see ``model.verification``). ``"never"``: None.
 
     ``share_per_day``: in addition, such a part of each snapshot is read every day, here and at the replica, another one each
     day, so that all is read in ``1 / share_per_day`` days. 0: none.
     """
 
-    every: TimeToLive = timedelta(days=30)
+    every: TimeToLive = timedelta(days=7)
     share_per_day: float = Field(default=0.0, ge=0.0, le=1.0)
 
     @model_validator(mode="after")

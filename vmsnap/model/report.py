@@ -19,6 +19,7 @@ from vmsnap.model.manifest import (
     CleanRecord,
     DrainRecord,
     IsolationRecord,
+    Pin,
     ReadRecord,
     Snapshot,
     StepRecord,
@@ -166,14 +167,22 @@ class RegisterReport(_Report):
     address: str
 
 
+class RestoreOptions(_Report):
+    """How long a restored snapshot is to be held against retention, and for whom. ``keep`` None: not at all."""
+
+    keep: timedelta | None = Field(gt=timedelta(0))
+    owner: str
+
+
 class RestoreReport(_Report):
-    """A snapshot that is in the local store again. ``there``: it was before."""
+    """A snapshot that is in the local store again. ``there``: it was before. ``pin`` holds it; None: nothing does."""
 
     snapshot: SnapshotId
     guest: str
     there: bool
     logical_bytes: int
     seconds: float
+    pin: Pin | None = None
 
 
 class ExportOptions(_Report):
@@ -228,11 +237,49 @@ class Undone(_Report):
     failure: str | None = None
 
 
+class TaggedThing(_Report):
+    """One thing that bears the id of a run. ``guest`` is empty where its tag does not say."""
+
+    kind: ResourceKind
+    name: str
+    guest: str
+
+
+class UnknownRun(_Report):
+    """Things of a run that no journal here knows, in the order in which they would be removed.
+
+    They may belong to another vmsnap. ``test_vm``: they are a test VM's, or what is left of one.
+    """
+
+    run: RunId
+    guest: str
+    test_vm: bool
+    things: tuple[TaggedThing, ...]
+
+
+class Adoption(_Report):
+    """Which runs that no journal knows shall be undone as if they were dead runs of this vmsnap.
+
+    ``destroy_test_vms``: test VMs among them are meant too. ``dry_run``: look whether it could be done, and do nothing.
+    """
+
+    runs: tuple[RunId, ...]
+    destroy_test_vms: bool = False
+    dry_run: bool = False
+
+
 class ReconcileReport(_Report):
-    """What reconcile did. ``runs`` were dead; ``undone`` lists their things in the order they were removed."""
+    """What reconcile did. ``runs`` were dead; ``undone`` lists their things in the order they were removed.
+
+    ``unknown``: what bears the ids of runs that no journal here knows, and was left alone. ``adopted``: such runs as they were
+    before they were taken over (or would be: ``dry_run``).
+    """
 
     runs: tuple[RunId, ...]
     undone: tuple[Undone, ...]
+    unknown: tuple[UnknownRun, ...] = ()
+    adopted: tuple[UnknownRun, ...] = ()
+    dry_run: bool = False
 
     @property
     def complete(self) -> bool:

@@ -200,9 +200,9 @@ def _apply_rules(past: Sequence[Candidate], *, policy: RetentionPolicy, zone: tz
 
 def _respect_pins_and_age(ordered: Sequence[Candidate], *, policy: RetentionPolicy, moment: _Now) -> None:
     for one in ordered:
-        if one.pin is not None and _holds(one.pin, moment.after(_doubt_at(one.pin.since, one=one, past=ordered))):
+        if one.pin is not None and one.pin.holds(moment.after(_doubt_at(one.pin.since, one=one, past=ordered))):
             moment.keep(one, Keeper.PINNED, _pin_text(one.pin))
-            if not _holds(one.pin, moment.clock):
+            if not one.pin.holds(moment.clock):
                 moment.keep(one, Keeper.CLOCK_IN_DOUBT, "the pin has ended by a clock in doubt")
         if one.held:
             moment.keep(one, Keeper.IN_USE, "in use by an environment")
@@ -213,10 +213,6 @@ def _respect_pins_and_age(ordered: Sequence[Candidate], *, policy: RetentionPoli
 def _doubt_at(since: datetime, *, one: Candidate, past: Sequence[Candidate]) -> timedelta:
     """Return how much of the time up to a pin's beginning is in doubt, as far as snapshots from before it tell."""
     return max((other.doubt for other in past if other.captured <= since), default=one.doubt)
-
-
-def _holds(pin: Pin, now: datetime) -> bool:
-    return pin.until is None or now < pin.until
 
 
 def _pin_text(pin: Pin) -> str:

@@ -55,11 +55,15 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What is not to be found in the store: breaches, when retention was applied ("": to all), and chores that fail."""
+    """What is not to be found in the store: breaches, when retention was applied ("": to all), and chores that fail.
+
+    ``heard``: the chores of which ``problems`` has all; None: of all chores.
+    """
 
     breaches: tuple[tuple[str, Breach], ...] = ()
     pruned: Mapping[str, datetime] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    heard: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,7 @@ class Lookout:
             facts,
             problems=(*subject.problems, *news.problems, *facts.problems),
             unseen=None if facts.unseen is None else facts.unseen | wrong,
+            heard=news.heard,
         )
         ledger, notice = settle(ledger, facts=facts, rules=self._outlets.rules)
         if self._outlets.channels.is_empty:

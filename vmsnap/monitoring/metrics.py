@@ -138,8 +138,8 @@ def _read(guest: GuestFacts) -> float | None:
 
 
 def _distrusted(guest: GuestFacts) -> float | None:
-    manifest = _manifest(guest)
-    return None if manifest is None else float(manifest.hints_distrusted is not None)
+    newest = guest.newest
+    return None if newest is None else float(newest.hints_distrusted is not None)
 
 
 def _overdue(guest: GuestFacts, facts: Facts) -> float | None:
@@ -269,8 +269,18 @@ _GUEST: tuple[tuple[str, str, Callable[[GuestFacts, Facts], float | None]], ...]
     ),
     (
         "vmsnap_guest_last_prune_timestamp_seconds",
-        "When retention last removed a snapshot of the guest.",
+        "When retention was last applied to the guest, whether or not anything went.",
         lambda guest, _: _moment(guest.pruned),
+    ),
+    (
+        "vmsnap_guest_newest_copy_timestamp_seconds",
+        "When the newest snapshot of the guest that is known to be at the replica was captured.",
+        lambda guest, _: _moment(guest.newest_copy),
+    ),
+    (
+        "vmsnap_guest_copies_lacking",
+        "Snapshots of the guest that its policy wants at the replica and that are not known to be there.",
+        lambda guest, _: guest.copies_lacking,
     ),
     ("vmsnap_guest_environments", "Test VMs of the guest's snapshots.", lambda guest, _: guest.environments),
     (

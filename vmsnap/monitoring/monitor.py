@@ -48,7 +48,9 @@ class Monitor:
         self._ticked: Subject | None = None
         self._breaches: tuple[tuple[str, Breach], ...] = ()
         self._pruned: dict[str, datetime] = {}
-        self._chores: dict[str, Problem] = {}
+        self._chores: tuple[Problem, ...] = ()
+        # Without a daemon nothing is known of its chores, and what is wrong by them stays.
+        self._heard: frozenset[str] | None = frozenset()
         self._ping = False
         self._last = False
         self._wake = threading.Event()
@@ -70,10 +72,16 @@ class Monitor:
             for error in tick.problems
         )
         self._open_endpoint()
+        self.stands(tick.chores, heard=tick.heard)
         with self._lock:
             self._ticked = Subject(policies=tick.policies, problems=problems)
             self._ping = True
         self._wake.set()
+
+    def stands(self, problems: tuple[Problem, ...], *, heard: frozenset[str]) -> None:
+        """Remember what is wrong by chores until the next look. ``heard``: the chores of which that is all."""
+        with self._lock:
+            self._chores, self._heard = problems, heard
 
     def run_ended(self, entry: DueEntry) -> None:
         """Look at once."""
@@ -88,14 +96,9 @@ class Monitor:
         self._wake.set()
 
     def chore_done(self, done: ChoreDone) -> None:
-        """Remember it until the next look. A chore that fails is a problem until it succeeds."""
-        name = done.name if done.guest is None else f"{done.name} {done.guest}"
-        with self._lock:
-            if done.error is not None:
-                self._chores[name] = Problem(about=f"chore: {name}", error=done.error, guest=done.guest or "")
-                return
-            self._chores.pop(name, None)
-            if done.name == "prune":
+        """Remember when retention was applied. Which chores fail is said by the ticks."""
+        if done.name == "prune" and done.error is None and done.whole:
+            with self._lock:
                 self._pruned[done.guest or ""] = done.at
 
     def close(self) -> None:
@@ -103,7 +106,13 @@ class Monitor:
         self._end(ping=False, patience_seconds=_CLOSING_SECONDS)
 
     def conclude(self, *, healthy: bool, patience: timedelta) -> None:
-        """Make a last look, and wait for it no longer than ``patience``. ``healthy``: the dead-man's ping may be sent."""
+        """Make a last look, and wait for it no longer than ``patience``. ``healthy``: the dead-man's ping may be sent.
+
+        It is the end of a round over all guests then, which there is only without a daemon: what was wrong by chores is over.
+        """
+        if healthy:
+            with self._lock:
+                self._heard = None
         self._end(ping=healthy, patience_seconds=patience.total_seconds())
 
     def _end(self, *, ping: bool, patience_seconds: float) -> None:
@@ -133,7 +142,9 @@ class Monitor:
             self._wake.clear()
             with self._lock:
                 last, ping, ticked = self._last, self._ping, self._ticked
-                news = News(breaches=self._breaches, pruned=dict(self._pruned), problems=tuple(self._chores.values()))
+                news = News(
+                    breaches=self._breaches, pruned=dict(self._pruned), problems=self._chores, heard=self._heard
+                )
                 self._ping = False
             try:
                 subject = ticked if ticked is not None else self._subject()

@@ -1,4 +1,4 @@
-"""What the kernel says of changes while they happen: links, addresses, forwarding tables (rtnetlink) and nft tables."""
+"""What the kernel says of changes while they happen: links, addresses, traffic control, forwarding tables, nft tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmsnap.errors import DriverError
 from vmsnap.network.production import AF_BRIDGE, PERMANENT
 
 _ROUTE, _NETFILTER = 0, 12  # linux/netlink.h
-_GROUPS = 0x1 | 0x4 | 0x10 | 0x100  # RTMGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV6_IFADDR
+_GROUPS = 0x1 | 0x4 | 0x8 | 0x10 | 0x100  # RTMGRP_LINK, _NEIGH, _TC, _IPV4_IFADDR, _IPV6_IFADDR
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _NFTABLES_GROUP = 7  # NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h
 _HEADER = struct.Struct("=IHHII")

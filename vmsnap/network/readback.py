@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from vmsnap.errors import DriverError, IsolationError
 from vmsnap.model.isolation import FencePlan, FencePort, ProofKind, ProofPoint
-from vmsnap.network import links, netns, rules
+from vmsnap.network import hooks, links, netns, rules
 from vmsnap.network.links import Link
 from vmsnap.network.vlans import vlan_link_name
 
@@ -30,7 +30,7 @@ def read_back(plan: FencePlan) -> tuple[ProofPoint, ...]:
     """Return what was seen, one point a thing. Raises IsolationError naming everything that is not as built."""
     try:
         host = _HostSide(plan)
-        deviations = [*host.deviations(), *_inside_deviations(plan, host=host), *rules.deviations(plan)]
+        deviations = [*host.deviations(), *host.hooks(), *_inside_deviations(plan, host=host), *rules.deviations(plan)]
     except DriverError as exc:
         raise IsolationError(
             f"the fence {plan.namespace} cannot be read back: {exc.brief}",
@@ -60,7 +60,7 @@ def changes(plan: FencePlan) -> tuple[str, ...]:
     at once, without the rules: nft may be slow on a host with many.
     """
     host = _HostSide(plan, while_running=True)
-    return (*host.deviations(), *_foreign_links_inside(plan)) or rules.deviations(plan)
+    return (*host.deviations(), *_foreign_links_inside(plan)) or (*rules.deviations(plan), *host.hooks())
 
 
 def _point(name: str, *, observed: str) -> ProofPoint:
@@ -83,11 +83,16 @@ class _HostSide:
         for port in self._plan.ports:
             yield from self._port_deviations(port)
 
+    def hooks(self) -> tuple[str, ...]:
+        """Return what takes frames off the fence's links before its rules see them."""
+        names = {name for port in self._plan.ports for name in (port.bridge, port.tap, port.veth_host)}
+        return tuple(hooks.on_links({link.index: link.name for link in self._links if link.name in names}))
+
     def points(self) -> Iterator[ProofPoint]:
         for port in self._plan.ports:
             yield _point(
                 f"bridge {port.bridge}",
-                observed=f"members {port.tap}, {port.veth_host}; no address, no IPv6, no spanning tree, no routing",
+                observed=f"members {port.tap}, {port.veth_host}; no address, no IPv6, no spanning tree, no routing, no hooks",
             )
 
     def _port_deviations(self, port: FencePort) -> Iterator[str]:

@@ -210,6 +210,11 @@ def _tables_loaded() -> frozenset[tuple[str, str]]:
     return frozenset((family, name) for family, name in tables if family in FAMILIES)
 
 
+def chains() -> str:
+    """Return the chains of all tables, as nft writes them. Raises ToolError, DeadlineError."""
+    return _nft("list", "chains", timeout=_COMMANDS_TIMEOUT)
+
+
 def _list(family: str, *, table: str) -> list[dict[str, Any]]:
     return _parsed(_nft("-j", "list", "table", family, table, timeout=_COMMANDS_TIMEOUT))
 

@@ -28,11 +28,23 @@ class Engine(Protocol):
     def discover(self) -> Procedure[tuple[Instance, ...]]:
         """Find the running instances. Raises PreconditionError (PreconditionError names what was looked for)."""
 
+    def require_recoverable(self, instance: Instance) -> Procedure[None]:
+        """Make sure that the instance, whose disks alone were captured, could recover for certain. May be repeated.
+
+        Raises PreconditionError where its settings allow a recovery that loses or breaks what was committed.
+        """
+
     def drain(self, instance: Instance, *, deadline: timedelta) -> Procedure[DrainReport]:
         """Refuse new work, wait for work in flight up to the deadline, roll back and count the rest."""
 
     def stop(self, instance: Instance, *, deadline: timedelta) -> Procedure[None]:
         """Stop the instance in order, never at once. Raises NotCleanError or DeadlineError where it did not stop."""
+
+    def require_all_stopped(self) -> Procedure[None]:
+        """Make sure that no server of this kind runs, once all instances were stopped. May be repeated.
+
+        Raises NotCleanError for one that was left, or came up meanwhile: nobody drained it, or could judge how it ended.
+        """
 
     def evidence_in_guest(self, instance: Instance) -> Procedure[InstanceEvidence]:
         """Ask the stopped instance's own tools in the guest whether it ended in order."""

@@ -139,7 +139,10 @@ class Hypervisor(Owner, Protocol):
         """
 
     def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:
-        """Return the images of the clone's disks, in the order of the guest's disks. The clone must be off."""
+        """Return the images of the clone's disks, in the order of the guest's disks. The clone must be off.
+
+        Raises NotCleanError where it can be seen that one of them is not whole.
+        """
 
     def clone_nvram(self, plan: CapturePlan) -> str | None:
         """Return the path of the clone's firmware variables, or None where the guest has none."""
@@ -149,6 +152,13 @@ class Hypervisor(Owner, Protocol):
 
     def source_is_home(self, guest: Guest) -> bool:
         """Tell whether the guest runs on its own disks: live and persistent definition as ``guest`` says."""
+
+    def work_on(self, guest: str) -> tuple[str, ...]:
+        """Return what works on a guest now and would be disturbed by the undoing of a run of it, a sentence each.
+
+        Empty for a guest that is off, or not there. A driver whose host may be used from other machines, which cannot be seen
+        from here, says so instead. Changes nothing. Raises DriverError.
+        """
 
     def environment_disks_resource(self, plan: EnvironmentPlan) -> Resource:
         """Name the overlays of an environment."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from vmsnap.errors import VmsnapError
 from vmsnap.model.due import DueEntry
+from vmsnap.model.facts import Problem
 from vmsnap.model.policy import Policy
 
 
@@ -17,6 +18,7 @@ class Tick:
 
     ``entries``: guests that were not taken: not due, disabled, passed over, or not to be judged; those taken are running.
     ``problems``: what is wrong with the configuration files; the daemon goes on with what they said before.
+    ``chores``: what is wrong by the chores, and ``heard`` those of which all is known: they had a whole pass.
     """
 
     at: datetime
@@ -24,16 +26,22 @@ class Tick:
     entries: tuple[DueEntry, ...]
     running: tuple[str, ...]
     problems: tuple[VmsnapError, ...] = ()
+    chores: tuple[Problem, ...] = ()
+    heard: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoreDone:
-    """One chore came to its end: ``reconcile``, ``prune``, ``expire`` or ``verify``, of one guest where it is named."""
+    """A chore (``reconcile``, ``prune``, ``expire``, ``verify`` and so on) says how it goes.
+
+    Of one guest where that is named; otherwise its pass over all guests is over. ``whole``: it came to all of them.
+    """
 
     name: str
     at: datetime
     guest: str | None = None
     error: VmsnapError | None = None
+    whole: bool = True
 
 
 class Observer(Protocol):
@@ -53,7 +61,7 @@ class Observer(Protocol):
         """Hear how a due run ended."""
 
     def chore_done(self, done: ChoreDone) -> None:
-        """Hear how a chore ended."""
+        """Hear what a chore says."""
 
     def close(self) -> None:
         """End. Called once, also where ``start`` failed."""

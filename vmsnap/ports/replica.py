@@ -33,6 +33,18 @@ class DiskFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """What this host knows of a guest's copies since it last looked or sent. It may lag behind.
+
+    ``newest``: when the newest copy was captured; None: none is known. ``settled``: snapshots of the local store that were sent
+    whole, those that were removed there since then among them.
+    """
+
+    newest: datetime | None = None
+    settled: frozenset[SnapshotId] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sent:
     """What sending a snapshot came to. ``stored_bytes`` were written. ``there``: it was at the replica already."""
 
@@ -57,8 +69,14 @@ class Replica(Protocol):
     def find(self, reference: str) -> Snapshot:
         """Return the snapshot that a reference names, as the local store does. Raises SnapshotNotFoundError."""
 
-    def lacking(self, guest: str, *, snapshots: Collection[SnapshotId]) -> frozenset[SnapshotId]:
-        """Return which of a guest's snapshots were never sent whole. One that was removed there is not lacking."""
+    def lacking(self, guest: str, *, snapshots: Collection[Snapshot]) -> frozenset[SnapshotId]:
+        """Return which of a guest's snapshots were never sent whole. One that was removed there is not lacking.
+
+        What is found is remembered, so that ``remembered`` can tell it.
+        """
+
+    def remembered(self, guest: str) -> Remembered:
+        """Return what is known here of a guest's copies. Asks nothing of the place: it may be asked often. Raises nothing."""
 
     def send(self, copy: LocalCopy, *, retain_until: datetime | None, progress: ByteProgress, cancel: Cancel) -> Sent:
         """Copy a snapshot there. May be repeated, after an error too: what was sent is not sent again.

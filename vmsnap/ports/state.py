@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import date, datetime
 from typing import Protocol
 
 from vmsnap.model.admission import HostMemory, Place
 from vmsnap.model.environment import Environment
-from vmsnap.model.ids import RunId
+from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, RunKind, RunRecord
 from vmsnap.model.schedule import FailedAttempt
@@ -93,13 +93,19 @@ class AttemptBook(Protocol):
 
 
 class SampleBook(Protocol):
-    """On which day a share of a guest's snapshots was last read again, here and at the replica."""
+    """On which day a share of a guest's snapshots was last read again, here and at the replica, and what was damaged there."""
 
     def last(self, guest: str, *, replica: bool) -> date | None:
         """Return the day; None where it never was, or the record is damaged."""
 
     def note(self, guest: str, *, replica: bool, day: date) -> None:
         """Record the day, atomically."""
+
+    def damaged(self, guest: str) -> Mapping[SnapshotId, str]:
+        """Return the snapshots whose copies at the replica were found damaged, and in which words."""
+
+    def mark(self, guest: str, *, snapshot: SnapshotId, damage: str | None) -> None:
+        """Record that a snapshot's copy at the replica is damaged, or (None) is not, atomically. May be repeated."""
 
 
 class EnvironmentBook(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,7 +15,7 @@ from vmsnap.model.guest import Finding
 from vmsnap.model.hints import DiskHint
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import Resource
-from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Pin, Snapshot
 from vmsnap.model.verification import Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
@@ -89,10 +89,11 @@ class SnapshotStore(Owner, Protocol):
         Raises VerificationError where the digests that were written are not those of the record.
         """
 
-    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+    def publish_copy(self, staging: Staging, *, manifest: Manifest, pin: Pin | None = None) -> Snapshot:
         """Make a snapshot exist here that was published elsewhere: as ``publish``, but by the digests of its disks.
 
-        Raises SafetyError where its disks were not all received, PreconditionError where the snapshot is here already.
+        With a pin, it is held as soon as it exists: no death and no removal comes between. Raises SafetyError where its
+        disks were not all received, PreconditionError where the snapshot is here already.
         """
 
     def guests(self) -> tuple[str, ...]:
@@ -133,6 +134,9 @@ class SnapshotStore(Owner, Protocol):
 
     def remove(self, snapshot: Snapshot) -> int:
         """Remove a snapshot: manifest first. Returns bytes that were its own. Raises HeldError."""
+
+    def freed_by(self, snapshots: Sequence[Snapshot]) -> int:
+        """Return how many bytes would be free once these snapshots of one guest are all removed. Changes nothing."""
 
     def finish_removals(self, guest: str) -> tuple[SnapshotId, ...]:
         """Finish removals of a guest's snapshots that were cut, however long ago. Returns which they were.

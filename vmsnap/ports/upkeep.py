@@ -45,6 +45,9 @@ class Upkeep(Protocol):
     def has(self, snapshot: Snapshot) -> bool:
         """Tell whether a copy of a snapshot is there now."""
 
+    def require_removable(self, snapshot: Snapshot) -> None:
+        """Raise HeldError where ``remove`` would, as things are now. Changes nothing."""
+
     def remove(self, snapshot: Snapshot) -> bool:
         """Remove a copy: its manifest; what only it needed is garbage then. Returns whether it was there. Raises HeldError."""
 

@@ -14,7 +14,7 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from vmsnap.errors import BugError, BusyError, PreconditionError
+from vmsnap.errors import BugError, BusyError, PreconditionError, VmsnapError
 from vmsnap.model.ids import RunId, is_run_id
 from vmsnap.model.journal import Resource, RunKind, RunRecord
 from vmsnap.state.events import (
@@ -27,7 +27,16 @@ from vmsnap.state.events import (
     resource_line,
     state_line,
 )
-from vmsnap.state.files import FILE_MODE, draft_name, make_private_folder, sync_folder, translate, translated, write_all
+from vmsnap.state.files import (
+    FILE_MODE,
+    draft_name,
+    make_private_folder,
+    read_if_there,
+    sync_folder,
+    translate,
+    translated,
+    write_all,
+)
 
 KEEP_FINISHED = timedelta(days=30)
 KEEP_FINISHED_COUNT = 1000
@@ -120,8 +129,8 @@ class FileJournals:
     def begin(self, run: RunId, *, kind: RunKind, guest: str, at: datetime) -> FileRunJournal:
         """Start a journal. It is locked until closed or until the process dies.
 
-        Raises BugError for a run that has one already, NoSpaceError and PreconditionError for a state directory that
-        cannot be written.
+        Raises BugError for a run that has one already, PreconditionError where that is damaged, NoSpaceError and
+        PreconditionError for a state directory that cannot be written.
         """
         path = self._path(run)
         make_private_folder(self._folder)
@@ -142,7 +151,7 @@ class FileJournals:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):
-                raise BugError(f"run {run} has a journal already") from error
+                raise _taken(run, path) from error
             raise translate(error, doing="write the journal", path=path) from error
         return FileRunJournal(run, path=path, descriptor=descriptor, history=History(beginning))
 
@@ -169,10 +178,7 @@ class FileJournals:
             raise
         if history is None:
             os.close(descriptor)
-            raise PreconditionError(
-                f"the journal of run {run} is damaged: '{path}'",
-                remedy="move it away; 'vmsnap reconcile' then finds what is left by its tags",
-            )
+            raise _damaged(run, path)
         return FileRunJournal(run, path=path, descriptor=descriptor, history=history)
 
     def records(self) -> tuple[RunRecord, ...]:
@@ -219,6 +225,21 @@ class FileJournals:
             with contextlib.suppress(OSError):
                 if time.time() - draft.stat().st_mtime > _DRAFT_AGE_SECONDS:
                     draft.unlink(missing_ok=True)
+
+
+def _taken(run: RunId, path: Path) -> VmsnapError:
+    """Return the error for a run that is to have a journal, and has one."""
+    data = read_if_there(path)
+    if data is not None and History.read(data, source=path.name) is None:
+        return _damaged(run, path)
+    return BugError(f"run {run} has a journal already")
+
+
+def _damaged(run: RunId, path: Path) -> PreconditionError:
+    return PreconditionError(
+        f"the journal of run {run} is damaged: '{path}'",
+        remedy=f"move it away, then run 'vmsnap reconcile --adopt {run}', which finds what is left by its tags",
+    )
 
 
 def _take_over(descriptor: int, *, run: RunId) -> None:

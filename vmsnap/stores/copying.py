@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmsnap.errors import VerificationError
+from vmsnap.linux.writeback import put_on_disk
 from vmsnap.model.manifest import DiskRecord
 from vmsnap.ports.store import DiskContent
 from vmsnap.stores.blocks import DIGEST_BYTES, block_count, file_digest
@@ -38,6 +39,6 @@ def receive_disk(folder: Path, *, record: DiskRecord, fill: Callable[[DiskConten
                     remedy="verify the copy that it was taken from: 'vmsnap verify --replica'",
                 )
             os.fchmod(descriptor, _READ_ONLY)
-            os.fsync(descriptor)
+            put_on_disk(descriptor)
         finally:
             os.close(descriptor)

@@ -7,7 +7,7 @@ removed on its own. ``docs/formats.md`` describes the layout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.hints import DiskHint
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.journal import Resource, ResourceKind
-from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Snapshot
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Pin, Snapshot
 from vmsnap.model.verification import Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
@@ -32,18 +32,16 @@ from vmsnap.stores.layout import (
     HOLDS,
     LOCK,
     MANIFEST,
-    MARKS,
     STAGING_PREFIX,
     Layout,
     disk_failure,
     free_bytes,
     guest_of,
     make_folder,
-    replace_file,
 )
 from vmsnap.stores.locking import locked
 from vmsnap.stores.mending import mend_disk
-from vmsnap.stores.publishing import Publisher, usable_base
+from vmsnap.stores.publishing import Publisher, usable_base, write_marks
 from vmsnap.stores.references import resolve
 from vmsnap.stores.verification import verify_disk
 
@@ -108,7 +106,8 @@ class ImagesStore:
                 check="store contents",
                 severity=Severity.WARNING,
                 message=f"{folder}: the removal of this snapshot was cut, and its room is not free",
-                remedy=f"run 'vmsnap prune {guest_of(folder.parent)}' (or, without a policy for it, remove the folder)",
+                remedy=f"run 'vmsnap prune {guest_of(folder.parent)}' or, without a policy for it, "
+                f"'vmsnap forget {folder.name} --reason TEXT'",
             )
             for folder in cut
         ]
@@ -165,10 +164,10 @@ class ImagesStore:
         with self._translated(f"store disk {record.target} of {staging.guest!r}"):
             copying.receive_disk(self._publisher.folder(staging), record=record, fill=fill)
 
-    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+    def publish_copy(self, staging: Staging, *, manifest: Manifest, pin: Pin | None = None) -> Snapshot:
         """Make a snapshot exist here that was published elsewhere. Raises SafetyError, PreconditionError."""
         with self._translated(f"publish snapshot {manifest.id} of {staging.guest!r}"):
-            return self._publisher.publish_copy(staging, manifest=manifest)
+            return self._publisher.publish_copy(staging, manifest=manifest, pin=pin)
 
     def guests(self) -> tuple[str, ...]:
         """Return the guests that have snapshots."""
@@ -222,7 +221,7 @@ class ImagesStore:
         """Replace a snapshot's marks, atomically."""
         folder = self._existing(snapshot)
         with self._translated(f"mark snapshot {snapshot.id}"):
-            replace_file(folder / MARKS, data=marks.model_dump_json(indent=2).encode() + b"\n", mode=0o600)
+            write_marks(folder, marks=marks)
         return Snapshot(manifest=snapshot.manifest, marks=marks)
 
     def hold_resource(self, run: RunId, *, snapshot: Snapshot) -> Resource:
@@ -248,6 +247,14 @@ class ImagesStore:
         Pins are retention's business and do not count here.
         """
         return removal.remove_snapshot(snapshot, folder=self._existing(snapshot))
+
+    def freed_by(self, snapshots: Sequence[Snapshot]) -> int:
+        """Return how many bytes would be free once these snapshots of one guest are all removed."""
+        if not snapshots:
+            return 0
+        guest = snapshots[0].manifest.guest
+        with self._translated(f"look what removing snapshots of {guest!r} would free"):
+            return removal.freed_by(snapshots, folder=self._layout.guest(guest))
 
     def finish_removals(self, guest: str) -> tuple[SnapshotId, ...]:
         """Finish removals of a guest's snapshots that were cut. Call it under the guest's lock. Returns which they were."""

@@ -14,7 +14,7 @@ from vmsnap.errors import BugError, ConfigError, PreconditionError, SafetyError
 from vmsnap.model.drain import CleanShutdown
 from vmsnap.model.hints import BlockSet, DiskHint, may_differ, why_full
 from vmsnap.model.ids import RunId, SnapshotId
-from vmsnap.model.manifest import DiskRecord, Manifest, ReadRecord, Snapshot
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Pin, ReadRecord, Snapshot
 from vmsnap.ports.disks import DiskView
 from vmsnap.ports.store import Staging
 from vmsnap.stores.blocks import DIGEST_BYTES, Scope, block_count, file_digest
@@ -29,6 +29,7 @@ from vmsnap.stores.layout import (
     digests_name,
     image_name,
     make_folder,
+    replace_file,
     sync_folder,
     write_new_file,
     written_name,
@@ -115,8 +116,8 @@ class Publisher:
         _check_disks(self.folder(staging), manifest=manifest, copied=False)
         return self._publish(staging, manifest=manifest)
 
-    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
-        """Do the same with a manifest that was published elsewhere, over disks that were received."""
+    def publish_copy(self, staging: Staging, *, manifest: Manifest, pin: Pin | None) -> Snapshot:
+        """Do the same with a manifest that was published elsewhere, over disks that were received, and pin it."""
         if manifest.guest != staging.guest:
             raise SafetyError(f"snapshot {manifest.id} is not of guest {staging.guest!r}", remedy="report it")
         if self.layout.snapshot(staging.guest, snapshot=manifest.id).exists():
@@ -125,7 +126,12 @@ class Publisher:
                 remedy=f"'vmsnap verify {manifest.id}' tells whether it is whole; 'vmsnap prune' removes what is left",
             )
         _check_disks(self.folder(staging), manifest=manifest, copied=True)
-        return self._publish(staging, manifest=manifest)
+        marks = Marks(pin=pin)
+        if pin is not None:
+            # In the staging folder: the one rename that makes the snapshot exist makes its pin exist, too.
+            write_marks(self.folder(staging), marks=marks)
+        self._publish(staging, manifest=manifest)
+        return Snapshot(manifest=manifest, marks=marks)
 
     def _publish(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
         folder = self.folder(staging)
@@ -167,6 +173,11 @@ class Publisher:
             )
             return None
         return _Before(record=record, folder=folder)
+
+
+def write_marks(folder: Path, *, marks: Marks) -> None:
+    """Replace the marks in a snapshot's folder, or in one in the making, atomically. Raises OSError."""
+    replace_file(folder / MARKS, data=marks.model_dump_json(indent=2).encode() + b"\n", mode=0o600)
 
 
 @dataclass(frozen=True, kw_only=True)

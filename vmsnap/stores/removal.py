@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from vmsnap.errors import HeldError, SnapshotNotFoundError
-from vmsnap.linux.reflink import exclusive_bytes
+from vmsnap.linux.reflink import exclusive_bytes, freed_bytes
 from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.manifest import Manifest, Snapshot
 from vmsnap.stores.catalogue import is_half_removed
@@ -71,6 +72,26 @@ def remove_snapshot(snapshot: Snapshot, *, folder: Path) -> int:
     except OSError as error:
         raise disk_failure(error, doing=f"remove snapshot {snapshot.id} in {folder}") from error
     return own_bytes
+
+
+def freed_by(snapshots: Sequence[Snapshot], *, folder: Path) -> int:
+    """Return how many bytes are free once all these snapshots below a guest's folder are removed. Raises OSError.
+
+    Where the file system cannot tell, it is what was written for them.
+    """
+    going = {snapshot.id for snapshot in snapshots}
+    total = 0
+    for image in {disk.image for snapshot in snapshots for disk in snapshot.manifest.disks}:
+        files = [entry / image for entry in folder.iterdir() if (entry / image).is_file()]
+        mine = [path for path in files if path.parent.name in going]
+        # What one file alone has is known without a look at the others.
+        others = [path for path in files if path not in mine] if len(mine) > 1 else []
+        freed = freed_bytes(mine, staying=others)
+        if freed is None:
+            records = (disk for snapshot in snapshots for disk in snapshot.manifest.disks if disk.image == image)
+            freed = sum(disk.new_bytes for disk in records)
+        total += freed
+    return total
 
 
 def finish_removal(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from vmsnap.linux.reflink import clone, punch_hole
+from vmsnap.linux.writeback import put_on_disk
 from vmsnap.model.hints import BlockSet
 from vmsnap.ports.disks import DiskView
 from vmsnap.stores.blocks import (
@@ -96,7 +97,7 @@ def write_disk(view: DiskView, *, files: DiskFiles, base: Base | None, scope: Sc
             for_each(stretches(view.extents(), size_bytes=scope.size_bytes), scope=scope, task=writer.store)
         for descriptor in (image, digests):
             os.fchmod(descriptor, _READ_ONLY)
-            os.fsync(descriptor)
+            put_on_disk(descriptor)
         return Written(
             data_bytes=writer.data_bytes + (base.data_bytes - writer.replaced_bytes if base and by_hint else 0),
             new_bytes=writer.new_bytes,

@@ -14,6 +14,7 @@ from datetime import timedelta
 from threading import Lock
 
 from vmsnap.engines.asking import PLAIN_MESSAGES
+from vmsnap.engines.pg_processes import LIST_UNITS
 from vmsnap.errors import DeadlineError, GuestUnreachableError
 from vmsnap.model.command import Command, CommandResult, Procedure, T
 from vmsnap.ports.guest import GuestControl
@@ -87,8 +88,8 @@ class FakeGuest:
         )
 
     def _boot_on(self, command: Command) -> None:
-        """Come nearer to the end of the boot with each look at the processes."""
-        if self.boots_for and command.argv[0] == "ps":
+        """Come nearer to the end of the boot with each look at what systemd runs."""
+        if self.boots_for and command.argv == LIST_UNITS:
             self.boots_for -= 1
             for cluster in self.clusters:
                 if not self.boots_for and cluster.status == "starting":
@@ -212,7 +213,10 @@ class FakeGuest:
             if folder != cluster.programs:
                 continue
             if name == "psql" and _after(words, "-p") == str(cluster.port):
-                return cluster.psql(command)
+                result = cluster.psql(command)
+                for other in self.clusters if cluster.status == "stopping" else ():
+                    other.come_up()
+                return result
             if name in programs and _after(words, "-D") == cluster.data_directory:
                 return programs[name]()
         words_said = f"env: \u2018{words[0]}\u2019: No such file or directory\n"

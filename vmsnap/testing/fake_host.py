@@ -99,6 +99,7 @@ class FakeHost:
 
     ``between`` is called inside operations that change several things, with a name of the place: a process may die
     there. ``before_command`` is called with a domain's name before each command in it. A test may set ``findings``,
+    ``jobs`` (what works on guests, by guest),
     ``free_bytes``, ``has_reflinks``, ``shutdown`` (how a clone ends: ``in order``, ``hangs``, or in any other word's way)
     and ``environments_answer``, and their addresses ``environment_addresses``.
     """
@@ -116,6 +117,7 @@ class FakeHost:
         self.before_command: Callable[[str, Command], None] = lambda _name, _command: None
         self.offline: Callable[[tuple[DiskImage, ...], Ended], None] = lambda _images, _ended: None
         self.findings: list[Finding] = []
+        self.jobs: dict[str, str] = {}
         self.free_bytes = 100 << 30
         self.memory_bytes = 100 << 30
         self.shutdown = "in order"

@@ -412,6 +412,11 @@ class FakeHypervisor(FakeEnvironments):
         home = {disk.target: disk.source for disk in guest.disks}
         return machine.live == home and machine.persistent == home
 
+    def work_on(self, guest: str) -> tuple[str, ...]:
+        """Return the job that a test has put on a guest."""
+        job = self._host.jobs.get(guest)
+        return () if job is None else (job,)
+
     # Owning
 
     def release(self, resource: Resource, *, deadline: timedelta) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from vmsnap.engines.drain_outcome import OPENED, RESULT
 from vmsnap.engines.pg_control import ClusterState, crc32c
 from vmsnap.engines.pg_drain_script import DRAIN_SCRIPT
+from vmsnap.engines.pg_recovery import SETTINGS_SCRIPT
 from vmsnap.model.command import Command, CommandResult
 
 _CRC_OFFSET = 288
@@ -30,7 +31,8 @@ class FakeCluster:
     """One server. ``will_finish`` and ``will_hang`` are its transactions in flight; a drain empties both.
 
     ``refuses_sessions``: psql cannot connect. ``stop_fails``: pg_ctl's wait runs out. ``comes_back``: something starts
-    the server again as soon as it stopped. ``state`` overrides what the control file says after a stop.
+    the server again as soon as it stopped. ``comes_up_late``: it is down, and comes up while another one is drained.
+    ``settings`` are what psql is told of. ``state`` overrides what the control file says after a stop.
     """
 
     data_directory: str = "/var/lib/postgresql/15/main"
@@ -46,9 +48,11 @@ class FakeCluster:
     refuses_sessions: bool = False
     stop_fails: bool = False
     comes_back: bool = False
+    comes_up_late: bool = False
     stops_as: ClusterState = ClusterState.SHUT_DOWN
     status: str = "ready"
     state: ClusterState = ClusterState.IN_PRODUCTION
+    settings: dict[str, str] = field(default_factory=lambda: {"fsync": "on", "full_page_writes": "on"})
     log: list[str] = field(default_factory=list)
 
     @property
@@ -70,7 +74,7 @@ class FakeCluster:
         self.status = ""
 
     def psql(self, command: Command) -> CommandResult:
-        """Do what the drain's session does."""
+        """Do what the drain's session does, or the one that asks for settings."""
         if not self.runs or self.status == "stopping" or self.refuses_sessions:
             where = f"{self.socket_directory}/.s.PGSQL.{self.port}"
             words = (
@@ -80,6 +84,9 @@ class FakeCluster:
                 "FATAL:  the database system is shutting down\n"
             )
             return CommandResult(exit_status=2, stderr=words.encode())
+        if command.stdin == SETTINGS_SCRIPT.encode() and command.user == self.user:
+            lines = (OPENED, *(f"vmsnap-setting {name} {value}" for name, value in self.settings.items()), "")
+            return CommandResult(exit_status=0, stdout="\n".join(lines).encode())
         if command.stdin != DRAIN_SCRIPT.encode() or command.user != self.user:
             return CommandResult(exit_status=3, stderr=b"ERROR:  this server knows the drain's script alone\n")
         self.log.append("lame duck")
@@ -94,6 +101,11 @@ class FakeCluster:
         self.will_finish = self.will_hang = 0
         self.log.append("drained")
         return CommandResult(exit_status=0, stdout=f"{OPENED}\n4\n3\n{RESULT}{json.dumps(result)}\n".encode())
+
+    def come_up(self) -> None:
+        """Run, if it is to come up late."""
+        if self.comes_up_late:
+            self.comes_up_late, self.status, self.state = False, "ready", ClusterState.IN_PRODUCTION
 
     def pg_ctl_stop(self) -> CommandResult:
         """Do what ``pg_ctl stop -m fast -w`` does."""

@@ -44,13 +44,15 @@ class Manner:
 
     ``prepared``: what a capture is prepared with that can be found by its tag. ``leaves_home``: a captured guest is not on
     its own disks until its overlays are released. ``replugs``: network cards can be pulled out of a running clone.
-    ``waits``: how a VM that is going to boot waits for the proof of its fence.
+    ``waits``: how a VM that is going to boot waits for the proof of its fence. ``sees_all``: nobody can be at work on a guest
+    unseen.
     """
 
     prepared: frozenset[ResourceKind] = _OVERLAYS
     leaves_home: bool = True
     replugs: bool = True
     waits: GuestState = GuestState.PAUSED
+    sees_all: bool = True
 
 
 class HypervisorHarness(Protocol):
@@ -192,6 +194,13 @@ class HypervisorContract:
         """Whatever the name looks like."""
         with pytest.raises(GuestNotFoundError):
             harness.hypervisor.inspect(name)
+
+    def test_who_works_on_a_guest_is_told(self, harness: HypervisorHarness) -> None:
+        """Nobody does here, and that is said only where it can be known."""
+        for name in (harness.guest, "no-such-guest", ""):
+            found = harness.hypervisor.work_on(name)
+            assert bool(found) is not harness.manner.sees_all
+            assert all(found)
 
     def test_release_is_content_with_what_was_never_made(self, harness: HypervisorHarness) -> None:
         """A run may die between the intent and the making, of any kind of thing."""

@@ -7,7 +7,7 @@ free, its runs are dead, and nothing its code still does while it unwinds reache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -16,7 +16,7 @@ from vmsnap.errors import BugError, BusyError, PreconditionError
 from vmsnap.model.admission import HostMemory, Place, refusal
 from vmsnap.model.alarms import Ledger
 from vmsnap.model.environment import Environment
-from vmsnap.model.ids import RunId, is_run_id
+from vmsnap.model.ids import RunId, SnapshotId, is_run_id
 from vmsnap.model.isolation import Exchange, Rung
 from vmsnap.model.journal import Resource, RunKind, RunRecord
 from vmsnap.model.schedule import FailedAttempt
@@ -345,6 +345,7 @@ class MemorySampleBook:
     def __init__(self, state: MemoryState) -> None:
         self._state = state
         self._days: dict[tuple[str, bool], date] = {}
+        self._damaged: dict[str, dict[SnapshotId, str]] = {}
 
     def last(self, guest: str, *, replica: bool) -> date | None:
         """Return the day on which a share was last read."""
@@ -355,6 +356,19 @@ class MemorySampleBook:
         """Record the day."""
         self._state.check_alive()
         self._days[guest, replica] = day
+
+    def damaged(self, guest: str) -> Mapping[SnapshotId, str]:
+        """Return the snapshots whose copies at the replica were found damaged."""
+        self._state.check_alive()
+        return dict(self._damaged.get(guest, {}))
+
+    def mark(self, guest: str, *, snapshot: SnapshotId, damage: str | None) -> None:
+        """Record that a copy is damaged, or is not."""
+        self._state.check_alive()
+        known = self._damaged.setdefault(guest, {})
+        known.pop(snapshot, None)
+        if damage is not None:
+            known[snapshot] = damage
 
 
 class MemoryAttemptBook:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ from vmsnap.model.guest import Finding, Severity
 from vmsnap.model.hints import BlockSet, DiskHint, may_differ, why_full
 from vmsnap.model.ids import RunId, SnapshotId, folder_name
 from vmsnap.model.journal import Resource, ResourceKind
-from vmsnap.model.manifest import DiskRecord, Manifest, Marks, ReadRecord, Snapshot
+from vmsnap.model.manifest import DiskRecord, Manifest, Marks, Pin, ReadRecord, Snapshot
 from vmsnap.model.verification import Share
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
@@ -205,7 +205,7 @@ class MemoryStore:
         kept.disks[record.target] = disk
         kept.records[record.target] = record
 
-    def publish_copy(self, staging: Staging, *, manifest: Manifest) -> Snapshot:
+    def publish_copy(self, staging: Staging, *, manifest: Manifest, pin: Pin | None = None) -> Snapshot:
         """Make a snapshot exist that was published elsewhere."""
         kept = self._staging(staging)
         if manifest.id in self._published:
@@ -215,8 +215,9 @@ class MemoryStore:
         if not complete or manifest.guest != staging.guest or (nvram is not None and nvram not in kept.files):
             raise SafetyError(f"snapshot {manifest.id} was not received whole", remedy="report it")
         kept.manifest = manifest
+        kept.marks = Marks(pin=pin)
         self._keep(manifest.id, self._staged.pop(staging.run))
-        return Snapshot(manifest=manifest)
+        return Snapshot(manifest=manifest, marks=kept.marks)
 
     def put(self, snapshot: Snapshot) -> None:
         """Have a snapshot without disks, for tests that need many."""
@@ -330,6 +331,21 @@ class MemoryStore:
             for index, digest in disk.digests().items()
             if (kept.guest, target, index, digest) not in others
         )
+
+    def freed_by(self, snapshots: Sequence[Snapshot]) -> int:
+        """Return the bytes of blocks that only these snapshots have."""
+        going = {snapshot.id for snapshot in snapshots}
+        mine, others = (
+            {
+                (kept.guest, target, index, block)
+                for identity, kept in self._published.items()
+                if (identity in going) is goes
+                for target, disk in kept.disks.items()
+                for index, block in disk.blocks.items()
+            }
+            for goes in (True, False)
+        )
+        return sum(len(block) for _, _, _, block in mine - others)
 
     def finish_removals(self, guest: str) -> tuple[SnapshotId, ...]:
         """Return nothing: here a removal cannot be cut."""

@@ -529,6 +529,39 @@ class StoreContract:
         assert store.remove(second) == (2 if shares_blocks else 10) * BLOCK
         assert len(store.snapshots()) == 1
 
+    def test_what_removing_several_frees_is_known_before(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView], shares_blocks: bool
+    ) -> None:
+        contents = (blocks(*range(10)), {**blocks(*range(10)), **blocks(2, 3, seed=1)})
+        first, second = (self.save(store, make_view(one), captured=NOON + n * SECOND) for n, one in enumerate(contents))
+        assert store.freed_by(()) == 0
+        assert store.freed_by((second,)) == (2 if shares_blocks else 10) * BLOCK
+        assert store.freed_by((first, second)) == (12 if shares_blocks else 20) * BLOCK
+        third = self.save(store, make_view(blocks(0, *range(20, 29))), captured=NOON + 2 * SECOND)
+        # Of the blocks that the first two have in common, the third has one too.
+        assert store.freed_by((first, second)) == (11 if shares_blocks else 20) * BLOCK
+        assert store.snapshots() == (first, second, third)
+
+    def test_later_snapshots_do_not_need_a_removed_one(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        first = self.save(store, make_view(blocks(*range(20))))
+        second = self.save_by_hint(store, make_view(blocks(*range(20))), written=(), since=first)
+        store.remove(first)
+        self.assert_sound(store, second)
+        # What is known since one that is gone is no hint for a disk that is stored over another.
+        late = {**blocks(*range(20)), **blocks(4, seed=1)}
+        third = self.save_by_hint(store, make_view(late), written=(), since=first)
+        assert third.manifest.disks[0].read is not None
+        assert third.manifest.disks[0].read.since is None
+        self.assert_sound(store, third)
+        store.remove(second)
+        store.remove(third)
+        alone = self.save_by_hint(store, make_view(late), written=(), since=third)
+        assert alone.manifest.disks[0].read is not None
+        assert "no earlier snapshot" in str(alone.manifest.disks[0].read.full_because)
+        assert self.read(store, alone)[4 * BLOCK : 5 * BLOCK] == late[4 * BLOCK]
+
     def test_a_removed_snapshot_is_gone(self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]) -> None:
         snapshot = self.save(store, make_view(blocks(1)))
         store.remove(snapshot)
@@ -678,6 +711,23 @@ class StoreContract:
             store.publish_copy(again, manifest=snapshot.manifest)
         store.release(store.staging_resource(again.run, guest=GUEST), deadline=timedelta(seconds=5))
         self.assert_sound(store, copy)
+
+    def test_a_copy_is_pinned_as_soon_as_it_is_there(
+        self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]
+    ) -> None:
+        snapshot = self.save(store, make_view(blocks(0, 3)))
+        kept = self._taken_out(store, snapshot)
+        store.remove(snapshot)
+        staging = store.stage(new_run_id(), guest=GUEST)
+        for record, fill in kept:
+            store.receive_disk(staging, record=record, fill=fill)
+        pin = Pin(owner="ann", reason="restored", since=NOON, until=NOON + timedelta(days=7))
+        copy = store.publish_copy(staging, manifest=snapshot.manifest, pin=pin)
+        assert copy.marks == Marks(pin=pin)
+        assert store.find(snapshot.id) == copy
+        self.assert_sound(store, copy)
+        store.mark(copy, marks=Marks())
+        assert store.find(snapshot.id).marks == Marks()
 
     def test_a_copy_that_is_not_whole_or_is_another_is_not_published(
         self, store: SnapshotStore, make_view: Callable[..., FakeDiskView]

@@ -21,6 +21,7 @@ import pytest
 from vmsnap.errors import VmsnapError
 from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.manifest import Marks, Pin, Snapshot
+from vmsnap.ports.store import DiskContent
 from vmsnap.stores.images import ImagesStore
 from vmsnap.testing.cancels import NeverCancelled
 from vmsnap.testing.fake_disks import FakeDiskView
@@ -186,6 +187,38 @@ class StoreCrashes:
             assert store.find(before.id).marks in {Marks(), marks}
             step += 1
         assert store.find(before.id).marks == marks
+
+    def test_a_copy_is_never_there_without_its_pin(
+        self, root: Path, store: ImagesStore, before: Snapshot, tmp_path: Path
+    ) -> None:
+        pin = Pin(owner="ann", reason="restored", since=NOON, until=NOON + _MINUTE)
+        (content,) = store.contents(before)
+        image, digests = content.image.read_bytes(), content.digests.read_bytes()
+        store.remove(before)
+
+        def fill(target: DiskContent) -> None:
+            target.image.write_bytes(image)
+            target.digests.write_bytes(digests)
+
+        outcomes = []
+        step, died = 0, True
+        while died:
+            run = new_run_id()
+            staging = store.stage(run, guest=GUEST)
+            store.receive_disk(staging, record=content.record, fill=fill)
+            store.add_file(staging, name="nvram.fd", source=tmp_path / "before")
+            died = die_at(step, lambda made=staging: store.publish_copy(made, manifest=before.manifest, pin=pin))  # type: ignore[misc]
+            self.reconcile(store, run=run)
+            self.assert_whole(root, store)
+            found = store.snapshots()
+            assert [one.marks.pin for one in found] == [pin] * len(found)
+            outcomes.append(bool(found))
+            for one in found:
+                store.remove(one)
+            step += 1
+        assert outcomes == sorted(outcomes)
+        assert outcomes[-1]
+        assert step > 10
 
     def test_a_hold_of_a_dead_run_is_found(self, root: Path, store: ImagesStore, before: Snapshot) -> None:
         step, died = 0, True

@@ -32,6 +32,7 @@ from vmsnap.testing.fake_names import FakeNames, FakeServer
 from vmsnap.testing.fake_network import FakeAddressing, FakeFence, NetworkWorld
 from vmsnap.testing.fake_postgresql import FakeCluster
 from vmsnap.testing.fake_service import FakeResidences, FakeServices
+from vmsnap.testing.fake_vitals import FakeVitals
 from vmsnap.testing.faults import Faults
 from vmsnap.testing.memory_state import MemoryState
 from vmsnap.testing.memory_store import MemoryStore
@@ -106,6 +107,7 @@ class FakeWorld:
         self.services = FakeServices()
         self.residences = FakeResidences(self.network)
         self.dns = FakeServer()
+        self.vitals = FakeVitals()
         self.replica: Replica | None = None
         self.clone_door: int | None = None
         self.production_door: int | None = None
@@ -144,6 +146,7 @@ class FakeWorld:
             samples=self.state.samples,
             exchanges=self.state.exchanges,
             rungs=self.state.rungs,
+            vitals=self.vitals,
             history=self.state.history,
             starter=STARTER,
             clock=self.clock,
@@ -171,8 +174,8 @@ class FakeWorld:
     def ssh_servers(self, *, clone_address: str) -> Iterator[None]:
         """Let guests, and the clone at ``clone_address``, answer by SSH meanwhile."""
         with (
-            socket.create_server(("127.0.0.1", 0), backlog=128) as production,
-            socket.create_server(("127.0.0.1", 0), backlog=128) as clones,
+            socket.create_server(("127.0.0.1", 0), backlog=1024) as production,
+            socket.create_server(("127.0.0.1", 0), backlog=1024) as clones,
         ):
             self.production_door = production.getsockname()[1]
             self.clone_door = clones.getsockname()[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from vmsnap.errors import BugError, BusyError, CleanupError, DriverError, IsolationError, PreconditionError, VmsnapError
 from vmsnap.model.admission import Place
 from vmsnap.model.capture import CapturePlan
-from vmsnap.model.drain import CleanShutdown, DrainReport
+from vmsnap.model.drain import CleanShutdown, DrainReport, Instance
 from vmsnap.model.guest import Finding, Guest, Severity
 from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.isolation import FencePlan, IsolationEvidence
@@ -21,13 +21,15 @@ from vmsnap.model.policy import Policy
 from vmsnap.model.report import BackupReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.disks import DiskView
+from vmsnap.ports.engine import Engine
 from vmsnap.ports.guest import GuestControl
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.state import RunJournal
 from vmsnap.workflow import identity, prune, reach
-from vmsnap.workflow.booting import discover_booted
+from vmsnap.workflow.booting import absent_since, discover_booted
 from vmsnap.workflow.chronicle import Chronicle
 from vmsnap.workflow.clone_service import clone_served
+from vmsnap.workflow.fencing import prove_fence
 from vmsnap.workflow.guard import IsolationGuard, OverlayGuard
 from vmsnap.workflow.hinting import Hinting
 from vmsnap.workflow.manifests import NVRAM_FILE, Stored, manifest_of
@@ -218,7 +220,7 @@ class Backup:
                     clone = hypervisor.restore_clone(plan, fence=fence)
                     taking.give_back_memory()
                 with run.step("prove fence"):
-                    proof = world.fence.prove(fence)
+                    proof = prove_fence(world, clone=clone, fence=fence)
                     watch = world.fence.watch(fence, proof=proof, alarm=guard.sound)
                 with closing(watch):
                     self._advance(Event.FENCE)
@@ -319,12 +321,7 @@ class Backup:
         guard, timeout = running.guard, self._policy.control.command_timeout
         engine = world.engine_for(database)
         with run.step("find databases"):
-            if running.booted:
-                instances = discover_booted(
-                    engine, policy=self._policy, control=control, clock=world.clock, cancel=guard
-                )
-            else:
-                instances = converse(engine.discover(), control=control, timeout=timeout, cancel=guard)
+            instances = self._find_databases(engine, running=running, control=control)
             paths = {
                 instance: converse(engine.locate(instance), control=control, timeout=timeout, cancel=guard)
                 for instance in instances
@@ -360,7 +357,22 @@ class Backup:
             for instance in instances:
                 evidence = converse(engine.evidence_in_guest(instance), control=control, timeout=timeout, cancel=guard)
                 stopped.append(StoppedInstance(instance=instance, in_guest=evidence, paths=paths[instance]))
+            # What came up meanwhile would be ended by the power-off, and nobody would know how.
+            converse(engine.require_all_stopped(), control=control, timeout=timeout, cancel=guard)
         return tuple(drains), tuple(stopped)
+
+    def _find_databases(self, engine: Engine, *, running: Running, control: GuestControl) -> tuple[Instance, ...]:
+        world, policy = running.world, self._policy
+        snapshots = world.store.snapshots(policy.guest)
+        if running.booted:
+            return discover_booted(
+                engine, policy=policy, control=control, clock=world.clock, cancel=running.guard, snapshots=snapshots
+            )
+        timeout = policy.control.command_timeout
+        instances = converse(engine.discover(), control=control, timeout=timeout, cancel=running.guard)
+        for folder in absent_since(snapshots, instances=instances, engine=engine.name):
+            self._warn(f"the server on {folder}, which is in the newest snapshot, does not run, and was not looked at")
+        return instances
 
     def _open(self, run: Run, *, plan: CapturePlan) -> tuple[DiskView, ...]:
         world = self._world

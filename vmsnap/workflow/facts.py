@@ -13,11 +13,12 @@ from vmsnap.model.capture import CapturePlan
 from vmsnap.model.facts import Facts, GuestFacts, Problem, Room
 from vmsnap.model.freshness import expected_of
 from vmsnap.model.history import RunEntry
-from vmsnap.model.ids import RunId
+from vmsnap.model.ids import RunId, SnapshotId
 from vmsnap.model.journal import RunKind
 from vmsnap.model.manifest import Snapshot
 from vmsnap.model.policy import Policy
 from vmsnap.model.schedule import newest_before, next_due
+from vmsnap.workflow.replicate import is_replicated
 from vmsnap.workflow.run import as_vmsnap_error
 from vmsnap.workflow.wishes import settings_of
 from vmsnap.workflow.world import World
@@ -31,6 +32,7 @@ class _Shelf:
     """What the store has of one guest. ``read``: when it was read, by the monotonic clock."""
 
     captured: tuple[datetime, ...]
+    ids: frozenset[SnapshotId]
     read: float
     newest: Snapshot | None
     verified: datetime | None
@@ -75,6 +77,7 @@ class Stock:
         checks = [mark for snapshot in snapshots if (mark := snapshot.marks.verification) is not None]
         return _Shelf(
             captured=captured,
+            ids=frozenset(snapshot.id for snapshot in snapshots),
             read=read,
             newest=next((item for item in reversed(snapshots) if item.manifest.captured == believed), None),
             verified=max((check.at for check in checks if not check.bad_blocks), default=None),
@@ -171,7 +174,10 @@ class _Gathering:
             environments=self._environments[guest],
             environments_expired=self._expired[guest],
         )
-        if policy is None or not policy.enabled:
+        if policy is None:
+            return facts
+        facts = self._with_copies(facts, policy=policy, ids=shelf.ids)
+        if not policy.enabled:
             return facts
         failures = self._world.attempts.failures(guest)
         since = min([self._ledger.known.get(guest, now), *(failure.began for failure in failures), now])
@@ -181,6 +187,15 @@ class _Gathering:
             due=next_due(policy, newest=captured, failures=failures, now=now),
             expected=expected_of(policy, newest=captured, since=since),
         )
+
+    def _with_copies(self, facts: GuestFacts, *, policy: Policy, ids: frozenset[SnapshotId]) -> GuestFacts:
+        """Return the facts with what is known here of the guest's copies; the replica itself is not asked."""
+        if self._world.replica is None or not policy.replica.enabled:
+            return facts
+        known = self._world.replica.remembered(facts.guest)
+        # Where nothing is sent by itself, nobody knows which copies are wanted.
+        lacking = len(ids - known.settled) if is_replicated(policy) else None
+        return replace(facts, newest_copy=known.newest, copies_lacking=lacking)
 
     def _pruned(self, guest: str) -> datetime | None:
         """Return when retention was last applied: by the daemon, or at the end of a backup."""

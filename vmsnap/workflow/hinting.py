@@ -119,7 +119,7 @@ class Hinting:
 
 def distrust_of(snapshots: tuple[Snapshot, ...]) -> str | None:
     """Return why the hints of a guest are not believed any more, by its newest snapshot; None while they are."""
-    return snapshots[-1].manifest.hints_distrusted if snapshots else None
+    return snapshots[-1].hints_distrusted if snapshots else None
 
 
 def hint_findings(world: World, *, policy: Policy, guest: Guest) -> tuple[Finding, ...]:

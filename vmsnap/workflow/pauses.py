@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from statistics import median
 
 from vmsnap.model.capture import MEMORY_PART, Capture
 from vmsnap.model.manifest import Snapshot
@@ -13,12 +14,15 @@ _RECENT = 3
 
 
 def usual_rest_ms(snapshots: Iterable[Snapshot]) -> float | None:
-    """Return what a guest's latest pauses took beside the copying of memory, the longest of them; None where none tells."""
+    """Return what a guest's latest pauses usually took beside the copying of memory; None where none tells.
+
+    It is the median of three, so that one slow pause on a busy host does not count.
+    """
     captures = [snapshot.manifest.capture for snapshot in snapshots]
     told = [capture for capture in captures if any(part.name == MEMORY_PART for part in capture.parts)]
     latest = sorted(told, key=lambda capture: capture.captured)[-_RECENT:]
     rests = [sum(part.ms for part in capture.parts if part.name != MEMORY_PART) for capture in latest]
-    return max(rests, default=None)
+    return median(rests) if rests else None
 
 
 def tell_pause(capture: Capture, *, promised: timedelta, progress: Progress) -> tuple[str, ...]:

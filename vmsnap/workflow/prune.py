@@ -11,6 +11,7 @@ from vmsnap.errors import ConfigError, HeldError, PreconditionError, VmsnapError
 from vmsnap.model.copies import Held, Rules, decide_copies, locked_until
 from vmsnap.model.forecast import Forecast, as_scheduled, every_so_often, forecast
 from vmsnap.model.history import Action
+from vmsnap.model.ids import SnapshotId
 from vmsnap.model.policy import Policy
 from vmsnap.model.report import Place, PruneDecision
 from vmsnap.model.retention import Keeper, candidate_of, decide
@@ -42,7 +43,7 @@ def prune(
     copies = None if upkeep is None else _ask(upkeep, guest=policy.guest)
     with world.store.lock(policy.guest, timeout=_LOCK_TIMEOUT):
         if not dry_run:
-            _finish_removals(world, policy.guest)
+            finish_removals(world, policy.guest)
         snapshots = world.store.snapshots(policy.guest)
         held = frozenset(snapshot.id for snapshot in snapshots if world.store.holders(snapshot))
         if upkeep is None:
@@ -125,10 +126,13 @@ def _brake(decisions: Sequence[PruneDecision], *, guest: str) -> None:
         )
 
 
-def _finish_removals(world: World, guest: str) -> None:
-    for snapshot in world.store.finish_removals(guest):
+def finish_removals(world: World, guest: str) -> tuple[SnapshotId, ...]:
+    """Finish removals of a guest's snapshots that were cut, tell, and return which. Call it under the guest's lock."""
+    finished = world.store.finish_removals(guest)
+    for snapshot in finished:
         _LOG.warning("the removal of snapshot %s of %s had been cut, and is finished now", snapshot, guest)
         audit(world, Action.PRUNE, guest=guest, subject=snapshot, detail="a removal that was cut is finished")
+    return finished
 
 
 def foresee(world: World, *, policy: Policy, span: timedelta, every: timedelta | None) -> Forecast:

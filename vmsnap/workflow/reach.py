@@ -17,6 +17,7 @@ from vmsnap.ports.clock import Cancel
 from vmsnap.ports.guest import GuestControl
 from vmsnap.ports.network import AddressRequest
 from vmsnap.ports.progress import Progress
+from vmsnap.workflow.fencing import prove_fence
 from vmsnap.workflow.run import closing
 from vmsnap.workflow.talk import wait_until_answers
 from vmsnap.workflow.whereabouts import exchanges_of, old_addresses, static_macs
@@ -57,7 +58,8 @@ class _CloneLinks:
         """Remove one of the clone's NICs, add it again, and prove the fence before the clone runs on."""
         (port,) = (port for port in self.fence.ports if port.mac == mac)
         self.world.hypervisor.replug_nic(self.clone, port=port, deadline=deadline)
-        self.world.hypervisor.resume_clone(self.clone, proof=self.world.fence.prove(self.fence))
+        proof = prove_fence(self.world, clone=self.clone, fence=self.fence)
+        self.world.hypervisor.resume_clone(self.clone, proof=proof)
 
 
 def choose(world: World, *, policy: Policy, guest: Guest) -> Login:

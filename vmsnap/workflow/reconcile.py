@@ -1,37 +1,55 @@
-"""Undoing what dead runs left: from their journals, then from the tags of things that no journal knows."""
+"""Undoing what dead runs left: from their journals, then from the tags of things that no journal has listed.
+
+What bears the id of a run that no journal here knows is told, and left alone: see workflow.adopt.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from vmsnap.errors import BusyError, VmsnapError
 from vmsnap.model.history import Action
 from vmsnap.model.ids import RunId
 from vmsnap.model.journal import Resource, ResourceKind, RunRecord
-from vmsnap.model.report import ReconcileReport, Undone
+from vmsnap.model.report import ReconcileReport, TaggedThing, Undone, UnknownRun
 from vmsnap.workflow.chronicle import audit, close_dead_runs
 from vmsnap.workflow.run import as_vmsnap_error, closing, release_each
 from vmsnap.workflow.world import World
 
 _LOG = logging.getLogger(__name__)
 
-# A thing found by its tag alone is removed in this order: a clone before the disks it reads, the source's overlay last.
+ADOPTED = "adopted"
+"""The state of a run that no journal knew, once it has one."""
+
+# A thing found by its tag alone is removed in this order: a VM before its fence and the disks it reads, and the source's
+# overlays before other files, whose removal may take long.
 _ORDER = (
     ResourceKind.DNS_RECORD,
     ResourceKind.SERVICE,
     ResourceKind.ENVIRONMENT,
     ResourceKind.EXPORT,
     ResourceKind.CLONE,
-    ResourceKind.STAGING,
-    ResourceKind.EXPORTED_FILES,
+    ResourceKind.FENCE,
+    ResourceKind.SOURCE_OVERLAYS,
     ResourceKind.CLONE_OVERLAYS,
     ResourceKind.DISK_COPIES,
     ResourceKind.ENVIRONMENT_DISKS,
     ResourceKind.REPLICA_EXPORT,
-    ResourceKind.SOURCE_OVERLAYS,
-    ResourceKind.FENCE,
+    ResourceKind.STAGING,
+    ResourceKind.EXPORTED_FILES,
     ResourceKind.MEMORY,
     ResourceKind.HOLD,
+)
+_OF_TEST_VMS = frozenset(
+    {
+        ResourceKind.DNS_RECORD,
+        ResourceKind.SERVICE,
+        ResourceKind.ENVIRONMENT,
+        ResourceKind.ENVIRONMENT_DISKS,
+        ResourceKind.REPLICA_EXPORT,
+        ResourceKind.HOLD,
+    }
 )
 
 
@@ -42,28 +60,52 @@ def reconcile(world: World, *, guest: str | None = None, holder: RunId | None = 
     Raises BusyError where another process reconciles.
     """
     with world.locks.reconcile():
-        dead: list[RunId] = []
-        undone: list[Undone] = []
-        failures: list[VmsnapError] = []
-        for record in world.journals.records():
-            if _is_over(record) or (guest is not None and record.guest != guest):
-                continue
-            try:
-                found = _undo_run(world, record)
-            except Exception as error:  # noqa: BLE001 - one run's broken journal must not keep the others' things
-                failures.append(as_vmsnap_error(error, doing=f"undoing run {record.run}"))
-                continue
-            if found is not None:
-                dead.append(record.run)
-                undone.extend(found)
-        strays, stray_runs = _undo_strays(world, guest=guest)
-        undone.extend(strays)
-        dead.extend(run for run in stray_runs if run not in dead)
-        close_dead_runs(world, guest=guest, holder=holder)
-        if failures:
-            failures[0].also.extend(failures[1:])
-            raise failures[0]
-        return ReconcileReport(runs=tuple(dead), undone=tuple(undone))
+        return undo_dead_runs(world, guest=guest, holder=holder)
+
+
+def undo_dead_runs(world: World, *, guest: str | None = None, holder: RunId | None = None) -> ReconcileReport:
+    """As ``reconcile``, for a caller that holds the lock of reconciling."""
+    dead: list[RunId] = []
+    undone: list[Undone] = []
+    failures: list[VmsnapError] = []
+    for record in world.journals.records():
+        if _is_over(record) or (guest is not None and record.guest != guest):
+            continue
+        try:
+            found = _undo_run(world, record)
+        except Exception as error:  # noqa: BLE001 - one run's broken journal must not keep the others' things
+            failures.append(as_vmsnap_error(error, doing=f"undoing run {record.run}"))
+            continue
+        if found is not None:
+            dead.append(record.run)
+            undone.extend(found)
+    over = _runs_that_are_over(world, guest=guest)
+    tagged = _tagged(world)
+    unknown = _of_unknown_runs(world, tagged) if guest is None else {}
+    strays, stray_runs = _undo_strays(world, [thing for thing in tagged if thing.run in over])
+    undone.extend(strays)
+    dead.extend(run for run in stray_runs if run not in dead)
+    close_dead_runs(world, guest=guest, holder=holder)
+    if failures:
+        failures[0].also.extend(failures[1:])
+        raise failures[0]
+    told = tuple(describe(run, things=things) for run, things in unknown.items())
+    return ReconcileReport(runs=tuple(dead), undone=tuple(undone), unknown=told)
+
+
+def things_of_unknown_runs(world: World) -> dict[RunId, tuple[Resource, ...]]:
+    """Return what bears the ids of runs that no journal here knows, in the order of its removal. Changes nothing."""
+    return _of_unknown_runs(world, _tagged(world))
+
+
+def describe(run: RunId, *, things: Sequence[Resource]) -> UnknownRun:
+    """Return what is told of a run that no journal knows."""
+    return UnknownRun(
+        run=run,
+        guest=next((thing.guest for thing in things if thing.guest), ""),
+        test_vm=any(thing.kind in _OF_TEST_VMS for thing in things),
+        things=tuple(TaggedThing(kind=thing.kind, name=thing.name, guest=thing.guest) for thing in things),
+    )
 
 
 def left_dead_runs(world: World, *, guest: str) -> bool:
@@ -84,7 +126,10 @@ def _undo_run(world: World, record: RunRecord) -> list[Undone] | None:
     _LOG.warning("run %s of %r died in state %s; undoing it", record.run, record.guest, record.state)
     done: list[Undone] = []
     with closing(journal):
-        released = release_each(world, reversed(record.unreleased), journal=journal)
+        # Of an adopted run they were written down in the order of removal: a clone that runs must not lose its fence or its
+        # disks where only some of them were.
+        resources = record.unreleased if record.state == ADOPTED else tuple(reversed(record.unreleased))
+        released = release_each(world, resources, journal=journal)
         done.extend(_undone(resource, error) for resource, error in released)
         for environment in world.book.all():
             if environment.run == record.run:
@@ -103,16 +148,28 @@ def _undo_run(world: World, record: RunRecord) -> list[Undone] | None:
     return done
 
 
-def _undo_strays(world: World, *, guest: str | None) -> tuple[list[Undone], list[RunId]]:
-    """Undo tagged things whose run's journal says that it is over. A run nobody here knows may be another host's."""
+def _tagged(world: World) -> list[Resource]:
+    """Return everything that bears a run's id, in the order of its removal."""
+    found = [resource for owner in world.owners for resource in owner.owned()]
+    return sorted(found, key=lambda resource: _ORDER.index(resource.kind))
+
+
+def _runs_that_are_over(world: World, *, guest: str | None) -> set[RunId]:
     # Not every tag names the guest, so the run's journal does: a fence must not go while its guest's clone is passed over.
-    over = {record.run for record in world.journals.records() if record.closed and guest in (None, record.guest)}
-    strays: list[Resource] = []
-    for owner in world.owners:
-        strays.extend(resource for resource in owner.owned() if resource.run in over)
-    strays.sort(key=lambda stray: _ORDER.index(stray.kind))
+    return {record.run for record in world.journals.records() if record.closed and guest in (None, record.guest)}
+
+
+def _undo_strays(world: World, strays: list[Resource]) -> tuple[list[Undone], list[RunId]]:
+    """Undo tagged things whose run's journal says that it is over."""
     done = [_undone(stray, error) for stray, error in release_each(world, strays, journal=None)]
     return done, sorted({stray.run for stray in strays})
+
+
+def _of_unknown_runs(world: World, tagged: list[Resource]) -> dict[RunId, tuple[Resource, ...]]:
+    # The journals are read after the tags: a run begins its journal before it makes anything.
+    known = {record.run for record in world.journals.records()}
+    unknown = sorted({resource.run for resource in tagged} - known)
+    return {run: tuple(resource for resource in tagged if resource.run == run) for run in unknown}
 
 
 def _undone(resource: Resource, error: VmsnapError | None) -> Undone:

@@ -6,7 +6,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from vmsnap.errors import CancelledError, CleanupError, ConfigError, SnapshotNotFoundError
+from vmsnap.errors import (
+    CancelledError,
+    CleanupError,
+    ConfigError,
+    SnapshotNotFoundError,
+    StoreUnreachableError,
+    VmsnapError,
+)
 from vmsnap.model.copies import LOCKED_AT_LEAST
 from vmsnap.model.due import ReplicateEntry
 from vmsnap.model.history import Action
@@ -100,16 +107,22 @@ def replicate_due(
 ) -> Iterator[ReplicateEntry]:
     """Send what policies want at the replica and was never sent whole, of each guest the oldest first. May be repeated.
 
-    What fails is in its entry, and ends that guest's turn: the next round tries again. Ends early where ``cancel`` is set.
+    What fails is in its entry, and ends that guest's turn: the next round tries again. Where the replica does not answer when
+    asked what it lacks, it is not asked for the other guests, whose entries say the same. Ends early where ``cancel`` is set.
     """
+    away: VmsnapError | None = None
     for policy in policies:
         if not is_replicated(policy) or cancel.is_set():
             continue
+        if away is not None:
+            yield ReplicateEntry(guest=policy.guest, error=away)
+            continue
         try:
             found = {one.id: one for one in world.store.snapshots(policy.guest)}
-            lacking = replica_of(world).lacking(policy.guest, snapshots=found.keys())
+            lacking = replica_of(world).lacking(policy.guest, snapshots=found.values())
         except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
             told = as_vmsnap_error(error, doing="looking what the replica lacks")
+            away = told if isinstance(told, StoreUnreachableError) else None
             yield ReplicateEntry(guest=policy.guest, error=told)
             continue
         for identity in (one for one in found if one in lacking):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from vmsnap.errors import CleanupError, SnapshotNotFoundError
+from vmsnap.model.durations import format_duration
 from vmsnap.model.history import Action
 from vmsnap.model.journal import RunKind
-from vmsnap.model.manifest import Snapshot, StoreRecord
-from vmsnap.model.report import RestoreReport
+from vmsnap.model.manifest import Pin, Snapshot, StoreRecord
+from vmsnap.model.report import RestoreOptions, RestoreReport
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
 from vmsnap.ports.replica import Replica
@@ -23,12 +24,16 @@ from vmsnap.workflow.run import Run, closing, undone_on_failure
 from vmsnap.workflow.world import World
 
 _LOCK_TIMEOUT = timedelta(minutes=5)
+_REASON = "restored"
 
 
-def restore(world: World, *, reference: str, progress: Progress, cancel: Cancel) -> RestoreReport:
+def restore(
+    world: World, *, reference: str, options: RestoreOptions, progress: Progress, cancel: Cancel
+) -> RestoreReport:
     """Copy a snapshot of the replica into the local store; it is published once every digest has been compared.
 
-    Only reads the replica. May be repeated; a snapshot that is here already is left alone. Raises SnapshotNotFoundError,
+    It is pinned, as ``options`` say, as soon as it is there: this host's retention may not want it. Only reads the replica.
+    May be repeated; a snapshot that is here already is pinned, unless a pin holds it. Raises SnapshotNotFoundError,
     PreconditionError where there is too little room, VerificationError, CancelledError, what the replica raises.
     """
     replica = replica_of(world)
@@ -36,14 +41,16 @@ def restore(world: World, *, reference: str, progress: Progress, cancel: Cancel)
     manifest = snapshot.manifest
     began = world.clock.monotonic()
     if any(one.id == snapshot.id for one in world.store.snapshots(manifest.guest)):
-        return _report(world, snapshot, began=began, there=True)
+        return _report(world, _held(world, snapshot, options=options), began=began, there=True)
     needed = sum(disk.data_bytes for disk in manifest.disks)
     refuse(world.store.findings(needed_bytes=needed), what="the store cannot take the snapshot")
     chronicle = Chronicle(world, kind=RunKind.RESTORE, guest=manifest.guest)
     told = chronicle.telling(progress)
     run_id, started = world.new_run_id(), world.clock.now()
     with chronicle.of(run_id), ExitStack() as stack:
-        stack.enter_context(audited(world, Action.RESTORE, guest=manifest.guest, subject=snapshot.id))
+        stack.enter_context(
+            audited(world, Action.RESTORE, guest=manifest.guest, subject=snapshot.id, detail=_detail(options))
+        )
         journal = stack.enter_context(
             closing(world.journals.begin(run_id, kind=RunKind.RESTORE, guest=manifest.guest, at=started))
         )
@@ -55,7 +62,8 @@ def restore(world: World, *, reference: str, progress: Progress, cancel: Cancel)
             with run.step("fetch"):
                 _fetch(world, replica, snapshot=snapshot, staging=staging, waiting=(told, cancel))
             with run.step("publish"), world.store.lock(manifest.guest, timeout=_LOCK_TIMEOUT):
-                world.store.publish_copy(staging, manifest=manifest)
+                pin = _pin(options, now=world.clock.now())
+                restored = world.store.publish_copy(staging, manifest=manifest, pin=pin)
         seconds = round(world.clock.monotonic() - began, 3)
         logical = sum(disk.size_bytes for disk in manifest.disks)
         cost = StoreRecord(logical_bytes=logical, new_bytes=needed, seconds=seconds)
@@ -63,7 +71,7 @@ def restore(world: World, *, reference: str, progress: Progress, cancel: Cancel)
         errors = run.end()
         if errors:
             raise CleanupError(f"snapshot {snapshot.id} is restored, but the run left something behind", causes=errors)
-    return _report(world, snapshot, began=began, there=False)
+    return _report(world, restored, began=began, there=False)
 
 
 def _fetch(
@@ -103,6 +111,29 @@ def find_anywhere(world: World, reference: str, *, replica_only: bool) -> tuple[
     return replica.find(reference), replica
 
 
+def _pin(options: RestoreOptions, *, now: datetime) -> Pin | None:
+    if options.keep is None:
+        return None
+    return Pin(owner=options.owner, reason=_REASON, since=now, until=now + options.keep)
+
+
+def _detail(options: RestoreOptions) -> str:
+    return "" if options.keep is None else f"held for {format_duration(options.keep)}, for {options.owner}"
+
+
+def _held(world: World, snapshot: Snapshot, *, options: RestoreOptions) -> Snapshot:
+    """Pin a snapshot that is here, and return it; a pin that holds it is left as it is. Raises SnapshotNotFoundError."""
+    # Under the lock, so that no prune removes it meanwhile, and nobody else's pin is lost.
+    with world.store.lock(snapshot.manifest.guest, timeout=_LOCK_TIMEOUT):
+        here, now = world.store.find(snapshot.id), world.clock.now()
+        pin = _pin(options, now=now)
+        if pin is None or (here.marks.pin is not None and here.marks.pin.holds(now)):
+            return here
+        detail = f"for {pin.owner}, until {pin.until}: {pin.reason}"
+        with audited(world, Action.PIN, guest=here.manifest.guest, subject=here.id, detail=detail):
+            return world.store.mark(here, marks=here.marks.model_copy(update={"pin": pin}))
+
+
 def _report(world: World, snapshot: Snapshot, *, began: float, there: bool) -> RestoreReport:
     return RestoreReport(
         snapshot=snapshot.id,
@@ -110,4 +141,5 @@ def _report(world: World, snapshot: Snapshot, *, began: float, there: bool) -> R
         there=there,
         logical_bytes=sum(disk.size_bytes for disk in snapshot.manifest.disks),
         seconds=round(world.clock.monotonic() - began, 3),
+        pin=snapshot.marks.pin,
     )

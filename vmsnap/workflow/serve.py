@@ -55,7 +55,7 @@ def forward(
                     address=reached.address,
                 )
             )
-            _stay(world, name=name, cancel=cancel)
+            _stay(world, environment=environment, cancel=cancel)
 
 
 def serve(
@@ -108,7 +108,7 @@ def serve(
                     warnings=warnings,
                 )
             )
-            _stay(world, name=name, cancel=cancel)
+            _stay(world, environment=environment, cancel=cancel)
 
 
 def _service_of(world: World, *, environment: Environment) -> Resource:
@@ -123,11 +123,11 @@ def _service_of(world: World, *, environment: Environment) -> Resource:
     return service
 
 
-def _stay(world: World, *, name: str, cancel: Cancel) -> None:
+def _stay(world: World, *, environment: Environment, cancel: Cancel) -> None:
     """Return when cancelled. Raises PreconditionError when the environment is gone or not running any more."""
     looked = world.clock.monotonic()
     while not cancel.is_set():
         world.clock.sleep(_POLL)
         if world.clock.monotonic() - looked >= _BETWEEN_LOOKS_SECONDS:
-            require_running(world, name=name)
+            require_running(world, environment=environment)
             looked = world.clock.monotonic()

@@ -48,14 +48,27 @@ class Reached:
         return lambda: self.connector(self.address, port, _CONNECT_TIMEOUT)
 
 
-def require_running(world: World, *, name: str) -> None:
+def require_running(world: World, *, environment: Environment) -> None:
     """Raise PreconditionError for an environment that does not run, EnvironmentNotFoundError for one whose VM is gone."""
-    state = world.hypervisor.environment_state(name)
+    state = world.hypervisor.environment_state(environment.name)
     if state is not GuestState.RUNNING:
         raise PreconditionError(
-            f"environment {name!r} does not run: it is {state}",
-            remedy=f"start it with the hypervisor's tools ('virsh start'), or 'vmsnap env destroy {name}'",
+            f"environment {environment.name!r} does not run: it is {state}",
+            remedy=_how_to_go_on(environment, state=state),
         )
+
+
+def _how_to_go_on(environment: Environment, *, state: GuestState) -> str:
+    name = environment.name
+    if state is GuestState.PAUSED:
+        return f"find out why it was paused, and let it go on with the hypervisor's tools ('virsh resume {name}')"
+    if environment.network is not None:
+        return f"start it with the hypervisor's tools ('virsh start {name}'), or 'vmsnap env destroy {name}'"
+    # After a boot of the host its fence is gone. Where it is still there, nothing would prove it anew before the VM runs.
+    return (
+        f"do not start it: nothing would prove its fence. 'vmsnap env destroy {name}', then 'vmsnap provision "
+        f"{environment.snapshot} --name {name}' make it anew, without what it wrote; copy that first where it is needed"
+    )
 
 
 class Finder:
@@ -77,7 +90,7 @@ class Finder:
         ``closed_is_fine``: a port that refuses is an answer as well.
         """
         world, name = self._world, self._environment.name
-        require_running(world, name=name)
+        require_running(world, environment=self._environment)
         progress, cancel = waiting
         progress.step("reach")
         progress.waiting(f"port {port} of {name}", deadline_seconds=self._answer_deadline.total_seconds())

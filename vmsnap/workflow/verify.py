@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 
-from vmsnap.errors import SnapshotNotFoundError
+from vmsnap.errors import SnapshotNotFoundError, StoreUnreachableError
 from vmsnap.model.history import Action
 from vmsnap.model.ids import SnapshotId
 from vmsnap.model.manifest import Snapshot, Verification
@@ -13,15 +13,18 @@ from vmsnap.model.policy import Policy
 from vmsnap.model.report import VerifyReport
 from vmsnap.model.verification import (
     VerifyEntry,
+    VerifyTurn,
     VerifyWish,
     damage,
-    is_verification_due,
     last_read,
     share_of_day,
+    turns_of,
 )
 from vmsnap.ports.clock import Cancel
 from vmsnap.ports.progress import Progress
+from vmsnap.ports.replica import Replica
 from vmsnap.workflow.chronicle import audit
+from vmsnap.workflow.damage import record_there
 from vmsnap.workflow.mending import mend_here, mend_there
 from vmsnap.workflow.replicate import replica_of
 from vmsnap.workflow.run import as_vmsnap_error
@@ -43,9 +46,11 @@ def verify(
     began = world.clock.monotonic()
     if wish.replica:
         report = _verify_there(world, reference=reference, wish=wish, progress=progress, cancel=cancel)
+        record_there(world, report)
     else:
         report = _verify_here(world, reference=reference, wish=wish, progress=progress, cancel=cancel)
-    found = f"{report.blocks} blocks read, {len(report.defects)} defects"
+    part = "" if report.sample is None else f"part {report.sample}, "
+    found = f"{part}{report.blocks} blocks read, {len(report.defects)} defects"
     if report.replica:
         found += ", at the replica"
     if report.repaired:
@@ -66,7 +71,7 @@ def _verify_here(world: World, *, reference: str, wish: VerifyWish, progress: Pr
         mend_here(world, snapshot=snapshot, progress=progress, cancel=cancel)
         progress.step("verify")
         blocks, defects = world.store.verify(snapshot, progress=told, cancel=cancel)
-    if wish.share is None or defects or repaired:
+    if wish.share is None or wish.share.of == 1 or defects or repaired:
         _record(world, snapshot=snapshot, blocks=blocks, defects=defects)
     return VerifyReport(
         snapshot=snapshot.id,
@@ -125,74 +130,94 @@ def verify_due(
     cancel: Cancel,
     leave_out: Collection[SnapshotId] = (),
 ) -> Iterator[VerifyEntry]:
-    """Verify what the policies want read again, one after another, what was read longest ago first; then the day's shares.
+    """Verify what the policies want read again, one after another, what waits longest first; then the day's shares.
 
-    What fails is in its entry and stops nothing else. Ends early where ``cancel`` is set. May be repeated.
+    First come the guests of which nothing was found whole lately. What fails is in its entry and stops nothing else; only a
+    replica that cannot be reached is not asked again. Ends early where ``cancel`` is set. May be repeated.
     """
-    due: list[Snapshot] = []
+    turns: list[VerifyTurn] = []
     for policy in policies:
         try:
             now = world.clock.now()
             found = world.store.snapshots(policy.guest) if policy.verify.every is not None else ()
-            due += [one for one in found if is_verification_due(one, every=policy.verify.every, now=now)]
+            readable = [one for one in found if one.id not in leave_out]
+            turns += turns_of(readable, every=policy.verify.every, now=now)
         except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
             yield VerifyEntry(guest=policy.guest, error=as_vmsnap_error(error, doing="looking what is to be verified"))
-    for snapshot in sorted(due, key=lambda one: (last_read(one), one.id)):
-        if snapshot.id in leave_out:
-            continue
+    whole: set[SnapshotId] = set()
+    for turn in sorted(turns, key=lambda one: one.rank):
         if cancel.is_set():
             return
-        guest = snapshot.manifest.guest
-        progress.note(f"verifying snapshot {snapshot.id} of {guest}")
-        try:
-            report = verify(world, reference=snapshot.id, progress=progress, cancel=cancel)
-        except SnapshotNotFoundError:
-            continue  # retention was faster
-        except Exception as error:  # noqa: BLE001 - as above
-            if cancel.is_set():
-                return
-            told = as_vmsnap_error(error, doing=f"verifying snapshot {snapshot.id}")
-            yield VerifyEntry(guest=guest, snapshot=snapshot.id, error=told)
-        else:
-            yield VerifyEntry(guest=guest, snapshot=snapshot.id, report=report, error=damage(report, guest=guest))
+        if turn.unless in whole:
+            continue
+        progress.note(f"verifying snapshot {turn.snapshot.id} of {turn.snapshot.manifest.guest}")
+        entry = _read(world, snapshot=turn.snapshot, wish=VerifyWish(), progress=progress, cancel=cancel)
+        if entry is None:
+            continue
+        if entry.error is None:
+            whole.add(turn.snapshot.id)
+        yield entry
+    replica = world.replica
     for policy in policies:
-        if policy.verify.share_per_day > 0.0:
-            yield from _sample(world, policy=policy, progress=progress, cancel=cancel, leave_out=leave_out)
+        if policy.verify.share_per_day == 0.0:
+            continue
+        yield from _sample(world, policy=policy, there=None, progress=progress, cancel=cancel, leave_out=leave_out)
+        if replica is None or not policy.replica.enabled:
+            continue
+        for entry in _sample(world, policy=policy, there=replica, progress=progress, cancel=cancel):
+            yield entry
+            if isinstance(entry.error, StoreUnreachableError):
+                # Each further question would wait for as long as replica.retry_for says. The next round asks them.
+                replica = None
+                break
 
 
 def _sample(
-    world: World, *, policy: Policy, progress: Progress, cancel: Cancel, leave_out: Collection[SnapshotId]
+    world: World,
+    *,
+    policy: Policy,
+    there: Replica | None,
+    progress: Progress,
+    cancel: Cancel,
+    leave_out: Collection[SnapshotId] = (),
 ) -> Iterator[VerifyEntry]:
-    """Read today's share of each of a guest's snapshots, here and at the replica, where that was not done yet.
+    """Read today's share of each of a guest's snapshots, here or ``there``, where that was not done yet.
 
-    The day is noted before: one that fails or is cut is made up for when its share's turn comes again.
+    The day is noted before the reading: what fails or dies in it is not begun again all day long, but made up for when its
+    share's turn comes again. Where it cannot even be told which snapshots there are, the next round tries again.
     """
     guest, today = policy.guest, world.clock.now().date()
-    share = share_of_day(policy.verify.share_per_day, day=today)
-    replica = world.replica if policy.replica.enabled else None
-    for there in (None, replica) if replica is not None else (None,):
-        try:
-            if cancel.is_set() or world.samples.last(guest, replica=there is not None) == today:
-                continue
-            world.samples.note(guest, replica=there is not None, day=today)
-            found = world.store.snapshots(guest) if there is None else there.snapshots(guest)
-        except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
-            yield VerifyEntry(guest=guest, error=as_vmsnap_error(error, doing="looking what is to be read again"))
+    try:
+        if cancel.is_set() or world.samples.last(guest, replica=there is not None) == today:
+            return
+        found = world.store.snapshots(guest) if there is None else there.snapshots(guest)
+        world.samples.note(guest, replica=there is not None, day=today)
+    except Exception as error:  # noqa: BLE001 - one guest's failure stops no other
+        yield VerifyEntry(guest=guest, error=as_vmsnap_error(error, doing="looking what is to be read again"))
+        return
+    wish = VerifyWish(replica=there is not None, share=share_of_day(policy.verify.share_per_day, day=today))
+    for snapshot in found:
+        if cancel.is_set():
+            return
+        if there is None and (snapshot.id in leave_out or last_read(snapshot).date() == today):
             continue
-        for snapshot in found:
-            if cancel.is_set():
-                return
-            if there is None and (snapshot.id in leave_out or last_read(snapshot).date() == today):
-                continue
-            wish = VerifyWish(replica=there is not None, share=share)
-            try:
-                report = verify(world, reference=snapshot.id, wish=wish, progress=progress, cancel=cancel)
-            except SnapshotNotFoundError:
-                continue  # retention was faster
-            except Exception as error:  # noqa: BLE001 - as above
-                if cancel.is_set():
-                    return
-                told = as_vmsnap_error(error, doing=f"verifying snapshot {snapshot.id}")
-                yield VerifyEntry(guest=guest, snapshot=snapshot.id, error=told)
-            else:
-                yield VerifyEntry(guest=guest, snapshot=snapshot.id, report=report, error=damage(report, guest=guest))
+        entry = _read(world, snapshot=snapshot, wish=wish, progress=progress, cancel=cancel)
+        if entry is not None:
+            yield entry
+
+
+def _read(
+    world: World, *, snapshot: Snapshot, wish: VerifyWish, progress: Progress, cancel: Cancel
+) -> VerifyEntry | None:
+    """Read one that was due, and return what came of it. None: it is gone, or the reading was cancelled."""
+    guest = snapshot.manifest.guest
+    try:
+        report = verify(world, reference=snapshot.id, wish=wish, progress=progress, cancel=cancel)
+    except SnapshotNotFoundError:
+        return None  # retention was faster
+    except Exception as error:  # noqa: BLE001 - one snapshot's failure stops no other
+        if cancel.is_set():
+            return None
+        told = as_vmsnap_error(error, doing=f"verifying snapshot {snapshot.id}")
+        return VerifyEntry(guest=guest, snapshot=snapshot.id, error=told)
+    return VerifyEntry(guest=guest, snapshot=snapshot.id, report=report, error=damage(report, guest=guest))

@@ -36,6 +36,7 @@ from vmsnap.ports.state import (
 )
 from vmsnap.ports.store import SnapshotStore
 from vmsnap.ports.upkeep import Upkeep
+from vmsnap.ports.vitals import Vitals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class World:
     samples: SampleBook
     exchanges: Exchanges
     rungs: RungMemory
+    vitals: Vitals
     history: HistoryBook
     starter: Starter
     clock: Clock

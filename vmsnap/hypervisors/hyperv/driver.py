@@ -293,6 +293,13 @@ class HyperVHypervisor:
         now = {target: str(path) for target, path in disk_sources(description).items()}
         return description.checkpoints == 0 and now == {disk.target: disk.source for disk in guest.disks}
 
+    def work_on(self, guest: str) -> tuple[str, ...]:
+        """Say that it cannot be told: any machine may be at work on a Hyper-V host."""
+        del guest
+        return (
+            "its things are on a Hyper-V host, and whether a vmsnap on another machine uses them cannot be seen from here",
+        )
+
     # Environments
 
     def environment_disks_resource(self, plan: EnvironmentPlan) -> Resource:

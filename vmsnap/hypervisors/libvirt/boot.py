@@ -18,7 +18,7 @@ from vmsnap.hypervisors.libvirt import overlays, preflight, rewrite
 from vmsnap.hypervisors.libvirt.clones import clone_of
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.events import PauseRecorder
-from vmsnap.hypervisors.libvirt.inspect import memory_bytes
+from vmsnap.hypervisors.libvirt.inspect import disk_target, memory_bytes, writable_disks
 from vmsnap.hypervisors.libvirt.pauses import DISKS
 from vmsnap.hypervisors.libvirt.request import request_for
 from vmsnap.hypervisors.libvirt.stripping import can_lower_memory, lower_memory, strip
@@ -97,6 +97,7 @@ def clone_xml(text: str, *, plan: CapturePlan, fence: FencePlan, nvram: str | No
         raise SafetyError(
             "a disk or a NIC of the guest was added or taken away after the run began", remedy="start the backup again"
         ) from error
+    rewrite.keep_flushes_back(domain)
     rewrite.privatise_host_ends(domain)
     rewrite.set_nvram(domain, nvram)
     rewrite.set_life(domain, reboot="destroy", crash="destroy")
@@ -120,6 +121,15 @@ def check_devices(domain: ET.Element) -> Iterator[Finding]:
             message=f"the clone will be without: {', '.join(left_out)}",
             remedy="the guest must be able to boot, and its database to start, without them",
         )
+    for disk in writable_disks(domain):
+        driver = disk.find("driver")
+        if driver is not None and driver.get("cache") == "unsafe":
+            yield Finding(
+                check=f"disk {disk_target(disk)}",
+                severity=Severity.REFUSAL,
+                message="it has cache='unsafe', which keeps no order of what the guest flushed: its recovery would prove nothing",
+                remedy="give its <driver> another cache, or capture the memory as well (capture.mode)",
+            )
     yield from preflight.check_devices(stripped)
 
 

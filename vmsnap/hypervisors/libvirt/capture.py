@@ -8,6 +8,7 @@ to the policy's ``max_pause``, for a guest that writes memory faster than it can
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import (
+    BusyError,
     CancelledError,
     DeadlineError,
     DriverError,
@@ -35,7 +37,9 @@ from vmsnap.hypervisors.libvirt.events import PauseRecorder
 from vmsnap.hypervisors.libvirt.filewatch import FileWatch
 from vmsnap.hypervisors.libvirt.flushing import FlushedDisks
 from vmsnap.hypervisors.libvirt.request import request_for
+from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.hypervisors.libvirt.vcpulimits import SlowedVcpus
+from vmsnap.hypervisors.libvirt.watchdog import Watchdog
 from vmsnap.model.capture import Capture, CaptureMode, CapturePlan, OnNoConvergence
 from vmsnap.ports.clock import Cancel, Clock
 
@@ -44,6 +48,13 @@ _POLL_SECONDS = 0.1
 _ABORT_POLL_SECONDS = 0.1
 _RECONNECT_SECONDS = 30
 _STREAM_LIMIT = 0.97
+# An operator's, and those of a migration: a guest that may run on another host by now must not run here as well.
+_OTHERS_PAUSES = (
+    libvirt.VIR_DOMAIN_PAUSED_USER,
+    libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
+)
 _FLAGS = (
     libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
@@ -63,9 +74,14 @@ class LiveCapture:
         memory_folder: Path,
         clock: Clock,
         at_rest: Callable[[Any, PauseRecorder], None] | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        """Make a capture. ``at_rest``: what takes the disks and resumes the guest, where libvirt shall leave both to it."""
+        """Make a capture. ``at_rest``: what takes the disks and resumes the guest, where libvirt shall leave both to it.
+
+        ``watchdog``: who watches over the guest, where the policy lets it be suspended for the rest.
+        """
         self._at_rest = at_rest
+        self._watchdog = watchdog
         self._connection = connection
         self._plan = plan
         self._folder = memory_folder
@@ -79,8 +95,10 @@ class LiveCapture:
         domain = self._connection.domain(name)
         image = self._folder / memory.IMAGE_NAME
         xml = request_for(domain, detail=self._detail, image=image, manual=self._at_rest is not None)
+        self._require_no_job(domain)
         convergence = Convergence.for_plan(self._plan)
         slowed = self._slowed()
+        self._image_is_empty()
         started = self._clock.monotonic()
         with (
             self._short_downtime(domain, convergence),
@@ -90,7 +108,13 @@ class LiveCapture:
         ):
             worker = threading.Thread(target=self._snapshot, args=(xml, recorder), name="vmsnap-capture")
             watch = CaptureWatch(
-                domain, plan=self._plan, convergence=convergence, recorder=recorder, slowed=slowed, disks=disks
+                domain,
+                plan=self._plan,
+                convergence=convergence,
+                recorder=recorder,
+                slowed=slowed,
+                disks=disks,
+                watchdog=self._watchdog,
             )
             worker.start()
             try:
@@ -99,7 +123,7 @@ class LiveCapture:
                     self._at_rest(domain, recorder)
             finally:
                 # The watch ends before the worker only by an error of its own; nobody would abort the job then.
-                self._abort_until_over(domain, worker)
+                self._abort_until_over(watch, worker)
                 self._give_back_vcpus(slowed)
                 self._leave_as_found(watch)
             if self._failure is not None:
@@ -123,6 +147,25 @@ class LiveCapture:
             seconds=self._clock.monotonic() - started,
             parts=pauses.parts_of(stopped=pause.stopped, resumed=pause.resumed, marks=(*pause.marks, *files.marks())),
         )
+
+    def _require_no_job(self, domain: Any) -> None:
+        """Raise BusyError where somebody else's migration or snapshot goes on: it may have begun after the preflight."""
+        with translated(f"look at jobs of {self._plan.guest.name!r}"):
+            kind = domain.jobInfo()[0]
+        if kind != libvirt.VIR_DOMAIN_JOB_NONE:
+            raise BusyError(
+                f"another job goes on with {self._plan.guest.name!r}",
+                remedy="see 'virsh domjobinfo'; try again when it ended",
+            )
+
+    def _image_is_empty(self) -> None:
+        """Empty the image of an earlier attempt: it tells whether the job that goes on is this capture's."""
+        with translated_os("empty the memory image"):
+            os.truncate(self._folder / memory.IMAGE_NAME, 0)
+
+    def _has_begun(self) -> bool:
+        """Tell whether libvirt has begun this capture; until then it may wait for somebody else's job to end."""
+        return (self._folder / memory.IMAGE_NAME).stat().st_size > 0
 
     def _files(self) -> dict[str, str]:
         """Return the files whose opening and closing tell the parts of a pause that QEMU sends no events of."""
@@ -182,10 +225,12 @@ class LiveCapture:
             watch.wait()
             if not worker.is_alive():
                 return None
-            reason = self._reason_to_stop(self._clock.monotonic() > deadline, cancel=cancel) or watch.look()
+            reason = self._reason_to_stop(self._clock.monotonic() > deadline, cancel=cancel)
+            if reason is None and self._has_begun():
+                reason = watch.look()
             if reason is not None:
                 _LOG.warning("aborting the capture: %s", reason.brief)
-                self._abort_until_over(watch.domain, worker)
+                self._abort_until_over(watch, worker)
                 return reason
 
     def _reason_to_stop(self, late: bool, *, cancel: Cancel) -> VmsnapError | None:  # noqa: FBT001
@@ -199,6 +244,11 @@ class LiveCapture:
             )
         if memory.used_share(self._folder) > _STREAM_LIMIT:
             return self._outgrown()
+        if memory.is_short():
+            return NoSpaceError(
+                "the host runs out of memory; the capture was given up before a guest is ended for it",
+                remedy="run fewer guests or clones at a time, or add memory",
+            )
         if overlays.free_bytes(self._detail) < settings.min_overlay_free_bytes // 2:
             return NoSpaceError(
                 "the file system of the overlays is running full; the capture was given up",
@@ -221,27 +271,36 @@ class LiveCapture:
             return self._failure
         return translate(self._failure, doing=f"capture {self._plan.guest.name!r}")
 
-    def _abort_until_over(self, domain: Any, worker: threading.Thread) -> None:
-        """Abort the job until the worker has ended. Once may not do: libvirt refuses while the job is not set up."""
+    def _abort_until_over(self, watch: CaptureWatch, worker: threading.Thread) -> None:
+        """Abort the job until the worker has ended. Once may not do: libvirt refuses while the job is not set up.
+
+        A job that is not this capture's is left alone: libvirt gives up waiting for it after half a minute.
+        """
         while worker.is_alive():
             try:
-                domain.abortJob()
-            except libvirt.libvirtError as error:
+                if self._has_begun():
+                    watch.domain.abortJob()
+            except (libvirt.libvirtError, OSError) as error:
                 # The job may have ended by itself in this moment; the worker's result tells.
                 _LOG.debug("abortJob: %s", error)
-            worker.join(timeout=_ABORT_POLL_SECONDS)
+            if watch.stopped_by_others and not watch.suspended_again:
+                watch.suspend_again(timeout_seconds=_ABORT_POLL_SECONDS)
+            else:
+                worker.join(timeout=_ABORT_POLL_SECONDS)
 
     def _leave_as_found(self, watch: CaptureWatch) -> None:
         """Let the guest run, or stand still where somebody else stopped it: libvirt lets it go on after a capture."""
+        if watch.suspended_again:
+            return
         if not watch.stopped_by_others:
-            self._ensure_running()
+            self._ensure_running(watch)
             return
         with translated(f"suspend {self._plan.guest.name!r} again"):
             domain = self._connection.domain(self._plan.guest.name)
             if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
                 domain.suspend()
 
-    def _ensure_running(self) -> None:
+    def _ensure_running(self, watch: CaptureWatch) -> None:
         """Let the guest run, whatever happened. Raises SafetyError where it does not.
 
         libvirtd may just be starting again: it then ends the job and resumes the guest by itself, so wait for it.
@@ -249,7 +308,7 @@ class LiveCapture:
         until = time.monotonic() + _RECONNECT_SECONDS
         while True:
             try:
-                state, detail = self._resumed_state()
+                state, detail = self._resumed_state(watch)
                 break
             except (libvirt.libvirtError, VmsnapError) as error:
                 if time.monotonic() > until:
@@ -260,17 +319,20 @@ class LiveCapture:
                     ) from error
                 time.sleep(_POLL_SECONDS)
         if (state, detail) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER):
-            raise suspended_by_others(self._plan.guest.name)
+            raise suspended_by_others(self._plan.guest.name, again=False)
         if state != libvirt.VIR_DOMAIN_RUNNING:
             raise SafetyError(
                 f"{self._plan.guest.name!r} is not running after the capture (state {state}, reason {detail})",
                 remedy="look with 'virsh domstate --reason'; then 'vmsnap reconcile'",
             )
+        if watch.suspended_here and self._watchdog is not None:
+            self._watchdog.pause_is_over()
 
-    def _resumed_state(self) -> tuple[int, int]:
+    def _resumed_state(self, watch: CaptureWatch) -> tuple[int, int]:
         domain = self._connection.domain(self._plan.guest.name)
         state, detail = domain.state()
-        if state == libvirt.VIR_DOMAIN_PAUSED and detail != libvirt.VIR_DOMAIN_PAUSED_USER:
+        stopped_here = detail == libvirt.VIR_DOMAIN_PAUSED_USER and watch.suspended_here
+        if state == libvirt.VIR_DOMAIN_PAUSED and (stopped_here or detail not in _OTHERS_PAUSES):
             _LOG.warning("the guest was still paused (reason %d) after the capture; resuming it", detail)
             domain.resume()
             state, detail = domain.state()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import libvirt
 
 from vmsnap.errors import NotConvergingError
-from vmsnap.hypervisors.libvirt import boot, copies, memory
+from vmsnap.hypervisors.libvirt import boot, copies, definitions, memory
 from vmsnap.hypervisors.libvirt.capture import LiveCapture
 from vmsnap.hypervisors.libvirt.clones import Clones
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
@@ -52,6 +53,12 @@ class Captures:
 
     def capture(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         """Capture in the plan's mode, or in mode ``instant`` what does not converge. See ports.hypervisor."""
+        capture = self._take(plan, fence=fence, cancel=cancel)
+        # From now on the guest writes to its overlays: after a power cut it must start on them.
+        definitions.settle()
+        return capture
+
+    def _take(self, plan: CapturePlan, *, fence: FencePlan, cancel: Cancel) -> Capture:
         if plan.choice.mode is CaptureMode.INSTANT:
             return self._instantly(plan, fence=fence, reason=plan.choice.reason, cancel=cancel)
         try:
@@ -72,14 +79,26 @@ class Captures:
     def _capture(self, plan: CapturePlan, *, cancel: Cancel) -> Capture:
         if plan.choice.mode is CaptureMode.BOOT:
             return boot.BootCapture(self._connection, plan=plan, clock=self._clock).run(cancel=cancel)
+        settings = plan.settings
+        by_storage = settings.disk_snapshot is DiskSnapshot.STORAGE
+        may_suspend = settings.on_no_convergence is OnNoConvergence.SUSPEND
+        longest = settings.storage_timeout if by_storage else settings.max_pause
         folder = self._memory(plan)
-        if plan.settings.disk_snapshot is DiskSnapshot.OVERLAY:
-            return LiveCapture(self._connection, plan=plan, memory_folder=folder, clock=self._clock).run(cancel=cancel)
-        capture = LiveCapture(
-            self._connection, plan=plan, memory_folder=folder, clock=self._clock, at_rest=AtRest(plan)
-        )
-        limit_seconds = plan.settings.storage_timeout.total_seconds() + _WATCHDOG_SLACK_SECONDS
-        with Watchdog(self._connection.uri, uuid=plan.guest.uuid, limit_seconds=limit_seconds, folder=folder):
+        with ExitStack() as watched:
+            watchdog = None
+            if by_storage or may_suspend:
+                limit_seconds = longest.total_seconds() + _WATCHDOG_SLACK_SECONDS
+                watchdog = watched.enter_context(
+                    Watchdog(self._connection.uri, uuid=plan.guest.uuid, limit_seconds=limit_seconds, folder=folder)
+                )
+            capture = LiveCapture(
+                self._connection,
+                plan=plan,
+                memory_folder=folder,
+                clock=self._clock,
+                at_rest=AtRest(plan) if by_storage else None,
+                watchdog=watchdog if may_suspend else None,
+            )
             return capture.run(cancel=cancel)
 
     def _instantly(self, plan: CapturePlan, *, fence: FencePlan, reason: str, cancel: Cancel) -> Capture:

@@ -1,4 +1,4 @@
-"""What a clone may use of its host: set on it while it is paused, after it was loaded at full speed."""
+"""What a clone may use of its host: set on it while it is paused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from vmsnap.model.capture import CloneLimits
 
 _LOG = logging.getLogger(__name__)
 _LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
-_NORMAL_SHARES = 1024
+NORMAL_SHARES = 1024
+"""The CPU weight of a VM of which nothing is said, as policies count it."""
 _WEIGHT_V2 = 100
 _PERIOD_US = 100_000
 _KIB = 1024
@@ -28,7 +29,7 @@ def cpu_weight(cpu_shares: int, *, normal: int) -> int:
     10000: Linux, Documentation/admin-guide/cgroup-v2.rst, cpu.weight).
     """
     largest = 262144 if normal > _WEIGHT_V2 else 10000
-    return min(max(2, cpu_shares * normal // _NORMAL_SHARES), largest)
+    return min(max(2, cpu_shares * normal // NORMAL_SHARES), largest)
 
 
 def limit_memory(domain: Any, *, ram_bytes: int) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 import libvirt
 
 from vmsnap.errors import BugError, DeadlineError, GuestNotFoundError, NotCleanError
-from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_image
-from vmsnap.hypervisors.libvirt.clonelimits import limit_memory, set_limits
+from vmsnap.hypervisors.libvirt import audit, memory, overlays, rewrite, save_image, yielding
+from vmsnap.hypervisors.libvirt.clonelimits import NORMAL_SHARES, limit_memory, set_limits
 from vmsnap.hypervisors.libvirt.connection import AGENT_COMMAND_TIMEOUT, Connection, gone, translated
-from vmsnap.hypervisors.libvirt.events import LifecycleRecorder
+from vmsnap.hypervisors.libvirt.events import LifecycleRecorder, ShutdownRecorder
 from vmsnap.hypervisors.libvirt.inspect import nic_mac
 from vmsnap.hypervisors.libvirt.processes import FirstToDie
 from vmsnap.hypervisors.libvirt.stream import StreamFeeder
 from vmsnap.hypervisors.libvirt.xml import Tag, devices, drop, parse, read_tag, unparse
+from vmsnap.hypervisors.libvirt.yielding import GivingWay
 from vmsnap.model.capture import CapturePlan, Clone
 from vmsnap.model.guest import GuestState
 from vmsnap.model.ids import RunId
@@ -28,6 +29,10 @@ from vmsnap.ports.clock import Cancel
 
 _LOG = logging.getLogger(__name__)
 _UUIDS = uuid.UUID("6c1e2f0a-7f0b-5a55-9a53-2b8f6f1f9e11")
+_BY_ITS_GUEST = "guest-shutdown"
+_STARTING = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
+_STARTING_SECONDS = 10
+_POLL_SECONDS = 0.05
 _NOTHING_TO_DO = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 _STATES = {
     libvirt.VIR_DOMAIN_RUNNING: GuestState.RUNNING,
@@ -62,10 +67,11 @@ def clone_xml(text: str, *, plan: CapturePlan, fence: FencePlan, nvram: str | No
     if macs != tuple(port.mac for port in fence.ports):
         raise BugError(f"the fence has ports for {[port.mac for port in fence.ports]}, the guest has {list(macs)}")
     rewrite.set_nics(domain, tuple(rewrite.NicAttachment(bridge=port.bridge, tap=port.tap) for port in fence.ports))
+    rewrite.keep_flushes_back(domain)
     rewrite.privatise_host_ends(domain)
     rewrite.set_nvram(domain, nvram)
     rewrite.set_life(domain, reboot="destroy", crash="destroy")
-    # The clone is loaded at the normal weight, and gets its own before it runs.
+    # It gets its own weight before it runs.
     for tune in domain.findall("cputune"):
         drop(tune, "shares")
     return unparse(domain)
@@ -76,14 +82,16 @@ class Clones:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._ways: dict[RunId, GivingWay] = {}
 
     def restore(self, plan: CapturePlan, *, fence: FencePlan, image: Path, nvram: str | None) -> Clone:
         """Make the clone from the memory image, paused, and check what it could touch. See ports.hypervisor."""
-        name = clone_of(plan.run, guest=plan.guest.name).name
         with image.open("r+b") as file:
             text = save_image.read_header(file).xml
             save_image.replace_xml(file, xml=clone_xml(text, plan=plan, fence=fence, nvram=nvram))
-        with StreamFeeder(image) as feeder, FirstToDie(name) as doomed:
+        clone = clone_of(plan.run, guest=plan.guest.name)
+        self._giving_way(plan).begin()
+        with StreamFeeder(image) as feeder, FirstToDie(clone.name) as doomed:
             with translated("restore the clone"):
                 self._connection.get().restoreFlags(str(feeder.path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
             feeder.require_fed()
@@ -117,8 +125,17 @@ class Clones:
             name="the clone",
         )
         limit_memory(domain, ram_bytes=plan.guest.memory_bytes)
-        set_limits(domain, cpu_shares=plan.settings.cpu_shares, limits=plan.settings.limits)
+        with self._giving_way(plan).weighed():
+            set_limits(domain, cpu_shares=plan.settings.cpu_shares, limits=plan.settings.limits)
         return clone
+
+    def _giving_way(self, plan: CapturePlan) -> GivingWay:
+        """Return what lets a plan's clone give way. One that is to weigh as much as other VMs, or more, does not."""
+        if plan.run not in self._ways:
+            seconds = yielding.SECONDS if plan.settings.cpu_shares < NORMAL_SHARES else 0
+            name = clone_of(plan.run, guest=plan.guest.name).name
+            self._ways[plan.run] = GivingWay(name, run=plan.run, seconds=seconds)
+        return self._ways[plan.run]
 
     def resume(self, clone: Clone, *, proof: IsolationProof) -> None:
         """Let the clone run. Raises BugError for a proof of another run."""
@@ -131,14 +148,18 @@ class Clones:
     def shut_down(self, clone: Clone, *, agent_answers: bool, deadline: timedelta, cancel: Cancel) -> str:
         """Ask the guest to power off and wait. See ports.hypervisor.
 
-        Only a SHUTDOWN that came from the guest counts: a QEMU that was killed, or crashed, ends as 'stopped' too.
+        Only a SHUTDOWN that came from the guest counts: a QEMU that was killed, or crashed, ends as 'stopped' too. A guest
+        that resets or panics late in its shutdown ends as one that powered off does, but for the reason that QEMU gives.
         """
         domain = self._connection.find_domain(clone.name)
         if domain is None:
             raise NotCleanError("the clone ended before it was asked to shut down", remedy="see /var/log/libvirt/qemu")
         mode = libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT if agent_answers else libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN
         until = time.monotonic() + deadline.total_seconds()
-        with LifecycleRecorder(self._connection.get(), domain) as recorder:
+        with (
+            LifecycleRecorder(self._connection.get(), domain) as recorder,
+            ShutdownRecorder(self._connection.get(), domain) as cause,
+        ):
             self._ask(domain, mode)
             while not recorder.wait_for(libvirt.VIR_DOMAIN_EVENT_STOPPED, timeout_seconds=1):
                 cancel.check()
@@ -160,6 +181,12 @@ class Clones:
             )
         if set(shutdown) != {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST}:
             raise NotCleanError("the clone was ended from the host", details=f"SHUTDOWN details: {shutdown}")
+        if cause.reason not in (None, _BY_ITS_GUEST):
+            raise NotCleanError(
+                "the clone ended, but its guest did not power off",
+                details=f"QEMU's reason for the shutdown: {cause.reason}",
+                remedy="see the end of 'journalctl -b -1' of a test VM, or its console, for a panic or a reset",
+            )
         return "guest agent" if agent_answers else "ACPI"
 
     def _ask(self, domain: Any, mode: int) -> None:
@@ -179,6 +206,15 @@ class Clones:
 
     def destroy(self, name: str, *, run: RunId) -> None:
         """End and forget a domain that bears this run's tag. Content where there is none; leaves any other domain alone."""
+        # Another process may have made it give way.
+        way = self._ways.pop(run, None) or GivingWay(name, run=run, seconds=0)
+        try:
+            self._destroy(name, run=run, way=way)
+        finally:
+            # Afterwards: a clone that is to end does not wait for it.
+            way.end()
+
+    def _destroy(self, name: str, *, run: RunId, way: GivingWay) -> None:
         domain = self._connection.find_domain(name)
         if domain is None:
             return
@@ -188,7 +224,9 @@ class Clones:
             if tag is None or tag.run != run:
                 # The name was taken by somebody else's VM, so this run never made one.
                 return
+            way.cease()
             with translated(f"destroy {name!r}"):
+                _wait_started(domain)
                 gone(domain.destroy, codes=_NOTHING_TO_DO)
                 flags = libvirt.VIR_DOMAIN_UNDEFINE_NVRAM | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
                 flags |= (
@@ -220,3 +258,15 @@ class Clones:
             if tag is not None:
                 found.append((domain.name(), tag))
         return tuple(found)
+
+
+def _wait_started(domain: Any) -> None:
+    """Wait, not for long, until libvirt is done with making a domain, where it still is.
+
+    Destroying one at the moment when its memory is complete kills libvirt 9.0's daemon: the thread that restores it goes on
+    with a monitor that is closed (qemuProcessStop lets go of the lock before the domain counts as inactive, and
+    qemuSaveImageStartVM does not look). One that never gets its memory stays as it is, and may be destroyed.
+    """
+    until = time.monotonic() + _STARTING_SECONDS
+    while domain.state() == _STARTING and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)

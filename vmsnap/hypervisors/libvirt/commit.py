@@ -11,32 +11,50 @@ from __future__ import annotations
 import logging
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import libvirt
 
-from vmsnap.errors import BusyError, DeadlineError, DriverError, SafetyError
-from vmsnap.hypervisors.libvirt import background, offline, overlays, vcpulimits
+from vmsnap.errors import BusyError, DeadlineError, DriverError, SafetyError, VmsnapError
+from vmsnap.hypervisors.libvirt import background, definitions, offline, overlays, processes, vcpulimits
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import disk_source, find_disk
 from vmsnap.hypervisors.libvirt.overlays import OverlayDetail, OverlaysDetail
+from vmsnap.hypervisors.libvirt.stopped import StoppedHere
 from vmsnap.hypervisors.libvirt.xml import devices, parse
+from vmsnap.model.ids import RunId
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
 _ABORT_AFTER = timedelta(seconds=5)
 _CLOSING = timedelta(seconds=5)
+# The kernel tells the time it booted at to a second.
+_CLOCK_SLACK_SECONDS = 2.0
 _COMMIT = "active-commit"
 
 
 class SourceReturn:
     """Puts one guest back on its own disks."""
 
-    def __init__(self, connection: Connection, *, guest: str, detail: OverlaysDetail) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        run: RunId,
+        guest: str,
+        detail: OverlaysDetail,
+        stopped: StoppedHere | None = None,
+    ) -> None:
+        """Make one. ``stopped``: the run's note that it stops the guest itself."""
         self._connection = connection
+        self._run = run
         self._guest = guest
         self._detail = detail
+        self._stopped = stopped
+        self._owed: VmsnapError | None = None
 
     def run(self, *, deadline: timedelta) -> None:
         """Return the guest to its disks and delete the overlays. May be repeated.
@@ -44,7 +62,20 @@ class SourceReturn:
         Raises DeadlineError, BusyError, DriverError, SafetyError; the overlays then stay, and the guest runs on.
         """
         until = time.monotonic() + deadline.total_seconds()
-        vcpulimits.give_back(self._detail.vcpu_limits)
+        self._attempt(lambda: vcpulimits.give_back(self._detail.vcpu_limits))
+        self._bring_home(until)
+        if self._owed is not None:
+            raise self._owed
+
+    def _attempt(self, give_back: Callable[[], None]) -> None:
+        """Give something back. Where that fails, it must not keep production on its overlay: it is raised at the end."""
+        try:
+            give_back()
+        except VmsnapError as error:
+            _LOG.error("%s", error.brief)
+            self._owed = self._owed or error
+
+    def _bring_home(self, until: float) -> None:
         domain = self._connection.find_by_uuid(self._detail.uuid)
         if domain is None:
             self._without_domain()
@@ -53,14 +84,15 @@ class SourceReturn:
             self._end_capture(domain, until)
         # Asked again: the job that was waited for may have been a save or a migration, which ends the guest here.
         if self._is_active(domain):
-            background.give_back(domain, detail=self._detail.background, until=until)
+            self._attempt(lambda: background.give_back(domain, detail=self._detail.background, until=until))
             self._resume_if_left_paused(domain)
-            self._give_back_downtime(domain)
+            self._attempt(lambda: self._give_back_downtime(domain))
             self._commit_live(domain, until)
             offline.mend_definition(domain, guest=self._guest, detail=self._detail)
         else:
             offline.merge(domain, guest=self._guest, detail=self._detail, until=until)
         self._require_unused(domain, until)
+        definitions.settle()
         overlays.delete(self._detail)
 
     def _is_active(self, domain: Any) -> bool:
@@ -95,26 +127,31 @@ class SourceReturn:
             time.sleep(_POLL_SECONDS)
 
     def _abort_own_capture(self, domain: Any) -> None:
-        """Abort a snapshot job, unless the disks are on the overlays: ours is over then, and the job is another's."""
+        """Abort the snapshot job that a dead process of this run left in libvirtd. Another's is left alone."""
         try:
-            if domain.jobStats().get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT:
-                live = parse(domain.XMLDesc(0))
-                mine = {disk.overlay for disk in self._detail.disks}
-                if not mine & {source.get("file", "") for source in devices(live).iter("source")}:
-                    domain.abortJob()
+            operation = domain.jobStats().get("operation")
+            if operation == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT and processes.is_written_for(self._run):
+                domain.abortJob()
         except libvirt.libvirtError as error:
             _LOG.debug("abortJob on %s: %s", self._guest, error)
 
     def _resume_if_left_paused(self, domain: Any) -> None:
         """Let the guest run where a capture left it paused. A pause for another reason is its operator's.
 
+        So is one that libvirt puts down to him, unless the run noted that it stops the guest itself.
         After a migration the guest may run on another host: resuming it here as well would ruin its disks.
         """
         reasons: tuple[int, ...] = (libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, libvirt.VIR_DOMAIN_PAUSED_SAVE)
         if self._detail.storage:
             # So libvirt leaves a guest whose storage is to take the snapshots.
             reasons += (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN,)
+        if self._stopped is None or not self._stopped.is_noted():
+            self._resume_from(domain, reasons=reasons)
+            return
+        # UNKNOWN: QEMU stopped the guest once more for its memory.
+        reasons += (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_USER)
         self._resume_from(domain, reasons=reasons)
+        self._stopped.over()
 
     def _resume_from(self, domain: Any, *, reasons: tuple[int, ...]) -> None:
         with translated(f"resume {self._guest!r}"):
@@ -169,7 +206,24 @@ class SourceReturn:
             below = {source.get("file") for source in element.iter("source")}
             if disk.overlay in below or overlays.holds_data(disk.overlay):
                 offline.refuse_foreign(disk, guest=self._guest, source=disk_source(element))
+        elif not on_overlay:
+            self._require_merged(disk)
         return on_overlay
+
+    def _require_merged(self, disk: OverlayDetail) -> None:
+        """Refuse an overlay with data that the running guest never left for its disk.
+
+        QEMU leaves an overlay only by merging it. A QEMU that was started after the overlay was last written to was
+        started on the disk: the definition that named the overlay was lost, in a power cut or with libvirtd.
+        """
+        try:
+            written_at = Path(disk.overlay).stat().st_mtime
+        except OSError:
+            return
+        pid = processes.pid_of(self._guest)
+        started_at = None if pid is None else processes.started_at(pid)
+        if started_at is not None and started_at > written_at + _CLOCK_SLACK_SECONDS:
+            self._require_empty(disk, why=f"{self._guest!r} was started on {disk.base} without it")
 
     def _require_empty(self, disk: OverlayDetail, *, why: str) -> None:
         self._require_closed(disk)

@@ -18,6 +18,7 @@ from vmsnap.hypervisors.libvirt import (
     boot,
     commit,
     copies,
+    leftovers,
     memory,
     modes,
     overlays,
@@ -39,9 +40,9 @@ from vmsnap.hypervisors.libvirt.inspect import (
     nics_from_xml,
     writable_disks,
 )
-from vmsnap.hypervisors.libvirt.leftovers import image_resources
 from vmsnap.hypervisors.libvirt.overlays import OverlaysDetail
 from vmsnap.hypervisors.libvirt.replug import replug
+from vmsnap.hypervisors.libvirt.stopped import StoppedHere
 from vmsnap.hypervisors.libvirt.storage import storage_of
 from vmsnap.hypervisors.libvirt.xml import child, devices, parse, read_tag, unparse
 from vmsnap.model.admission import HostMemory
@@ -272,7 +273,7 @@ class LibvirtHypervisor:
 
     def prepare_clone_overlays(self, plan: CapturePlan) -> None:
         """Make the overlays the clone will write to."""
-        overlays.create(overlays.describe(plan, role="clone"))
+        overlays.create(overlays.describe(plan, role="clone"), marked=True)
 
     def copies_resource(self, plan: CapturePlan) -> Resource:
         """Name the copies of the source's disks."""
@@ -344,15 +345,21 @@ class LibvirtHypervisor:
         return self._clones.shut_down(clone, agent_answers=agent_answers, deadline=deadline, cancel=cancel)
 
     def clone_images(self, plan: CapturePlan) -> tuple[DiskImage, ...]:
-        """Return the clone's disk images."""
+        """Return the clone's disk images, which are on the host's disk, whole."""
+        detail = overlays.describe(plan, role="clone")
+        overlays.require_whole(detail)
         return tuple(
             DiskImage(target=disk.target, path=disk.overlay, image_format="qcow2", size_bytes=disk.size_bytes)
-            for disk in overlays.describe(plan, role="clone").disks
+            for disk in detail.disks
         )
 
     def source_is_home(self, guest: Guest) -> bool:
         """Tell whether the guest runs on its own disks."""
         return commit.is_home(self._connection, guest=guest.name, sources={d.target: d.source for d in guest.disks})
+
+    def work_on(self, guest: str) -> tuple[str, ...]:
+        """Return the job that libvirt does on a guest."""
+        return leftovers.jobs_on(self._connection, guest)
 
     # Environments
 
@@ -425,7 +432,13 @@ class LibvirtHypervisor:
             self._remove_runtime_if_empty(resource.run)
         elif resource.kind is ResourceKind.SOURCE_OVERLAYS:
             detail = OverlaysDetail.model_validate_json(resource.detail)
-            commit.SourceReturn(self._connection, guest=resource.guest, detail=detail).run(deadline=deadline)
+            stopped = StoppedHere(self._runtime(resource.run))
+            source = commit.SourceReturn(
+                self._connection, run=resource.run, guest=resource.guest, detail=detail, stopped=stopped
+            )
+            source.run(deadline=deadline)
+            stopped.over()
+            self._remove_runtime_if_empty(resource.run)
         elif resource.kind is ResourceKind.CLONE_OVERLAYS:
             overlays.delete(OverlaysDetail.model_validate_json(resource.detail))
             (self._runtime(resource.run) / CLONE_NVRAM).unlink(missing_ok=True)
@@ -455,7 +468,7 @@ class LibvirtHypervisor:
             )
             for name, tag in self._clones.tagged()
         ]
-        found.extend(image_resources(self._connection))
+        found.extend(leftovers.image_resources(self._connection))
         if self._folders.runtime.is_dir():
             found.extend(
                 self._memory_resource(RunId(entry.name), guest="")

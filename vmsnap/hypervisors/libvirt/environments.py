@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import stat
+import xml.etree.ElementTree as ET
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,11 @@ def _require_passable(path: Path) -> None:
             )
 
 
+def _described(network: Any) -> ET.Element:
+    with translated("describe a network"):
+        return parse(network.XMLDesc(0))
+
+
 class Environments:
     """All environments of one connection."""
 
@@ -103,7 +109,7 @@ class Environments:
         if self._connection.find_domain(plan.name) is not None:
             raise PreconditionError(f"there is already a VM named {plan.name!r}", remedy="choose another with --name")
         if plan.network is not None:
-            self._require_network(plan.network)
+            self._require_network(plan.network, original=parse(machine.definition))
         text = self.xml(plan, machine=machine, fence=fence)
         with translated(f"define the environment {plan.name!r}"):
             if plan.export_socket is not None:
@@ -147,14 +153,29 @@ class Environments:
             element.text = str(plan.vcpus)
         return unparse(domain)
 
-    def _require_network(self, name: str) -> None:
+    def _require_network(self, name: str, *, original: ET.Element) -> None:
+        """Refuse a network that is not there, or that the original is in.
+
+        An environment has the original's host name, machine-id and addresses: beside it, it would answer for it, or take its
+        DHCP lease, whose client identifier may be made of the machine-id (RFC 4361) and not of the MAC.
+        """
         try:
-            self._connection.get().networkLookupByName(name)
+            network = self._connection.get().networkLookupByName(name)
         except libvirt.libvirtError as error:
             raise PreconditionError(
                 f"there is no libvirt network {name!r}",
                 remedy="see 'virsh net-list --all', or leave --network out to get a fence",
             ) from error
+        description = _described(network)
+        bridge = description.find("bridge")
+        mine = {name} if bridge is None else {name, bridge.get("name", "")}
+        for source in devices(original).findall("interface/source"):
+            if mine & {source.get("network", ""), source.get("bridge", "")} - {""}:
+                raise PreconditionError(
+                    f"the original is in the network {name!r}, and a test VM beside it would take its address",
+                    remedy="name a libvirt network that the original is not in, or leave --network out and use "
+                    "'vmsnap env serve' or 'vmsnap env forward'",
+                )
 
     def attach(self, plan: EnvironmentPlan, *, fence: FencePlan | None, nvram: bool) -> None:
         """Create the environment's process, paused, and check what it could touch; its NICs only where it has a fence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from vmsnap.hypervisors.libvirt import pauses
 from vmsnap.hypervisors.libvirt.connection import translated
 from vmsnap.hypervisors.libvirt.pauses import Mark
 from vmsnap.model.capture import MEMORY_PART
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,14 @@ class PauseRecorder:
         with self._changed:
             return any(event.status == "completed" for event in self._events)
 
+    def wait_for_resume(self, *, timeout_seconds: float) -> bool:
+        """Wait until the guest has gone on since it last stopped, or that long. Returns whether it has."""
+        with self._changed:
+            return self._changed.wait_for(self._runs_again, timeout=timeout_seconds)
+
+    def _runs_again(self) -> bool:
+        return [event.name for event in self._events if event.name in ("STOP", "RESUME")][-1:] == ["RESUME"]
+
     def pause(self, *, timeout_seconds: float) -> Pause | None:
         """Return the pause from the first STOP to the last RESUME, waiting for the latter; None where one is missing."""
         with self._changed:
@@ -175,3 +186,55 @@ class LifecycleRecorder:
         """Return the details of all events of that type seen so far."""
         with self._changed:
             return tuple(detail for seen, detail in self._seen if seen == event)
+
+
+class ShutdownRecorder:
+    """Records why QEMU says that one domain shuts down (qapi/run-state.json, ShutdownCause), while the block runs.
+
+    libvirt's own events tell the guest from the host, but not a power-off from a reset or a panic that ends the domain. Where
+    the event cannot be heard there is no reason; nor has QEMU before 4.0 one.
+    """
+
+    def __init__(self, connection: Any, domain: Any) -> None:
+        self._connection = connection
+        self._domain = domain
+        self._reasons: list[str] = []
+        self._handle: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._handle = libvirt_qemu.qemuMonitorEventRegister(
+                self._connection, self._domain, "SHUTDOWN", self._record, None, 0
+            )
+        except libvirt.libvirtError as error:
+            _LOG.warning("QEMU's reason for a shutdown cannot be heard: %s", error)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is None:
+            return
+        try:
+            libvirt_qemu.qemuMonitorEventDeregister(self._connection, self._handle)
+        except libvirt.libvirtError:
+            return
+
+    def _record(
+        self,
+        _conn: object,
+        _dom: object,
+        _event: str,
+        _seconds: int,
+        _micros: int,
+        details: str | None,
+        _opaque: object,
+    ) -> None:
+        reason = json.loads(details).get("reason") if details else None
+        if isinstance(reason, str):
+            self._reasons.append(reason)
+
+    @property
+    def reason(self) -> str | None:
+        """Return why it shut down: the first reason. What follows is libvirt ending QEMU (``host-signal``)."""
+        return self._reasons[0] if self._reasons else None

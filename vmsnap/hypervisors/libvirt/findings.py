@@ -74,6 +74,7 @@ def findings_of(
             found.extend(preflight.check_memory(root, meminfo=meminfo, settings=settings))
     if domain.isActive():
         found.extend(modes.check_left_on(domain, guest=guest.name))
+        found.extend(modes.check_left_by_a_failure(domain))
         if copies.may_be_instant(settings, mode):
             needs = modes.check(root, facts=modes.facts_of(connection), settings=settings)
             found.extend(needs if mode is CaptureMode.INSTANT else map(_only_warned, needs))

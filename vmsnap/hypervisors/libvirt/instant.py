@@ -51,6 +51,7 @@ _WATCH_SECONDS = 0.1
 _PAUSE_POLL_SECONDS = 0.002
 _READY_SECONDS = 120
 _PREPARING_SECONDS = 60
+_FLUSHING_SECONDS = 5
 _THREAD_SECONDS = 2
 _RESUME_SECONDS = 30
 _ENDING_SECONDS = 60
@@ -105,10 +106,10 @@ class InstantCapture:
             self._given_back(domain),
             self._watchdog() as watchdog,
             receiver,
-            self._going_on(),
+            FlushedDisks(tuple(disk.base for disk in self._detail.disks)) as disks,
+            self._going_on(watchdog),
             RelayedStream(sink=receiver.sink, held=held, stall=stall, writer_pid=self._pid()) as stream,
             PauseRecorder(self._connection.get(), domain) as recorder,
-            FlushedDisks(tuple(disk.base for disk in self._detail.disks)) as disks,
         ):
             receiver.wait_until_it_reads(timeout_seconds=_READY_SECONDS, cancel=cancel)
             receiver.close_ends()
@@ -119,6 +120,7 @@ class InstantCapture:
             if held:
                 switched = self._stop_while_it_waits(domain, stream=stream, watchdog=watchdog, cancel=cancel)
             else:
+                disks.wait(timeout_seconds=_FLUSHING_SECONDS)
                 switched = self._stop_before_it_begins(domain, stream=stream, watchdog=watchdog)
             pause = self._pause(recorder, switched=switched)
             self._stopped_here = False
@@ -180,13 +182,14 @@ class InstantCapture:
                 return
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def _going_on(self, watchdog: Watchdog) -> Iterator[None]:
         """Let the guest go on where the block ends with it stopped for the capture. The stream is cut by then."""
         try:
             yield
         finally:
             if self._stopped_here:
                 self._ensure_running()
+                watchdog.pause_is_over()
 
     def _ensure_running(self) -> None:
         until = time.monotonic() + _RESUME_SECONDS

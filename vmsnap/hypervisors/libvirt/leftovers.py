@@ -117,3 +117,15 @@ def _describe(path: Path) -> OverlayDetail | None:
         )
     except (VmsnapError, KeyError, ValueError):
         return None
+
+
+def jobs_on(connection: Connection, guest: str) -> tuple[str, ...]:
+    """Return the job that libvirt does on a running guest, as a sentence: a capture, a migration, a save, a dump."""
+    domain = connection.find_domain(guest) if guest else None
+    if domain is None:
+        return ()
+    with translated(f"look at jobs of {guest!r}"):
+        if not domain.isActive() or domain.jobInfo()[0] == libvirt.VIR_DOMAIN_JOB_NONE:
+            return ()
+    shown = f"'virsh domjobinfo {guest}' shows it, 'virsh domjobabort {guest}' ends one that nobody waits for"
+    return (f"libvirt does a job on {guest!r}, perhaps a capture: {shown}",)

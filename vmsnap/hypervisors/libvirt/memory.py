@@ -131,6 +131,11 @@ def discard_image(folder: Path) -> None:
     (folder / IMAGE_NAME).unlink(missing_ok=True)
 
 
+def is_short() -> bool:
+    """Tell whether the host has less memory left than is kept free: what goes on growing must end before a guest does."""
+    return available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii")) < KEEP_FREE_BYTES
+
+
 def used_share(folder: Path) -> float:
     """Return how full the tmpfs is, between 0 and 1."""
     status = os.statvfs(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from vmsnap.hypervisors.libvirt import background, preflight, unprotect
+from vmsnap.hypervisors.libvirt import background, copies, preflight, unprotect
 from vmsnap.hypervisors.libvirt.connection import Connection, translated
 from vmsnap.hypervisors.libvirt.inspect import memory_bytes
 from vmsnap.hypervisors.libvirt.monitor import BACKGROUND_SNAPSHOT, Monitor, was_used
@@ -56,9 +56,30 @@ def facts_of(connection: Connection) -> HostFacts:
 
 def choose(connection: Connection, *, guest: Guest, settings: CaptureSettings) -> ModeChoice:
     """Return the mode to capture a guest in: the policy's, or for ``auto`` the one that suits it now, and why."""
+    choice = _wished(connection, guest=guest, settings=settings)
+    may_go_over = settings.mode is CaptureChoice.AUTO or copies.may_be_instant(settings, choice.mode)
+    if choice.mode is not CaptureMode.LIVE or not may_go_over or not _cannot_migrate(connection, guest):
+        return choice
+    if _obstacles(connection, guest, settings):
+        return choice
+    return ModeChoice(mode=CaptureMode.INSTANT, reason=f"not live: {background.LEFT_BY_A_FAILURE}")
+
+
+def _wished(connection: Connection, *, guest: Guest, settings: CaptureSettings) -> ModeChoice:
     if settings.mode is not CaptureChoice.AUTO:
         return ModeChoice(mode=CaptureMode(settings.mode), reason="the policy says so")
     return suitable(_live_xml(connection, guest), facts=facts_of(connection), settings=settings)
+
+
+def _obstacles(connection: Connection, guest: Guest, settings: CaptureSettings) -> list[str]:
+    return _refusals(check(_live_xml(connection, guest), facts=facts_of(connection), settings=settings))
+
+
+def _cannot_migrate(connection: Connection, guest: Guest) -> bool:
+    domain = connection.domain(guest.name)
+    with translated(f"look at {guest.name!r}"):
+        active = bool(domain.isActive())
+    return active and background.is_left_by_a_failure(domain)
 
 
 def suitable(domain: ET.Element, *, facts: HostFacts, settings: CaptureSettings) -> ModeChoice:
@@ -82,7 +103,7 @@ def settle(connection: Connection, *, guest: Guest, settings: CaptureSettings) -
     """Let a capture that ``auto`` begins live go over to ``instant``, where that can be had and the policy says no more."""
     if settings.mode is not CaptureChoice.AUTO or settings.on_no_convergence is not OnNoConvergence.ABORT:
         return settings
-    if _refusals(check(_live_xml(connection, guest), facts=facts_of(connection), settings=settings)):
+    if _obstacles(connection, guest, settings):
         return settings
     return replace(settings, on_no_convergence=OnNoConvergence.INSTANT)
 
@@ -191,6 +212,18 @@ def check_left_on(domain: Any, *, guest: str) -> Iterator[Finding]:
             severity=Severity.REFUSAL,
             message="QEMU's migration capability background-snapshot is on; it belongs to no run that goes on",
             remedy=f"run 'vmsnap reconcile'; if another tool set it: virsh qemu-monitor-command {quote(guest)} {command}",
+        )
+
+
+def check_left_by_a_failure(domain: Any) -> Iterator[Finding]:
+    """Check that QEMU can migrate the guest, which a background snapshot that failed may have ended."""
+    if background.is_left_by_a_failure(domain):
+        # It cannot be told for certain, so this alone refuses nothing.
+        yield Finding(
+            check="migration",
+            severity=Severity.WARNING,
+            message=background.LEFT_BY_A_FAILURE,
+            remedy=background.LEFT_REMEDY,
         )
 
 

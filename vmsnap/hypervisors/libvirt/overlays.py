@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from vmsnap.errors import DriverError
+from vmsnap.errors import DriverError, NotCleanError
 from vmsnap.hypervisors.libvirt import copies
 from vmsnap.hypervisors.libvirt.background import BackgroundDetail
 from vmsnap.hypervisors.libvirt.tools import run_tool, translated_os
 from vmsnap.hypervisors.libvirt.vcpulimits import VcpuLimit
+from vmsnap.linux.writeback import put_on_disk
 from vmsnap.model.capture import CapturePlan
 from vmsnap.model.guest import Disk, DiskKind
 from vmsnap.model.ids import RunId
@@ -100,30 +101,41 @@ def _folder(disk: Disk, overlay_dir: str | None) -> Path:
     return Path(overlay_dir) if overlay_dir is not None else Path(disk.source).parent
 
 
-def create(detail: OverlaysDetail) -> None:
+def create(detail: OverlaysDetail, *, marked: bool = False) -> None:
     """Make the overlay files, on disk when this returns. Existing ones of the same name are made anew.
 
-    Raises NoSpaceError, ToolError. Mode 0600; libvirt gives them to QEMU's user when it opens them.
+    ``marked``: see ``create_overlay``. Raises NoSpaceError, ToolError. Mode 0600; libvirt gives them to QEMU's user when it
+    opens them.
     """
     for disk in detail.disks:
-        create_overlay(Path(disk.overlay), base=disk.base, base_format=disk.base_format, size_bytes=disk.size_bytes)
+        create_overlay(
+            Path(disk.overlay),
+            base=disk.base,
+            base_format=disk.base_format,
+            size_bytes=disk.size_bytes,
+            marked=marked,
+        )
 
 
-def create_overlay(path: Path, *, base: str, base_format: str, size_bytes: int) -> None:
+def create_overlay(path: Path, *, base: str, base_format: str, size_bytes: int, marked: bool = False) -> None:
     """Make one overlay. The base is not opened (``-u``): it may be in use, and its size is known.
 
+    ``marked``: it says of itself whether QEMU closed it (``require_whole``), by lazy refcounts: QEMU sets its dirty flag before
+    it first maps what was written, and takes it away when all is written (docs/interop/qcow2.txt, block/qcow2-cluster.c). What
+    is only zeroed or discarded does not set it.
     Raises NoSpaceError, PreconditionError, ToolError.
     """
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", base_format]
+    if marked:
+        argv += ["-o", "lazy_refcounts=on"]
     with translated_os(f"make the overlay {path}"):
-        _create_overlay(path, base=base, base_format=base_format, size_bytes=size_bytes)
+        _create_overlay(path, argv=(*argv, str(path), str(size_bytes)), base=base)
 
 
-def _create_overlay(path: Path, *, base: str, base_format: str, size_bytes: int) -> None:
+def _create_overlay(path: Path, *, argv: tuple[str, ...], base: str) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
-        run_tool(
-            ("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", base_format, str(path), str(size_bytes))
-        )
+        run_tool(argv)
         if Path(base).is_file():
             owner = Path(base).stat()
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
@@ -169,6 +181,34 @@ def holds_data(path: str) -> bool:
         return False
     mapped = json.loads(run_tool(("qemu-img", "map", "-U", "--output=json", "-f", "qcow2", path), timeout_seconds=120))
     return any(extent["depth"] == 0 for extent in mapped)
+
+
+def require_whole(detail: OverlaysDetail) -> None:
+    """Raise NotCleanError where something that was written to an overlay may be missing in it. Its QEMU must have ended.
+
+    Either QEMU was ended before it closed it: what it wrote since its last flush is lost. Or the host could not write it to its
+    disk: a QEMU that keeps flushes back (``rewrite.keep_flushes_back``) does not hear of that. Linux tells whoever asks first
+    (Documentation/filesystems/vfs.rst, "Handling errors during writeback"), as long as it remembers the file, which QEMU had
+    open until now. For overlays that were made ``marked``. Raises ToolError, PreconditionError.
+    """
+    for disk in detail.disks:
+        argv = ("qemu-img", "info", "-U", "--output=json", "-f", "qcow2", disk.overlay)
+        if json.loads(run_tool(argv)).get("dirty-flag", True):
+            raise NotCleanError(
+                f"QEMU was ended before it had written all of the clone's disk {disk.target}",
+                remedy="see /var/log/libvirt/qemu for the clone's log, and the host's for the OOM killer",
+            )
+        with translated_os(f"open the overlay {disk.overlay}"):
+            descriptor = os.open(disk.overlay, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            put_on_disk(descriptor)
+        except OSError as error:
+            raise NotCleanError(
+                f"the host could not write all of the clone's disk {disk.target}: {error.strerror}",
+                remedy="see the host's kernel log, and the room on what holds the overlays (capture.overlay_dir)",
+            ) from error
+        finally:
+            os.close(descriptor)
 
 
 def is_below(path: str, *, overlay: str) -> bool:

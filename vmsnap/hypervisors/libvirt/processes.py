@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from vmsnap.errors import DriverError
+from vmsnap.model.ids import RunId
 
 _LOG = logging.getLogger(__name__)
 PID_FILES = Path("/run/libvirt/qemu")
@@ -33,6 +35,28 @@ def resident_bytes(pid: int) -> int:
     except (OSError, IndexError, ValueError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def started_at(pid: int, *, proc: Path = Path("/proc")) -> float | None:
+    """Return when a process was started, in seconds since the epoch, to a second (proc(5)); None once it is gone."""
+    try:
+        ticks = int((proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+        booted = next(line for line in (proc / "stat").read_text().splitlines() if line.startswith("btime "))
+    except (OSError, IndexError, ValueError, StopIteration):
+        return None
+    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def is_written_for(run: RunId, *, proc: Path = Path("/proc")) -> bool:
+    """Tell whether libvirt is writing a memory image of a run: its helper program is told the image's path."""
+    wanted = f"/{run}/memory/".encode()
+    for folder in proc.iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                program, *arguments = (folder / "cmdline").read_bytes().split(b"\0")
+                if program.endswith(b"iohelper") and any(wanted in argument for argument in arguments):
+                    return True
+    return False
 
 
 class FirstToDie:

@@ -2,8 +2,8 @@
 
 While a background snapshot goes on, QEMU saves each page before the guest may change it, so the guest waits for whoever
 reads the stream. Therefore nothing that can be stopped stands in the way: the relay is not in the terminal's process
-group, does nothing else, copies nothing (``splice``), and cuts the stream when the clone takes nothing for a while, or when
-whoever started the relay is gone. It lets the guest go on then (``unprotect``).
+group, nor in its service's control group, does nothing else, copies nothing (``splice``), and cuts the stream when the clone
+takes nothing for a while, or when whoever started the relay is gone. It lets the guest go on then (``unprotect``).
 
 It also holds the stream back until it is told to let it flow. The stream's first eight bytes are the same in every stream
 (QEMU's migration/savevm.h: magic and version); the clone was given them before, to see that it reads. So they are only looked
@@ -20,6 +20,7 @@ from contextlib import suppress
 from enum import IntEnum
 
 from vmsnap.hypervisors.libvirt import unprotect
+from vmsnap.hypervisors.libvirt.outliving import outlive
 
 STREAM_BEGIN = b"QEVM\x00\x00\x00\x03"
 READY = b"r"
@@ -110,6 +111,7 @@ class Relay:
 def main(arguments: Sequence[str]) -> int:
     """Run one relay; the arguments are the numbers of ``Relay``, in its order."""
     source, sink, held_bytes, stall_ms, writer_pid = map(int, arguments)
+    outlive()
     # For hosts under load: the guest would wait for the relay.
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, _URGENCY)

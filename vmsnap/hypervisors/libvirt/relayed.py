@@ -13,6 +13,7 @@ from typing import Self
 
 from vmsnap.errors import DriverError
 from vmsnap.hypervisors.libvirt import relay, unprotect
+from vmsnap.hypervisors.libvirt.outliving import outliving
 from vmsnap.hypervisors.libvirt.tools import translated_os
 
 _READY_SECONDS = 30
@@ -47,9 +48,10 @@ class RelayedStream:
                 held_bytes = os.write(self._writer, bytes(relay.PIPE_BYTES)) if self._held else 0
                 stall_ms = round(self._stall / timedelta(milliseconds=1))
                 numbers = (reader, self._sink, held_bytes, stall_ms, self._writer_pid)
+                # Without -P the current folder would be searched for modules.
+                argv = (sys.executable, "-P", "-m", relay.__name__, *map(str, numbers))
                 self._process = subprocess.Popen(
-                    # Without -P the current folder would be searched for modules.
-                    (sys.executable, "-P", "-m", relay.__name__, *map(str, numbers)),
+                    outliving(argv, what="relay of a memory stream"),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     pass_fds=(reader, self._sink),

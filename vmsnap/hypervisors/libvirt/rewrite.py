@@ -16,6 +16,8 @@ from vmsnap.hypervisors.libvirt.xml import Tag, child, devices, drop, set_tag
 _CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
 # Back ends that belong to the guest alone and are made anew for each domain.
 _PRIVATE_CHANNELS = ("unix",)
+# Values of a disk's ``cache`` with which the guest sees a write cache, and flushes it.
+_FLUSHING = ("default", "none", "writeback")
 _PRODUCTION_PARTS_OF_NIC = (
     "source", "target", "bandwidth", "filterref", "vlan", "virtualport", "port", "backend", "guest", "script",
     "downscript", "ip", "route", "portOptions", "actual",
@@ -72,6 +74,22 @@ def set_disks(domain: ET.Element, overlays: Mapping[str, str]) -> None:
         ET.SubElement(disk, "source", {"file": overlay})
 
 
+def keep_flushes_back(domain: ET.Element) -> None:
+    """Let nothing wait for the host's disks when the guest flushes: for a clone, which ends with its host in any case.
+
+    What it wrote is flushed once, when it has ended (``overlays.require_whole``). A guest that sees no write cache never flushes,
+    and would see one; its disks stay as they are. libvirt: formatdomain, ``driver``'s ``cache``.
+    """
+    for disk in devices(domain).findall("disk"):
+        driver = disk.find("driver")
+        if driver is None or not is_writable_disk(disk) or driver.get("cache", "default") not in _FLUSHING:
+            continue
+        driver.set("cache", "unsafe")
+        if driver.get("io") == "native":
+            # It is for files past the page cache, and libvirt refuses it for others.
+            del driver.attrib["io"]
+
+
 def set_served(domain: ET.Element, *, socket: str, reconnect_seconds: int | None) -> None:
     """Say what every writable disk's overlay is over: the export of its name at an NBD socket.
 
@@ -118,7 +136,7 @@ def set_nics(domain: ET.Element, attachments: tuple[NicAttachment, ...]) -> None
 
 
 def privatise_host_ends(domain: ET.Element) -> None:
-    """Cut every other tie to the host: consoles, channels, graphics, audio, vsock, security labels, pinning."""
+    """Cut every other tie to the host: consoles, channels, graphics, audio, security labels, pinning."""
     parts = devices(domain)
     for tag in _CHARACTER_DEVICES:
         for device in parts.findall(tag):
@@ -130,9 +148,6 @@ def privatise_host_ends(domain: ET.Element) -> None:
             number = audio.get("id", "1")
             audio.clear()
             audio.attrib.update({"id": number, "type": "none"})
-    for cid in parts.findall("vsock/cid"):
-        cid.attrib.pop("address", None)
-        cid.set("auto", "yes")
     for disk in parts.findall("disk"):
         for source in disk.findall("source"):
             drop(source, "seclabel", "reservations")

@@ -18,6 +18,7 @@ _DEVICES = {
     "smartcard": "a smart card",
     "lease": "a lock-manager lease",
     "pstore": "a pstore device",
+    "vsock": "a vsock",
 }
 
 
@@ -68,11 +69,6 @@ def _strip(domain: ET.Element) -> Iterator[str]:
         if interface.get("type") not in _PLAIN_NICS:
             yield f"the way a NIC of type {interface.get('type')!r} reaches its network"
             _make_plain(interface)
-    for cid in parts.findall("vsock/cid"):
-        if cid.get("auto") != "yes":
-            cid.attrib.pop("address", None)
-            cid.set("auto", "yes")
-            yield "a fixed vsock CID"
     for tag in ("commandline", "override"):
         if domain.find(f"{{{QEMU_NAMESPACE}}}{tag}") is not None:
             drop(domain, f"{{{QEMU_NAMESPACE}}}{tag}")

@@ -47,6 +47,11 @@ def is_permitted() -> bool:
     return bool(copy >= 0)
 
 
+def is_left_open(pid: int) -> bool:
+    """Tell whether QEMU takes no snapshot and holds a userfaultfd, as it does after one that failed. Raises PermissionError."""
+    return not _takes_a_snapshot(pid) and bool(_userfaultfds(pid))
+
+
 def let_go_on(pid: int, *, seconds: float) -> bool:
     """Take the protection off until no snapshot goes on and none is left. Returns whether it came to that in time.
 

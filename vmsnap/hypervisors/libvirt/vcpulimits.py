@@ -19,6 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from vmsnap.errors import DriverError, PreconditionError
+from vmsnap.hypervisors.libvirt.controlgroups import cpu_groups, mounts_of
+from vmsnap.hypervisors.libvirt.outliving import outlive, outliving
 from vmsnap.hypervisors.libvirt.processes import PID_FILES, pid_of
 from vmsnap.hypervisors.libvirt.tools import translated_os
 from vmsnap.model.guest import Finding, Severity
@@ -86,32 +88,16 @@ def _groups(guest: str, *, pid_files: Path, proc: Path) -> Iterator[str]:
     if pid is None:
         return
     try:
-        mounts = _mounts(proc)
+        mounts = mounts_of(proc)
         for task in (proc / str(pid) / "task").iterdir():
             if not _VCPU_THREAD.match((task / "comm").read_text()):
                 continue
-            for line in (task / "cgroup").read_text().splitlines():
-                _, controllers, path = line.split(":", 2)
-                mount = mounts.get("cpu" if "cpu" in controllers.split(",") else controllers)
+            for group in cpu_groups(task, mounts=mounts):
                 # Any other group would hold more than one vCPU: QEMU's other threads, or all guests.
-                if mount is not None and _VCPU_GROUP.search(path) and (mount / path.lstrip("/")).is_dir():
-                    yield str(mount / path.lstrip("/"))
+                if _VCPU_GROUP.search(group.name):
+                    yield str(group)
     except (OSError, ValueError):
         return
-
-
-def _mounts(proc: Path) -> dict[str, Path]:
-    """Return where version 1's cpu controller is mounted (``cpu``), and version 2 (an empty name): proc(5), mountinfo."""
-    found = {}
-    for line in (proc / "self" / "mountinfo").read_text().splitlines():
-        before, after = line.split(" - ", 1)
-        kind, _, options = after.split(" ", 2)
-        where = Path(before.split()[4])
-        if kind == "cgroup2":
-            found[""] = where
-        elif kind == "cgroup" and "cpu" in options.split(","):
-            found["cpu"] = where
-    return found
 
 
 def read_limit(group: str) -> VcpuLimit:
@@ -171,6 +157,11 @@ class SlowedVcpus:
         """Return how much is taken away now."""
         return LEVELS[self._step - 1] if self._step else 0
 
+    @property
+    def is_slowest(self) -> bool:
+        """Tell whether there is no further step."""
+        return self._step == len(LEVELS)
+
     def slow_down(self) -> None:
         """Take the next step, where there is one. Raises DriverError; nothing is taken then that is not given back."""
         if self._guard is None:
@@ -201,9 +192,9 @@ class SlowedVcpus:
         give_back(self._limits)
 
     def _start_guard(self) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", __name__, str(self._limit_seconds)]
+        argv = (sys.executable, "-m", __name__, str(self._limit_seconds))
         guard = subprocess.Popen(
-            argv,
+            outliving(argv, what="guard of CPU limits"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -223,6 +214,7 @@ class SlowedVcpus:
 
 def _guard(limit_seconds: float) -> None:
     """Be the guard: wait for the end of stdin, or for the time to be over, and give back."""
+    outlive()
     limits = tuple(VcpuLimit.model_validate(item) for item in json.loads(sys.stdin.readline()))
     sys.stdout.write("ready\n")
     sys.stdout.flush()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,11 @@ from typing import Any, Self
 
 import libvirt
 
-from vmsnap.errors import DriverError
+from vmsnap.errors import DriverError, VmsnapError
+from vmsnap.hypervisors.libvirt import processes
+from vmsnap.hypervisors.libvirt.outliving import outlive, outliving
+from vmsnap.hypervisors.libvirt.stopped import StoppedHere
+from vmsnap.model.ids import RunId
 
 _DONE = b"done\n"
 _CLAIM = b"claim\n"
@@ -41,11 +44,13 @@ _OURS = (libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT, 
 class Watchdog:
     """The agent's end: the process watches over one guest while the block runs.
 
-    ``folder`` is the run's own. Once it is gone, the run was undone, and the guest is what its next run makes of it.
+    ``folder`` is the place of the run's memory image, in the run's own. Once it is gone, the run was undone, and the guest is
+    what its next run makes of it.
     """
 
     def __init__(self, uri: str, *, uuid: str, limit_seconds: float, folder: Path) -> None:
-        self._argv = [sys.executable, "-m", __name__, uri, uuid, str(limit_seconds), str(folder)]
+        self._argv = (sys.executable, "-m", __name__, uri, uuid, str(limit_seconds), str(folder))
+        self._stopped = StoppedHere(folder.parent)
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -56,7 +61,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         """Start it and wait until it watches. Raises DriverError where it does not come to that."""
         self._process = subprocess.Popen(
-            self._argv,
+            outliving(self._argv, what="watchdog of a guest"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -78,16 +83,21 @@ class Watchdog:
         return self
 
     def claim_next_pause(self) -> None:
-        """Say that the next pause with the reason 'user' is this process's. Raises DriverError where nobody watches."""
+        """Say, and note, that the next pause with the reason 'user' is this process's. Raises DriverError."""
         try:
             self._say(_CLAIM)
         except OSError as error:
             raise DriverError(
                 "the watchdog that lets the guest go on is gone, so the guest is not stopped", remedy="start a new run"
             ) from error
+        self._stopped.note()
 
     def pause_is_over(self) -> None:
-        """Say that the claimed pause is over: from now on the reason 'user' means the operator again."""
+        """Say, and note, that the claimed pause is over: from now on the reason 'user' means the operator again.
+
+        May be repeated. Raises DriverError where that cannot be noted.
+        """
+        self._stopped.over()
         with contextlib.suppress(OSError):
             self._say(_OVER)
 
@@ -142,10 +152,21 @@ class Finder:
 
 
 class Guardian:
-    """The other end. ``look`` is called over and over until it returns False. ``folder`` is as for ``Watchdog``."""
+    """The other end. ``look`` is called over and over until it returns False. ``folder`` is as for ``Watchdog``.
 
-    def __init__(self, find: Callable[[], Any | None], *, limit_seconds: float, folder: Path) -> None:
+    ``is_capturing`` tells whether a snapshot that goes on is the run's: the agent may have died waiting for another's to end.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[], Any | None],
+        *,
+        limit_seconds: float,
+        folder: Path,
+        is_capturing: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._find = find
+        self._is_capturing = is_capturing
         self._limit_seconds = limit_seconds
         self._folder = folder
         self._paused_since: float | None = None
@@ -184,7 +205,8 @@ class Guardian:
             return False
         if self._aborted_at is None or now - self._aborted_at > _ABORT_SECONDS:
             self._aborted_at = now
-            if domain.jobStats().get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT:
+            operation = domain.jobStats().get("operation")
+            if operation == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT and self._is_capturing():
                 domain.abortJob()
         return True
 
@@ -201,19 +223,21 @@ class Guardian:
             domain.resume()
             # The next one is somebody else's.
             self._claimed = False
+            if is_claimed:
+                with contextlib.suppress(VmsnapError):
+                    StoppedHere(self._folder.parent).over()
 
 
 def _watch(uri: str, uuid: str, limit_seconds: float, folder: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        # Where memory is short, whoever can let the guest go on is the last to be killed.
-        Path("/proc/self/oom_score_adj").write_text("-1000", encoding="ascii")
+    outlive()
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
     find = Finder(uri, uuid=uuid)
     if find() is None:
         return
-    guardian = Guardian(find, limit_seconds=limit_seconds, folder=folder)
+    run = RunId(folder.parent.name)
+    guardian = Guardian(
+        find, limit_seconds=limit_seconds, folder=folder, is_capturing=lambda: processes.is_written_for(run)
+    )
     sys.stdout.write(_ARMED)
     sys.stdout.flush()
     standard_input, listening = sys.stdin.fileno(), True

@@ -9,10 +9,19 @@ from datetime import datetime
 
 from vmsnap.errors import DriverError, HeldError, ObjectConflictError
 from vmsnap.model.ids import SnapshotId
+from vmsnap.ports.objects import ObjectInfo
 from vmsnap.stores.packs import holds
 from vmsnap.stores.packs.manifests import Absence, PackedSnapshot, encode_absence
 from vmsnap.stores.packs.names import snapshot_name
 from vmsnap.stores.packs.repository import Repository
+
+
+def require_removable(repository: Repository, *, guest: str, snapshot: SnapshotId, now: datetime) -> None:
+    """Raise HeldError where ``remove`` would, as things are now. Content where the snapshot is gone. Changes nothing."""
+    name = snapshot_name(guest, snapshot=snapshot)
+    if isinstance(repository.entry(name), PackedSnapshot):
+        _refuse_held(repository, snapshot=snapshot, now=now)
+        _refuse_locked(repository.store.info(name), snapshot=snapshot, now=now)
 
 
 def remove(repository: Repository, *, guest: str, snapshot: SnapshotId, now: datetime) -> bool:
@@ -27,11 +36,7 @@ def remove(repository: Repository, *, guest: str, snapshot: SnapshotId, now: dat
         return False
     _refuse_held(repository, snapshot=snapshot, now=now)
     before = store.get(name)
-    if before.info.retained_until is not None and before.info.retained_until > now:
-        raise HeldError(
-            f"snapshot {snapshot} is locked in the replica until {before.info.retained_until:%Y-%m-%d %H:%MZ}",
-            remedy="it goes by itself when its lock has ended and retention is applied again",
-        )
+    _refuse_locked(before.info, snapshot=snapshot, now=now)
     mark = encode_absence(Absence(reason="removed", upload=found[0].upload, at=now), repository=repository.id)
     try:
         version = store.replace(name, data=mark, version=found[1]).version
@@ -60,4 +65,12 @@ def _refuse_held(repository: Repository, *, snapshot: SnapshotId, now: datetime)
         raise HeldError(
             f"snapshot {snapshot} is in use in the replica, by an environment of {hosts}",
             remedy="destroy the environment, or wait until it is whole on its own host",
+        )
+
+
+def _refuse_locked(info: ObjectInfo, *, snapshot: SnapshotId, now: datetime) -> None:
+    if info.retained_until is not None and info.retained_until > now:
+        raise HeldError(
+            f"snapshot {snapshot} is locked in the replica until {info.retained_until:%Y-%m-%d %H:%MZ}",
+            remedy="it goes by itself when its lock has ended and retention is applied again",
         )

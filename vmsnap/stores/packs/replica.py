@@ -28,7 +28,7 @@ from vmsnap.model.manifest import Snapshot
 from vmsnap.model.verification import Checked, Share
 from vmsnap.ports.clock import Cancel, Clock
 from vmsnap.ports.objects import ObjectStore
-from vmsnap.ports.replica import DiskFile, LocalCopy, Sent
+from vmsnap.ports.replica import DiskFile, LocalCopy, Remembered, Sent
 from vmsnap.ports.store import ByteProgress, DiskContent
 from vmsnap.stores.blocks import BLOCK_BYTES
 from vmsnap.stores.layout import disk_failure, replace_file
@@ -39,6 +39,7 @@ from vmsnap.stores.packs.manifests import Absence, PackedSnapshot
 from vmsnap.stores.packs.mending import mend
 from vmsnap.stores.packs.names import REPOSITORY, damaged, guest_prefix, snapshot_in, snapshot_name
 from vmsnap.stores.packs.reading import PackedDisk
+from vmsnap.stores.packs.remembering import CopyMemory, Newest, newest_of
 from vmsnap.stores.packs.repository import Repository, initialise, open_repository
 from vmsnap.stores.packs.uploading import Means, upload
 from vmsnap.stores.packs.verifying import Checking, check
@@ -71,6 +72,7 @@ class PacksReplica:
         self._state = state
         self._connections = connections
         self._clock = clock
+        self._memory = CopyMemory(folder=state / "copies")
         self._guard = threading.RLock()
         self._objects: ObjectStore | None = None
         self._repository: Repository | None = None
@@ -144,23 +146,35 @@ class PacksReplica:
         self.repository()
         return resolve(reference, snapshots=self.snapshots(), now=self._clock.now())
 
-    def lacking(self, guest: str, *, snapshots: Collection[SnapshotId]) -> frozenset[SnapshotId]:
+    def lacking(self, guest: str, *, snapshots: Collection[Snapshot]) -> frozenset[SnapshotId]:
         """Return which of a guest's snapshots were never sent whole. One that was removed there is not lacking."""
+        captured = {one.id: one.manifest.captured for one in snapshots}
         try:
             repository = self.repository()
         except PreconditionError:
-            return frozenset(snapshots)
-        there = set()
+            self._memory.found(guest, repository="", settled=(), newest=None)
+            return frozenset(captured)
+        before = self._memory.newest(guest, repository=repository.id)
+        known = {**captured, **({} if before is None else {before.snapshot: before.captured})}
+        settled, copies = set(), []
         for info in repository.store.list(_prefix(guest)):
             named = snapshot_in(info.name)
-            if named is None or named[1] not in snapshots:
+            if named is None or named[1] not in known:
                 continue
-            if info.size_bytes < _MARK_BYTES:
-                entry = repository.entry(info.name)
-                if entry is None or (isinstance(entry, Absence) and entry.reason == "revoked"):
-                    continue
-            there.add(named[1])
-        return frozenset(snapshots) - there
+            entry = repository.entry(info.name) if info.size_bytes < _MARK_BYTES else None
+            if info.size_bytes < _MARK_BYTES and (entry is None or _is_revoked(entry)):
+                continue
+            settled.add(named[1])
+            if not isinstance(entry, Absence):
+                copies.append(Newest(snapshot=named[1], captured=known[named[1]]))
+        settled &= captured.keys()
+        newest = newest_of(copies, now=self._clock.now())
+        self._memory.found(guest, repository=repository.id, settled=settled, newest=newest)
+        return frozenset(captured.keys() - settled)
+
+    def remembered(self, guest: str) -> Remembered:
+        """Return what is known here of a guest's copies."""
+        return self._memory.recall(guest)
 
     def send(self, copy: LocalCopy, *, retain_until: datetime | None, progress: ByteProgress, cancel: Cancel) -> Sent:
         """Copy a snapshot there. May be repeated, after an error too: what was sent is not sent again."""
@@ -180,6 +194,8 @@ class PacksReplica:
                 )
                 sent = upload(repository, copy=copy, means=means, index=index, progress=progress, cancel=cancel)
                 path.unlink(missing_ok=True)
+                made = Newest(snapshot=manifest.id, captured=manifest.captured)
+                self._memory.sent(manifest.guest, repository=repository.id, copy=made, now=self._clock.now())
                 return sent
         except OSError as error:
             raise disk_failure(error, doing=f"send snapshot {manifest.id} to the replica") from error
@@ -268,6 +284,10 @@ class PacksReplica:
 
 def _prefix(guest: str | None) -> str:
     return "snapshots/" if guest is None else guest_prefix(guest)
+
+
+def _is_revoked(entry: PackedSnapshot | Absence) -> bool:
+    return isinstance(entry, Absence) and entry.reason == "revoked"
 
 
 def _token(repository: Repository, *, path: Path, name: str) -> str:

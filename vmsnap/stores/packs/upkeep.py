@@ -19,7 +19,7 @@ from vmsnap.stores.packs.collecting import Collecting, collect, estimate
 from vmsnap.stores.packs.lease import Clocks
 from vmsnap.stores.packs.manifests import PackedSnapshot
 from vmsnap.stores.packs.names import snapshot_name
-from vmsnap.stores.packs.removing import remove
+from vmsnap.stores.packs.removing import remove, require_removable
 from vmsnap.stores.packs.repository import Repository
 from vmsnap.stores.packs.retaining import retain
 
@@ -54,6 +54,11 @@ class PackedUpkeep:
         """Tell whether a copy of a snapshot is there now."""
         name = snapshot_name(snapshot.manifest.guest, snapshot=snapshot.id)
         return isinstance(self._repository.entry(name), PackedSnapshot)
+
+    def require_removable(self, snapshot: Snapshot) -> None:
+        """Raise HeldError where removing a copy would."""
+        now = self._clock.now()
+        require_removable(self._repository, guest=snapshot.manifest.guest, snapshot=snapshot.id, now=now)
 
     def remove(self, snapshot: Snapshot) -> bool:
         """Remove a copy."""

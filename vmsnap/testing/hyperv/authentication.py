@@ -6,6 +6,7 @@ One object a connection: with Negotiate a connection, not a request, is authenti
 
 from __future__ import annotations
 
+import atexit
 import base64
 import binascii
 import os
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import spnego
@@ -32,8 +34,8 @@ _PROTOCOLS = {
     "Negotiate": "application/HTTP-SPNEGO-session-encrypted",
     "CredSSP": "application/HTTP-CredSSP-session-encrypted",
 }
-# pyspnego's acceptor reads its accounts from a file named by a variable of the process.
-_variable = threading.Lock()
+# pyspnego's acceptor reads its accounts from one file, so one endpoint at a time.
+_publishing = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +57,31 @@ class Accounts:
 
     def __init__(self, users: Mapping[str, User]) -> None:
         self.users = users
-        self._folder = tempfile.TemporaryDirectory(prefix="vmsnap-endpoint-")
-        self._file = Path(self._folder.name) / "accounts"
 
     @contextmanager
     def published(self) -> Iterator[None]:
         """Let pyspnego see the accounts inside the block."""
-        with _variable:
-            self._file.write_text("".join(f":{name}:{user.password}\n" for name, user in self.users.items()))
-            before = os.environ.get("NTLM_USER_FILE")
-            os.environ["NTLM_USER_FILE"] = str(self._file)
+        with _publishing:
+            file = _accounts_file()
+            file.write_text("".join(f":{name}:{user.password}\n" for name, user in self.users.items()))
             try:
                 yield
             finally:
-                if before is None:
-                    del os.environ["NTLM_USER_FILE"]
-                else:
-                    os.environ["NTLM_USER_FILE"] = before
+                file.write_text("")
 
-    def close(self) -> None:
-        """Remove the file."""
-        self._folder.cleanup()
+
+@lru_cache(maxsize=1)
+def _accounts_file() -> Path:
+    """Return the file that pyspnego reads accounts from.
+
+    It is named by a variable of the process. That is set once and stays: a variable that goes breaks whoever walks
+    through ``os.environ`` in another thread, and requests does at every request.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="vmsnap-endpoint-")
+    atexit.register(folder.cleanup)
+    file = Path(folder.name) / "accounts"
+    os.environ["NTLM_USER_FILE"] = str(file)
+    return file
 
 
 class Authentication:

@@ -95,7 +95,6 @@ class Endpoint:
         self._thread.join()
         self.service.drop_shells()
         self.cut_connections()
-        self.accounts.close()
 
     def opened(self, connection: socket.socket) -> None:
         """Take note of a connection."""
