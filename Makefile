@@ -42,7 +42,7 @@ unit: venv
 integration: setup
 	bash integration/setup.sh tests
 	packaging/package.sh
-	$(PYTHON) -m pytest integration -q --durations=15 --dist=loadfile --tx='$(LABS)*popen//python=$(LAB) $(PYTHON)'
+	$(PYTHON) -m pytest integration -q --tb=short --durations=15 --dist=loadfile --tx='$(LABS)*popen//python=$(LAB) $(PYTHON)'
 
 bench: setup
 	@[ $(NAME) != pause ] || bash integration/setup.sh plots

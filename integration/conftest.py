@@ -85,7 +85,7 @@ class _SharedGuest:
         if self._guest is None or not _sound(self._guest):
             self.close()
             self._guest = LabGuest(self._lab, GuestSpec(name=f"pg-{secrets.token_hex(3)}"))
-            self._guest.boot()
+            self._guest.boot_new()
         return self._guest
 
     def close(self) -> None:

@@ -153,6 +153,27 @@ def test_a_guest_outlives_libvirtd(guest: LabGuest) -> None:
     assert guest.run(["cat", "/proc/sys/kernel/random/boot_id"]) == pid
 
 
+def test_a_new_guest_that_stands_still_is_started_once_more_and_told_of(
+    define_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = define_guest(GuestSpec(memory_mib=384))
+    start = made.start
+    starts: list[int] = []
+
+    def stands_still_at_first() -> None:
+        start()
+        starts.append(made.domain.ID())
+        if len(starts) == 1:
+            made.domain.suspend()
+
+    monkeypatch.setattr(made, "start", stands_still_at_first)
+    monkeypatch.setattr("integration.lab.guest.FIRST_LIMIT_S", 1.0)
+    with pytest.warns(RuntimeWarning, match=f"started a second time.*state {libvirt.VIR_DOMAIN_PAUSED} .*IP=.*HLT="):
+        made.boot_new()
+    assert len(starts) == 2
+    assert made.domain.ID() == starts[1] != starts[0]
+
+
 def test_the_store_shares_blocks(store_dir: Path) -> None:
     (store_dir / "a").write_bytes(os.urandom(1 << 20))
     run(["cp", "--reflink=always", store_dir / "a", store_dir / "b"])
