@@ -26,7 +26,7 @@ from integration.lab.services import URI
 BOOT_LIMIT_S = 60.0  # under hardware virtualisation; scaled by the lab's factor
 # What a new guest gets for its first start. QEMU 7.2's emulation of several processors loses the end of a timer interrupt now
 # and then while the guest's kernel starts: the first processor's local APIC keeps vector 236 in service (`info lapic 0`), takes
-# no other interrupt, and the guest stands still for good. Seen in 2 of about 430 boots with four processors on a busy host, and
+# no other interrupt, and the guest stands still for good. Seen in 2 of about 360 boots with four processors on a busy host, and
 # never with one processor.
 FIRST_LIMIT_S = 30.0
 # Not /usr/bin's: those are Perl scripts that pick a version, which costs an emulated guest a second a call.
