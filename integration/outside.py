@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integration.lab.commands import LabError, run
-from integration.lab.guest import LabGuest, Result
+from integration.lab.guest import BOOT_LIMIT_S, LabGuest, Result
 from integration.lab.lab import Lab
 
 
@@ -41,9 +41,9 @@ def over_ssh(
 class SshGuest(LabGuest):
     """A guest whose agent is missing or broken: everything inside it is done over SSH."""
 
-    def wait_for_agent(self) -> None:
+    def wait_for_agent(self, *, limit_s: float = BOOT_LIMIT_S) -> None:
         """Wait until a command can be run over SSH."""
-        self._wait("SSH server", lambda: self.run(["true"]))
+        self._wait("SSH server", lambda: self.run(["true"]), limit_s=limit_s)
 
     def exec(self, command: Sequence[str], *, text: str = "", timeout_s: float = 30.0) -> Result:
         return over_ssh(self.lab, self.address(), command, text=text, timeout_s=timeout_s)

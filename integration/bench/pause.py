@@ -128,7 +128,7 @@ def _measure_guest(guest: LabGuest, *, run: Run, wanted: Wanted, console: Consol
                         run.add(sample)
                         console.print(str(sample), highlight=False)
                 if "live" in wanted.modes and load is Load.PGBENCH and run.lacks(ram_mib, load, READING, number + 1):
-                    run.add(_reading(guest, load))
+                    run.add(_reading(guest, load, address=address))
 
 
 def _host(lab: Lab) -> dict[str, object]:
@@ -250,10 +250,13 @@ def _captured(guest: LabGuest, run: DriverRun) -> tuple[Pause, Capture]:
     return pause, capture
 
 
-def _reading(guest: LabGuest, load: Load) -> Sample:
-    """How long it takes to read a `live` stream once: thrown away, and into fresh memory as a clone has to take it."""
+def _reading(guest: LabGuest, load: Load, *, address: str) -> Sample:
+    """How long it takes to read a `live` stream once: thrown away, and into fresh memory as a clone has to take it.
+
+    The host is as busy meanwhile as where a clone takes it: the guest is asked from outside all the time.
+    """
     settings = CaptureSettings(allow_emulation=True, min_overlay_free_bytes=1 << 20)
-    with run_of(guest.lab, guest, settings) as run:
+    with OutsideView(guest.lab, guest_address=address), run_of(guest.lab, guest, settings) as run:
         run.prepare()
         began_s = time.time()
         capture = run.capture(Cancel())

@@ -115,7 +115,7 @@ class LabGuest:
         """Boot a guest that nobody has touched yet; if it does not come up, once more, and the report tells of it."""
         self.start()
         try:
-            self._wait_for_agent(FIRST_LIMIT_S)
+            self.wait_for_agent(limit_s=FIRST_LIMIT_S)
         except LabError as error:
             warnings.warn(f"started a second time: {error}", RuntimeWarning, stacklevel=2)
             self.domain.destroy()
@@ -153,11 +153,11 @@ class LabGuest:
 
     # --- inside, through the agent --------------------------------------------------------------------------------------
 
-    def wait_for_agent(self) -> None:
-        """Wait until the guest agent answers. Raises `LabError` with the end of the console."""
-        self._wait_for_agent(BOOT_LIMIT_S)
+    def wait_for_agent(self, *, limit_s: float = BOOT_LIMIT_S) -> None:
+        """Wait until the guest agent answers. Raises `LabError` with the end of the console.
 
-    def _wait_for_agent(self, limit_s: float) -> None:
+        ``limit_s`` is for hardware virtualisation, and scaled by the lab's factor.
+        """
         self._wait("guest agent", lambda: self.agent("guest-ping"), limit_s=limit_s)
 
     def wait_for_postgresql(self) -> None:
