@@ -203,7 +203,8 @@ def idle_when_accepted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, limit_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, *, limit_s: float = 180) -> None:
+    """Wait until something is so. The limit is for an emulated guest on a host whose disks others write to as well."""
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {limit_s} s"
@@ -228,6 +229,9 @@ def _answers(guest: LabGuest) -> bool:
 # Memory writer: copies a file on a tmpfs over and over, which rewrites pages that are neither empty nor alike.
 WRITER = "lab-memory-writer"
 _WRITER_SCRIPT = "head -c 150000000 /dev/vda >/dev/shm/a; while :; do cp /dev/shm/a /dev/shm/b; done"
+_WHAT_HOLDS_IT_UP = (
+    "ls -l /dev/shm; head -n 5 /proc/meminfo; ps -eo stat,wchan:24,time,args | grep -v ' \\['; dmesg | tail -n 20"
+)
 
 
 @contextmanager
@@ -235,7 +239,10 @@ def memory_writer(guest: LabGuest) -> Iterator[None]:
     """Let the guest rewrite its memory faster than it can be copied within a few milliseconds."""
     guest.run(["systemd-run", f"--unit={WRITER}", "--collect", "sh", "-c", _WRITER_SCRIPT])
     try:
-        wait_until(lambda: guest.exec(["test", "-s", "/dev/shm/b"]).exit_status == 0, "the memory writer's first round")
+        try:
+            wait_until(lambda: guest.exec(["test", "-s", "/dev/shm/b"]).exit_status == 0, "the writer's first round")
+        except AssertionError as error:
+            raise AssertionError(f"{error}:\n{guest.exec(['sh', '-c', _WHAT_HOLDS_IT_UP]).stdout}") from None
         yield
     finally:
         guest.exec(["systemctl", "stop", f"{WRITER}.service"])
