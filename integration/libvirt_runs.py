@@ -29,6 +29,7 @@ from vmsnap.model.ids import RunId, new_run_id
 from vmsnap.model.isolation import FencePlan
 from vmsnap.model.journal import Resource
 from vmsnap.network.fence import NetworkFence
+from vmsnap.ports.hypervisor import Hypervisor
 from vmsnap.state.clock import SystemClock
 
 URI = "qemu:///system"
@@ -111,16 +112,8 @@ class DriverRun:
         """Prove the fence, let the clone run, and wait until its agent has opened its end of the new channel."""
         assert self.clone is not None
         self.driver.resume_clone(self.clone, proof=self.network.prove(self.fence))
-        wait_until(self._clone_answers, "an answer of the clone's agent")
+        wait_for_answer(self.driver, domain=self.clone.name)
         return self.clone
-
-    def _clone_answers(self) -> bool:
-        assert self.clone is not None
-        try:
-            self.driver.agent(self.clone.name).send('{"execute":"guest-ping"}', timeout=timedelta(seconds=5))
-        except GuestUnreachableError:
-            return False
-        return True
 
     def release(self, *, driver: LibvirtHypervisor | None = None) -> None:
         """Undo everything, the last thing first, as a run's clean-up or reconcile does."""
@@ -209,6 +202,19 @@ def wait_until(condition: Callable[[], bool], what: str, *, limit_s: float = 180
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {limit_s} s"
         time.sleep(0.02)
+
+
+def wait_for_answer(driver: Hypervisor, *, domain: str, limit_s: float = 180) -> None:
+    """Wait for a guest's agent: a clone's opens its end of the new channel a moment after the clone was resumed."""
+
+    def answers() -> bool:
+        try:
+            driver.agent(domain).send('{"execute":"guest-ping"}', timeout=timedelta(seconds=5))
+        except GuestUnreachableError:
+            return False
+        return True
+
+    wait_until(answers, f"an answer of the agent of {domain!r}", limit_s=limit_s)
 
 
 def restart_libvirtd(guest: LabGuest) -> None:

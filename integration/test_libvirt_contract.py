@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from integration.lab.guest import LabGuest
 from integration.lab.lab import Lab
-from integration.libvirt_runs import PATIENT, RUNTIME, new_driver
-from vmsnap.errors import GuestUnreachableError
+from integration.libvirt_runs import PATIENT, RUNTIME, new_driver, wait_for_answer
 from vmsnap.hypervisors.libvirt.driver import LibvirtHypervisor
 from vmsnap.model.capture import CaptureSettings, DiskImage
 from vmsnap.network.fence import NetworkFence
@@ -37,17 +35,8 @@ class LibvirtHarness:
         return Manner()
 
     def require_answer(self, domain: str) -> None:
-        until = time.monotonic() + ANSWER.total_seconds() * self._lab.time_factor
-        while True:
-            try:
-                self.hypervisor.agent(domain).send('{"execute":"guest-ping"}', timeout=ANSWER)
-            except GuestUnreachableError:
-                # A clone's agent opens its end of the new channel a moment after the clone was resumed.
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-            else:
-                return
+        limit_s = ANSWER.total_seconds() * self._lab.time_factor
+        wait_for_answer(self.hypervisor, domain=domain, limit_s=limit_s)
 
     def another_process(self) -> Hypervisor:
         driver = new_driver(self._lab)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.contract.dying import work_and_die
-from tests.contract.test_state_contract import FixedClock
 from vmsnap.errors import PreconditionError
 from vmsnap.model.alarms import Ledger
 from vmsnap.ports.alarms import AlarmBook
@@ -19,6 +18,8 @@ from vmsnap.state.alarms import FileAlarmBook
 from vmsnap.state.locks import FileLocks
 from vmsnap.testing.alarms_contract import FULL, AlarmsContract, AlarmsWorld
 from vmsnap.testing.memory_state import MemoryState
+from vmsnap.testing.standing_clock import StandingClock
+from vmsnap.testing.state_contract import AT
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TestFileAlarms(AlarmsContract):
     @pytest.fixture
     def world(self, tmp_path: Path) -> AlarmsWorld:
         state = tmp_path / "state"
-        return FileWorld(alarms=FileAlarmBook(state), locks=FileLocks(state, clock=FixedClock()))
+        return FileWorld(alarms=FileAlarmBook(state), locks=FileLocks(state, clock=StandingClock(AT)))
 
 
 class TestMemoryAlarms(AlarmsContract):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,8 @@ from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
 from vmsnap.testing.memory_state import MemoryState
+from vmsnap.testing.standing_clock import StandingClock
 from vmsnap.testing.state_contract import AT, StateContract, StateWorld
-
-
-class FixedClock:
-    def now(self) -> datetime:
-        return AT
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def sleep(self, duration: timedelta) -> None:
-        raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class FileWorld:
     def at(folder: Path) -> FileWorld:
         return FileWorld(
             journals=FileJournals(folder),
-            locks=FileLocks(folder, clock=FixedClock()),
+            locks=FileLocks(folder, clock=StandingClock(AT)),
             environments=FileEnvironmentBook(folder),
             exchanges=FileExchanges(folder),
             attempts=FileAttemptBook(folder),

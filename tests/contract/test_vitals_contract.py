@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,22 +18,12 @@ from vmsnap.state.journal import FileJournals
 from vmsnap.state.locks import FileLocks
 from vmsnap.state.vitals import ProcessVitals
 from vmsnap.testing.fake_vitals import FakeVitals
+from vmsnap.testing.standing_clock import StandingClock
 from vmsnap.testing.vitals_contract import GUEST, OTHER, RUN, VitalsContract, VitalsHarness
 
 AT = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
 NOBODY = 0
 PID = "4711"
-
-
-class Clock:
-    def now(self) -> datetime:
-        return AT
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def sleep(self, duration: timedelta) -> None:
-        raise AssertionError
 
 
 class FakeHarness:
@@ -55,7 +45,7 @@ class ProcHarness:
 
     @contextmanager
     def working(self, run: RunId, *, guest: str) -> Iterator[None]:
-        locks = FileLocks(self._state, clock=Clock())
+        locks = FileLocks(self._state, clock=StandingClock(AT))
         with locks.guest(guest, purpose="backup"):
             journal = FileJournals(self._state).begin(run, kind=RunKind.BACKUP, guest=guest, at=AT)
             yield

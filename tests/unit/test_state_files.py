@@ -32,6 +32,7 @@ from vmsnap.state.exchanges import FileExchanges
 from vmsnap.state.journal import KEEP_FINISHED_COUNT, FileJournals, FileRunJournal
 from vmsnap.state.locks import FileLocks
 from vmsnap.state.rungs import FileRungMemory
+from vmsnap.testing.standing_clock import StandingClock
 
 AT = datetime(2026, 11, 21, 2, 0, tzinfo=UTC)
 RUN = RunId("00000000a1")
@@ -40,17 +41,6 @@ BEGINNING = Beginning(run=RUN, kind=RunKind.BACKUP, guest="db", started=AT)
 ENVIRONMENT = Environment(
     name="e", run=RUN, guest="db", snapshot=SnapshotId("00000000b2"), created=AT, expires=None, network=None
 )
-
-
-class Clock:
-    def now(self) -> datetime:
-        return AT
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def sleep(self, duration: timedelta) -> None:
-        raise AssertionError
 
 
 def begin(state: Path, run: RunId = RUN, *, at: datetime = AT) -> FileRunJournal:
@@ -67,7 +57,7 @@ def test_everything_is_private_whatever_the_umask(tmp_path: Path) -> None:
     try:
         begin(state).close()
         FileEnvironmentBook(state).add(ENVIRONMENT)
-        with FileLocks(state, clock=Clock()).guest("db", purpose="backup"):
+        with FileLocks(state, clock=StandingClock(AT)).guest("db", purpose="backup"):
             pass
     finally:
         os.umask(before)
@@ -268,7 +258,7 @@ def test_a_look_at_the_records_does_not_stop_a_take_over(tmp_path: Path) -> None
 
 def test_programs_started_meanwhile_keep_neither_run_nor_lock_alive(tmp_path: Path) -> None:
     journal = begin(tmp_path)
-    locks = FileLocks(tmp_path, clock=Clock())
+    locks = FileLocks(tmp_path, clock=StandingClock(AT))
     with locks.guest("db", purpose="backup"):
         child = subprocess.Popen(["sleep", "60"], close_fds=False)
     try:
@@ -283,7 +273,7 @@ def test_programs_started_meanwhile_keep_neither_run_nor_lock_alive(tmp_path: Pa
 
 
 def test_the_holder_of_a_lock_is_named_with_pid_purpose_and_time(tmp_path: Path) -> None:
-    locks = FileLocks(tmp_path, clock=Clock())
+    locks = FileLocks(tmp_path, clock=StandingClock(AT))
     with locks.guest("db", purpose="backup"), pytest.raises(BusyError) as caught, locks.guest("db", purpose="x"):
         pytest.fail("held twice")
     assert caught.value.brief == (
@@ -297,12 +287,12 @@ def test_the_holder_of_a_lock_is_named_with_pid_purpose_and_time(tmp_path: Path)
 def test_what_a_lock_file_says_is_no_lock(tmp_path: Path, content: str) -> None:
     (tmp_path / "locks").mkdir(mode=0o700)
     (tmp_path / "locks" / "guest-db.lock").write_text(content)
-    with FileLocks(tmp_path, clock=Clock()).guest("db", purpose="backup"):
+    with FileLocks(tmp_path, clock=StandingClock(AT)).guest("db", purpose="backup"):
         pass
 
 
 def test_a_holder_that_wrote_rubbish_is_still_a_holder(tmp_path: Path) -> None:
-    locks = FileLocks(tmp_path, clock=Clock())
+    locks = FileLocks(tmp_path, clock=StandingClock(AT))
     with locks.guest("db", purpose="backup"):
         (tmp_path / "locks" / "guest-db.lock").write_text("[1, 2")
         with pytest.raises(BusyError, match="another process"), locks.guest("db", purpose="x"):
